@@ -1,0 +1,11 @@
+"""A small LLaMA and GPT-2 in plain PyTorch, and adapters that start as the identity, bit for bit."""
+
+from .adapters import adapt, disabled, load_adapter, merge, save_adapter
+from .attention import Cache
+from .data import ByteTokenizer
+from .files import FileError
+from .generate import generate, left_pad
+from .gpt2 import GPT2, GPT2Config
+from .llama import LLaMA, LLaMAConfig
+from .pretrained import load, save
+from .train import answer_loss

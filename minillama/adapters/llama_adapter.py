@@ -1,0 +1,151 @@
+"""LLaMA-Adapter: zero-init gated prefix cross-attention (Zhang et al. 2023, https://arxiv.org/abs/2303.16199).
+
+K learned prompt tokens stand before every adapted layer. The layer's own, frozen k_proj and v_proj make keys and
+values of them, without rotary positions; the words' queries attend to these keys in a softmax of their own; and a
+learned gate, zero at first, lets the result into the layer (the paper's eq. 7 to 11):
+
+                    x                        prompt (K, D)  ◀ trained
+                    │ project                   │ k_proj, v_proj
+              ┌─────┼─────┐               ┌─────┴─────┐
+              q     k     v             k_prompt   v_prompt
+              │     │     │               │           │
+              ├──── attend ─▶ y           │           │
+              │               │           │           │
+              └─────────── attend ────────┴───────────┘
+                              │        │
+                              │        × tanh(gate)  ◀ trained, 0 at first
+                              + ◀──────┘
+                              │ o_proj
+                              ▼
+
+With the gate at 0 the layer adds 0 · (something finite) to y: the model returns what it returned, bit for bit. The
+gate's gradient is not 0 there, the prompt's is: the first step moves the gate alone, the second moves both.
+
+Trained parameters: L · (K·D + H) with a gate per head; for LLaMA-7B, K = 10 and the top 30 layers, 1,229,760.
+
+Shapes: B batch, T tokens, D model width, H query heads, G key/value heads, d head width, K prompt tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+GATES = ("head", "layer", "feature")
+
+
+def gate_shape(gate, num_heads, head_dim):
+    """The shape of a gate that multiplies (B, H, T, d): one number per head (the paper), layer or feature."""
+    shapes = {"head": (num_heads, 1, 1), "layer": (1,), "feature": (num_heads, 1, head_dim)}
+    if gate not in shapes:
+        raise ValueError(f"gate is {gate!r}; it can be {', '.join(map(repr, GATES))}")
+    return shapes[gate]
+
+
+def prefix_attention(q, k, v):
+    """softmax(q kᵀ / √d) v, every query seeing every prompt token: q (B, H, T, d), k and v (G, K, d) -> (B, H, T, d)."""
+    B, H, T, d = q.shape
+    G = k.shape[0]
+    q = q.reshape(B, G, H // G * T, d)  # heads that share a key lie side by side: nothing need be repeated
+    y = F.scaled_dot_product_attention(q, k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1))
+    return y.reshape(B, H, T, d)
+
+
+def opening(gate, tanh):
+    """What the prefix term is multiplied by: tanh(gate) as in the paper, or the gate itself."""
+    return torch.tanh(gate) if tanh else gate
+
+
+class AdaptedAttention(nn.Module):
+    """Wraps an attention with the verbs project, keys_values, attend and output; adds the gated prefix term to `attend`.
+
+    base: the attention (minillama.attention.Attention, or another wrapper). Its weights are used, never trained here.
+    prompt_length: K.  gate: "head", "layer" or "feature", one number for each.  tanh: squash the gate as the paper does.
+    Parameters: prompt (K, D), drawn from N(0, 1); gate, zeros; both float32 whatever the base's dtype.
+    With `active` set to False the layer is its base again, bit for bit.
+    """
+
+    def __init__(self, base, prompt_length=10, gate="head", tanh=True):
+        super().__init__()
+        if prompt_length < 1:
+            raise ValueError(f"prompt_length is {prompt_length}; at least 1 prompt token is needed")
+        device = next(base.parameters()).device
+        self.base, self.tanh, self.active = base, tanh, True
+        self.width, self.num_heads, self.head_dim = base.width, base.num_heads, base.head_dim
+        self.prompt = nn.Parameter(torch.randn(prompt_length, self.width, device=device))
+        self.gate = nn.Parameter(torch.zeros(gate_shape(gate, self.num_heads, self.head_dim), device=device))
+
+    def project(self, x, positions=None):
+        return self.base.project(x, positions)
+
+    def keys_values(self, x):
+        return self.base.keys_values(x)
+
+    def attend(self, q, k, v, mask=None, cache=None):
+        """The base's `attend` plus the gated term: (B, H, T, d). The mask is about words; prompts are seen by all.
+
+        The prompts' keys and values are made once per call, or once per generation where there is a cache: they
+        live in that cache, never in this module, so that none outlasts a training step.
+        """
+        y = self.base.attend(q, k, v, mask, cache)
+        if not self.active:
+            return y
+        k, v = self.prefix(q.dtype) if cache is None else cache.once(self, lambda: self.prefix(q.dtype))
+        return y + opening(self.gate, self.tanh).to(y.dtype) * prefix_attention(q, k, v)
+
+    def prefix(self, dtype):
+        """The prompts' keys and values, (G, K, d) each."""
+        return self.base.keys_values(self.prompt.to(dtype))
+
+    def output(self, y):
+        return self.base.output(y)
+
+    def forward(self, x, positions=None, mask=None, cache=None):
+        """x (B, T, D) -> (B, T, D)."""
+        return self.output(self.attend(*self.project(x, positions), mask, cache))
+
+
+def attach(model, prompt_length=10, layers=None, gate="head", tanh=True):
+    """Wraps `self_attn` of the top `layers` of `model.layers` (None: of all). The paper: 30 of LLaMA-7B's 32."""
+    total = len(model.layers)
+    layers = total if layers is None else layers
+    if not 1 <= layers <= total:
+        raise ValueError(f"layers is {layers}; the model has {total}, so it can be 1 to {total}")
+    for layer in model.layers[total - layers :]:
+        layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh)
+
+
+def openings(model):
+    """How far the gates stand open, to watch in training: {"gates": {layer: [one number per head, or per layer]}}."""
+    wrapped = {i: layer.self_attn for i, layer in enumerate(model.layers) if isinstance(layer.self_attn, AdaptedAttention)}
+    with torch.no_grad():
+        return {"gates": {i: opening(a.gate, a.tanh).reshape(len(a.gate), -1).mean(-1).tolist() for i, a in wrapped.items()}}
+
+
+class GatedPrefixAttention(nn.Module):
+    """The same in one layer that needs no base model: causal self-attention with its own projections and a gated prefix.
+
+    width D, num_heads H, prompt_length K, gate and tanh as above. Every weight is trained, those of the projections too.
+    """
+
+    def __init__(self, width, num_heads, prompt_length=10, gate="head", tanh=True):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width is {width} and num_heads is {num_heads}; the second must divide the first")
+        self.num_heads, self.tanh = num_heads, tanh
+        self.prompt = nn.Parameter(torch.randn(prompt_length, width))
+        self.gate = nn.Parameter(torch.zeros(gate_shape(gate, num_heads, width // num_heads)))
+        self.c_attn = nn.Linear(width, 3 * width, bias=False)  # query, key and value in one matrix
+        self.c_proj = nn.Linear(width, width, bias=False)
+
+    def project(self, x):
+        """(..., T, D) -> q, k, v, (..., H, T, d) each."""
+        return self.c_attn(x).unflatten(-1, (3, self.num_heads, -1)).transpose(-4, -2).unbind(-3)
+
+    def forward(self, x, attention_mask=None):
+        """x (B, T, D) -> (B, T, D). attention_mask: what scaled_dot_product_attention takes for the words,
+        broadcast to (B, H, T, T); None is causal. It does not bear on the prompt, which every word sees."""
+        q, k, v = self.project(x)  # (B, H, T, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None)
+        _, k, v = self.project(self.prompt)  # (H, K, d)
+        y = y + opening(self.gate, self.tanh) * prefix_attention(q, k, v)
+        return self.c_proj(y.transpose(1, 2).flatten(2))

@@ -1,0 +1,189 @@
+"""The one attention class of both models, its rotary positions and its key/value cache.
+
+    x ──▶ project ──▶ q, k, v ──▶ attend ──▶ y ──▶ output ──▶ out
+
+`forward` is nothing but the composition of the three verbs, so an adapter that wraps the module can
+step between them (adapters/llama_adapter.py adds its term to `y`) without computing anything twice.
+
+Shapes: B batch, T new tokens, S all tokens so far (S = T without a cache), D model width,
+H query heads, G key/value heads, d head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class RoPE:
+    """Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), with the frequency scaling of Llama 3.1.
+
+    It holds numbers, not tensors: nothing to move between devices, and `.to(torch.bfloat16)` cannot round it.
+
+    head_dim: d, even.  theta: the base of the geometric series of wavelengths.
+    scaling:  None, or the four numbers (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings).
+    """
+
+    head_dim: int
+    theta: float = 10000.0
+    scaling: tuple[float, float, float, float] | None = None
+
+    def frequencies(self, device=None):
+        """Radians per position of each pair of features: (d/2,) float32."""
+        exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
+        frequency = 1.0 / self.theta**exponent
+        if self.scaling is None:
+            return frequency
+        # Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended.
+        factor, low, high, original_length = self.scaling
+        waves = original_length * frequency / (2 * math.pi)  # how often each pair turns in the original context
+        kept = ((waves - low) / (high - low)).clamp(0, 1)
+        return frequency * (kept + (1 - kept) / factor)
+
+    def __call__(self, positions):
+        """positions (T,) or (B, T) -> cos and sin, each (T, d) or (B, 1, T, d), float32."""
+        angle = positions[..., None].float() * self.frequencies(positions.device)  # (..., T, d/2)
+        angle = torch.cat((angle, angle), dim=-1)  # (..., T, d)
+        if positions.dim() == 2:
+            angle = angle[:, None]  # one axis for the heads
+        return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns feature i of each head with feature i + d/2, as in Hugging Face's checkpoints: (B, H, T, d) -> same."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
+
+
+class LayerCache:
+    """One layer's keys and values, and whatever an adapter needs only once per generation."""
+
+    def __init__(self):
+        self.k = self.v = None  # (B, G, S, d)
+        self.kept = {}
+
+    def append(self, k, v):
+        """Adds k, v (B, G, T, d) behind those seen before and returns all of them, (B, G, S, d) each."""
+        if self.k is not None:
+            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.k, self.v = k, v
+        return k, v
+
+    def once(self, key, compute):
+        """What `compute()` returned the first time it was asked for under `key`: it lives as long as this cache."""
+        if key not in self.kept:
+            self.kept[key] = compute()
+        return self.kept[key]
+
+
+class Cache:
+    """The memory of one generation: pass the same fresh `Cache()` to every call of `model(ids, cache=cache)`.
+
+    Between calls the weights must not change: what was computed from them is kept.
+    """
+
+    def __init__(self):
+        self.layers = []
+        self.attention_mask = None  # (B, S), remembered so that later calls need not repeat it
+
+    def layer(self, index):
+        while len(self.layers) <= index:
+            self.layers.append(LayerCache())
+        return self.layers[index]
+
+    @property
+    def length(self):
+        """S, the number of tokens seen so far."""
+        return self.layers[0].k.shape[2] if self.layers and self.layers[0].k is not None else 0
+
+
+def lay_out(ids, attention_mask=None, cache=None, limit=(None, "")):
+    """Where each new token stands and what it may see; both models begin with this.
+
+    ids (B, T) int64; attention_mask (B, S) with 0 where a row is padded, or None when nothing is.
+    Returns positions, (T,) or with padding (B, T), counted from each row's first real token, and
+    the mask: None for plain causal attention, else (B, 1, T, S) booleans, True where a token may look.
+    limit: how many tokens the model can take (None: any) and the name of that number in its configuration.
+    Raises ValueError for a wrong shape, and for more tokens than the limit.
+    """
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; needed are integers of shape (batch, tokens)")
+    (B, T), past = ids.shape, cache.length if cache is not None else 0
+    S = past + T
+    if limit[0] is not None and S > limit[0]:
+        raise ValueError(f"the sequence has {S} tokens and the model takes {limit[0]} ({limit[1]}): shorten it or generate fewer tokens")
+    if attention_mask is None and cache is not None and cache.attention_mask is not None:
+        attention_mask = F.pad(cache.attention_mask, (0, T), value=1)  # what follows a padded prompt is real
+    if attention_mask is None:
+        return torch.arange(past, S, device=ids.device), None
+    if attention_mask.shape != (B, S):
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; {B} rows of {past} cached and {T} new tokens need ({B}, {S})")
+    if cache is not None:
+        cache.attention_mask = attention_mask
+    real = attention_mask.bool()
+    positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
+    row, column = torch.arange(past, S, device=ids.device)[:, None], torch.arange(S, device=ids.device)
+    mask = (column <= row) & real[:, None, None, :]
+    return positions, mask | (column == row)  # padding sees itself, so that no row of the softmax is empty
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with grouped queries (Ainslie et al. 2023), optional RoPE and optional biases.
+
+    width D; num_heads H; num_kv_heads G divides H (default H); head_dim d (default D / H).
+    """
+
+    def __init__(self, width, num_heads, num_kv_heads=None, head_dim=None, rope=None, bias=False):
+        super().__init__()
+        self.width, self.num_heads = width, num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or width // num_heads
+        self.rope = rope
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+
+    def heads(self, x):
+        """Cuts features into heads: (..., T, heads·d) -> (..., heads, T, d)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+
+    def keys_values(self, x):
+        """Unrotated keys and values of any vectors of the model's width: (..., T, D) -> (..., G, T, d) each."""
+        return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+
+    def project(self, x, positions=None):
+        """x (B, T, D) -> q (B, H, T, d), k and v (B, G, T, d), with q and k rotated where the model has RoPE.
+
+        positions: (T,) or (B, T) integers, or the pair `rope(positions)`, which the model computes once for
+        all layers; None leaves q and k unrotated.
+        """
+        q, (k, v) = self.heads(self.q_proj(x)), self.keys_values(x)
+        if self.rope is not None and positions is not None:
+            cos, sin = positions if isinstance(positions, tuple) else self.rope(positions)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v
+
+    def attend(self, q, k, v, mask=None, cache=None):
+        """softmax(q kᵀ / √d) v over the cached and the new tokens: (B, H, T, d).
+
+        mask: None for plain causal attention, else booleans (B, 1, T, S).  cache: this layer's LayerCache.
+        """
+        if cache is not None:
+            k, v = cache.append(k, v)
+        T, S = q.shape[2], k.shape[2]
+        if mask is None and 1 < T < S:  # several new tokens behind cached ones
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        grouped = self.num_kv_heads != self.num_heads
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=grouped)
+
+    def output(self, y):
+        """Joins the heads and projects: (B, H, T, d) -> (B, T, D)."""
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x, positions=None, mask=None, cache=None):
+        """x (B, T, D) -> (B, T, D)."""
+        return self.output(self.attend(*self.project(x, positions), mask, cache))

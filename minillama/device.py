@@ -1,0 +1,34 @@
+"""Which device and which dtype: chosen by name, or by what the machine multiplies natively; never a silent fallback."""
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name="auto"):
+    """"auto" takes CUDA, then the CPU (Apple's "mps" by name only); any other name must exist here, else ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): take 'auto' or 'cpu'") from None
+    return device
+
+
+def native_bfloat16(device):
+    """Whether matrix products in bfloat16 run on the hardware: AMX or AVX512-BF16 on a CPU, Ampere or later on CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def pick_dtype(name, device):
+    """"auto" takes bfloat16 where it is native, else float32; or one of the two by name."""
+    if name == "auto":
+        return torch.bfloat16 if native_bfloat16(device) else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; it can be auto, {' or '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,85 @@
+"""The figures that the command line and the lessons share, in one visual language: frozen is grey-blue, trained is warm,
+a gate is crimson; each also differs in shape or label, so that nothing rests on colour alone."""
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .files import replacing
+
+FROZEN, TRAINED, GATE, INK = "#7f9bb3", "#d9822b", "#b3224a", "#2b2b2b"
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "font.size": 10.5,
+    "figure.facecolor": "white",
+    "legend.frameon": False,
+}
+
+
+def save_figure(figure, path):
+    """Writes a figure (PNG, SVG or PDF by the ending), whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def training_figure(history, title):
+    """Loss and accuracy over the steps, and every layer's gates opening from zero. history: what `train` returned."""
+    steps = [record["step"] for record in history]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        left, right = figure.subplots(1, 2)
+        left.plot(steps, [record["loss"] for record in history], color=TRAINED)
+        left.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None), title="Loss and accuracy on the training batches")
+        accuracy = left.twinx()
+        accuracy.plot(steps, [100 * record["accuracy"] for record in history], color=FROZEN, linewidth=1, linestyle="--")
+        accuracy.set(ylabel="whole answers right (%)", ylim=(0, 101))
+        accuracy.spines["right"].set_visible(True)
+        accuracy.grid(False)
+        left.plot([], [], color=FROZEN, linewidth=1, linestyle="--", label="accuracy (right axis)")
+        left.lines[0].set_label("loss (left axis)")
+        left.legend(loc="center right")
+
+        layers = list(history[0].get("gates", {}))
+        shades = matplotlib.colormaps["YlOrRd"]
+        dashes = ["-", "--", "-.", ":"]
+        for i, layer in enumerate(layers):
+            color = shades(0.4 + 0.55 * i / max(1, len(layers) - 1))
+            rows = [[0.0] * len(history[0]["gates"][layer])] + [record["gates"][layer] for record in history]
+            for head, line in enumerate(zip(*rows)):
+                right.plot([0, *steps], line, color=color, linestyle=dashes[i % 4], linewidth=1.2, label=f"layer {layer}" if head == 0 else None)
+        right.axhline(0, color=INK, linewidth=0.8)
+        right.set(xlabel="step", ylabel="gate (0: the base, bit for bit)", title="The gates open from zero, one line per head")
+        if 0 < len(layers) <= 12:
+            right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def comparison_figure(rows, title):
+    """Exact match against trained parameters, one point per method with its spread over seeds.
+
+    rows: dicts with method, parameters, matches (a share per seed). The method "full" is drawn as a line, "base" too.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for row in rows:
+            percent = [100 * match for match in row["matches"]]
+            mean = sum(percent) / len(percent)
+            if row["method"] in ("full", "base"):
+                label = "full fine-tuning" if row["method"] == "full" else "the frozen base"
+                axes.axhline(mean, color=INK if row["method"] == "full" else FROZEN, linestyle="--" if row["method"] == "full" else ":", linewidth=1.2)
+                axes.annotate(f"{label} {mean:.1f} %", (1, mean), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points", ha="right", color=INK)
+            else:
+                spread = [[mean - min(percent)], [max(percent) - mean]]
+                axes.errorbar(row["parameters"], mean, yerr=spread, fmt="o", color=TRAINED, capsize=4, markersize=8)
+                axes.annotate(row["method"], (row["parameters"], mean), xytext=(9, -12), textcoords="offset points", color=INK)
+        axes.set(xscale="log", xlabel="trained parameters", ylabel="exact match on unseen dates (%)", ylim=(0, 107), title=title)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 2, high * 3)
+    return figure

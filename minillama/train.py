@@ -1,0 +1,118 @@
+"""One loop for pre-training and adaptation, and the two measures: the loss on answers, and exact match by generation."""
+
+import contextlib
+import json
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from .data import IGNORED, batches, collate
+from .files import replacing
+from .generate import generate, left_pad
+
+
+def answer_logits(model, ids, labels):
+    """The head applied only where a label carries loss: logits (N, V), their labels (N,), and each one's row (N,)."""
+    targets = labels[:, 1:]  # the token at t is predicted from those up to t - 1
+    scored = targets != IGNORED
+    if not scored.any():
+        raise ValueError(f"no label among {tuple(labels.shape)} carries loss: all are {IGNORED}, or stand on a row's first token")
+    hidden = model.hidden(ids[:, :-1])[scored]  # (N, D)
+    return model.lm_head(hidden), targets[scored], scored.nonzero()[:, 0]
+
+
+def answer_loss(model, ids, labels):
+    """Mean cross-entropy in nats over the labels that carry loss: a scalar.
+
+    ids and labels (B, T); a label is the id at its own place, or -100 where no loss falls; shifted inside, as in
+    transformers. Rows are padded on the right.
+    """
+    logits, targets, _ = answer_logits(model, ids, labels)
+    return F.cross_entropy(logits.float(), targets)
+
+
+def learning_rate_at(step, steps, peak, warmup):
+    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to 0 (Loshchilov & Hutter 2017)."""
+    rising = max(1, round(steps * warmup))
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def train(
+    model, tokenizer, pairs, *, steps=300, batch_size=64, learning_rate=1e-2, warmup=0.1, weight_decay=0.0, clip=1.0,
+    seed=0, autocast=None, watch=None, metrics_file=None, progress=True,
+):  # fmt: skip
+    """Trains whatever requires gradients on pairs (prompt, answer) and returns the history: a dict of numbers per step.
+
+    AdamW (betas 0.9, 0.99) with warm-up and cosine, gradients clipped to norm `clip`, batches of like length. The same
+    seed repeats a run bit for bit on one CPU machine.
+    autocast: a dtype for the arithmetic of weights kept in float32.  watch: called as watch(model) -> dict after every
+    step, its entries join the history.  metrics_file: where the history is written, one JSON object a line.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError("no parameter requires gradients: adapt the model first, or unfreeze it to train it whole")
+    if steps < 1 or batch_size < 1 or not pairs:
+        raise ValueError(f"steps is {steps}, batch_size {batch_size}, and there are {len(pairs)} examples; each must be at least 1")
+    device = trained[0].device
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    arithmetic = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+    history, seen, start = [], 0, time.perf_counter()
+    model.train()
+    bar = tqdm(zip(range(steps), batches(pairs, batch_size, seed)), total=steps, disable=not progress, unit="step", dynamic_ncols=True)
+    for step, batch in bar:
+        ids, labels = (tensor.to(device) for tensor in collate(batch, tokenizer))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
+        with arithmetic:
+            logits, targets, rows = answer_logits(model, ids, labels)
+        loss = F.cross_entropy(logits.float(), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+
+        missed = torch.zeros(len(ids), device=device).index_add_(0, rows, (logits.argmax(-1) != targets).float())
+        seen += len(ids)
+        history.append({
+            "step": step + 1,
+            "loss": loss.item(),
+            "accuracy": (missed == 0).float().mean().item(),  # rows whose every answer token is the likeliest one
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm.item(),
+            "examples_per_second": seen / (time.perf_counter() - start),
+            **(watch(model) if watch else {}),
+        })  # fmt: skip
+        if not math.isfinite(history[-1]["loss"]):
+            raise ValueError(f"the loss became {history[-1]['loss']} at step {step + 1}: lower the learning rate, now {learning_rate}")
+        now = history[-1]
+        bar.set_postfix_str(f"loss {now['loss']:.3f} · accuracy {now['accuracy']:.0%} · {now['examples_per_second']:.0f} examples/s", refresh=False)
+    model.eval()
+    if metrics_file is not None:
+        with replacing(metrics_file) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+    return history
+
+
+def answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=256):
+    """What the model writes behind each prompt, greedily, up to and with the stop token: a list of strings."""
+    device, written = next(model.parameters()).device, []
+    for start in range(0, len(prompts), batch_size):
+        rows = [tokenizer.encode(prompt) for prompt in prompts[start : start + batch_size]]
+        ids, mask = (tensor.to(device) for tensor in left_pad(rows))
+        new = generate(model, ids, max_new_tokens, stop=tokenizer.eos_id, attention_mask=mask)[:, ids.shape[1] :].tolist()
+        for row in new:
+            end = row.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in row else len(row)
+            written.append(tokenizer.decode(row[:end]))
+    return written
+
+
+def exact_match(model, tokenizer, pairs, batch_size=256):
+    """The share of pairs (prompt, answer) that the model, generating on its own, answers to the letter."""
+    longest = max(len(tokenizer.encode(answer)) for _, answer in pairs)
+    written = answers(model, tokenizer, [prompt for prompt, _ in pairs], longest, batch_size)
+    return sum(answer == text for (_, answer), text in zip(pairs, written)) / len(pairs)

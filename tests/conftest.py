@@ -1,0 +1,48 @@
+"""What the tests share: small random models of each kind, ours and transformers', and a way to open every gate."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+
+import pytest
+import torch
+
+import minillama
+from minillama.adapters import adapter_parameters
+
+SHAPE = dict(vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=64)
+MODELS = {
+    "llama": lambda: minillama.LLaMA(minillama.LLaMAConfig(**SHAPE)),
+    "grouped": lambda: minillama.LLaMA(minillama.LLaMAConfig(**SHAPE, num_key_value_heads=2, head_dim=10, attention_bias=True)),
+    "gpt2": lambda: minillama.GPT2(minillama.GPT2Config(**SHAPE)),
+}
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request):
+    torch.manual_seed(0)
+    model = MODELS[request.param]().eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 0.1  # logits of order 1, so that 1e-5 is a tolerance in float32
+    return model
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, SHAPE["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+def open_gates(model, seed=2):
+    """Gives every adapter parameter a random value, so that nothing hides behind a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def left_padded(ids, lengths):
+    """The last `lengths[i]` tokens of each row, the rest of it padding: ids, attention_mask."""
+    T = ids.shape[1]
+    mask = torch.stack([torch.arange(T) >= T - n for n in lengths]).long()
+    return ids * mask, mask

@@ -1,0 +1,297 @@
+"""Our models compute what transformers' do, from the same files, both ways; and the cache and padding change nothing."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import SHAPE, left_padded
+
+import minillama
+from minillama import Cache
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+GPT2_SHAPE = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
+THEIRS = {
+    "all heads": lambda: llama(),
+    "grouped": lambda: llama(num_key_value_heads=2),
+    "single key head": lambda: llama(num_key_value_heads=1),
+    "tied": lambda: llama(tie_word_embeddings=True),
+    "odd head_dim": lambda: llama(head_dim=10, num_key_value_heads=3),
+    "theta": lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "llama3": lambda: llama(rope_parameters=LLAMA3),
+    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE)),
+    "gpt2, narrow mlp": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE, n_inner=50)),
+}
+
+
+def llama(**changes):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **changes}))
+
+
+@pytest.fixture(params=list(THEIRS))
+def theirs(request):
+    torch.manual_seed(0)
+    model = THEIRS[request.param]().eval()
+    with torch.no_grad():  # their initialisation leaves biases at 0 and norms at 1, which would hide a missing one
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def close(a, b, tolerance=1e-5):
+    assert a.shape == b.shape
+    difference = (a - b).abs().max().item()
+    assert difference <= tolerance, f"largest difference {difference:.2e}"
+
+
+@torch.no_grad()
+def test_logits_equal_transformers_reading_its_folder(theirs, ids, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    ours, _ = minillama.load(tmp_path)
+    close(ours(ids), theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_logits_equal_when_transformers_reads_ours(theirs, ids, tmp_path):
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = minillama.load(tmp_path / "theirs")
+    minillama.save(ours, tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(again) is type(theirs)
+    close(again(ids).logits, ours(ids))
+    assert torch.equal(minillama.load(tmp_path / "ours")[0](ids), ours(ids))
+
+
+@torch.no_grad()
+def test_shards_with_an_index(theirs, ids, tmp_path):
+    theirs.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    close(minillama.load(tmp_path)[0](ids), theirs(ids).logits)
+
+
+def test_greedy_tokens_equal_transformers(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    ours, _ = minillama.load(tmp_path)
+    prompt = torch.randint(1, 101, (4, 7))  # no 0: their generate would take it for padding
+    expected = theirs.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(minillama.generate(ours, prompt, max_new_tokens=30), expected)
+
+
+@torch.no_grad()
+def test_cache_changes_nothing(model, ids):
+    whole = model(ids)
+    for chunks in ([1] * 9, [4, 1, 4], [5, 4], [9]):
+        cache = Cache()
+        parts = [model(part, cache=cache) for part in ids.split(chunks, dim=1)]
+        close(torch.cat(parts, dim=1), whole)
+        assert cache.length == 9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", ([9], [1] * 9, [6, 3]))
+def test_left_padding_changes_nothing(model, ids, chunks):
+    lengths = [9, 4, 6]
+    padded, mask = left_padded(ids, lengths)
+    cache, parts, seen = Cache(), [], 0
+    for part in padded.split(chunks, dim=1):
+        seen += part.shape[1]
+        parts.append(model(part, mask[:, :seen], cache))
+    logits = torch.cat(parts, dim=1)
+    assert logits.isfinite().all()
+    for row, n in enumerate(lengths):
+        close(logits[row, 9 - n :], model(ids[row : row + 1, 9 - n :])[0])
+
+
+@torch.no_grad()
+def test_padded_prompt_is_remembered_by_the_cache(model, ids):
+    padded, mask = left_padded(ids, [9, 4, 6])
+    cache, told = Cache(), Cache()
+    model(padded, mask, cache), model(padded, mask, told)
+    new = torch.tensor([[1], [2], [3]])
+    assert torch.equal(model(new, cache=cache), model(new, torch.cat((mask, mask.new_ones(3, 1)), 1), told))
+
+
+def test_batch_generates_what_each_prompt_alone_generates(model):
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
+    ids, mask = minillama.left_pad(prompts)
+    together = minillama.generate(model, ids, 12, attention_mask=mask)[:, ids.shape[1] :]
+    for prompt, row in zip(prompts, together):
+        alone = minillama.generate(model, torch.tensor([prompt]), 12)[0, len(prompt) :]
+        assert torch.equal(row, alone)
+
+
+def test_bfloat16_rope_keeps_its_precision(model, ids):
+    """Angles are made in float32 whatever the weights' dtype: late positions stay apart."""
+    if isinstance(model, minillama.LLaMA):
+        before = model.rope(torch.tensor([1000, 1001]))
+        model.to(torch.bfloat16)
+        after = model.rope(torch.tensor([1000, 1001]))
+        assert torch.equal(before[0], after[0]) and after[0].dtype == torch.float32
+    assert model.to(torch.bfloat16)(ids).dtype == torch.bfloat16
+
+
+def test_rms_norm_takes_its_mean_in_float32():
+    norm = minillama.llama.RMSNorm(4096, 1e-6).to(torch.bfloat16)
+    x = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert (norm(x) - expected).abs().max() < 2**-7  # half a unit in the last place of numbers up to 4
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(temperature=0.8), dict(temperature=1.5, top_k=5), dict(temperature=1.0, top_p=0.7), dict(temperature=2.0, top_k=20, top_p=0.9)]
+)
+def test_sampling_repeats_with_its_seed(model, ids, settings):
+    one, two, other = (minillama.generate(model, ids, 20, seed=seed, **settings) for seed in (7, 7, 8))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_sampling_frequencies():
+    """Drawn tokens follow softmax(logits / temperature), cut as top_k and top_p say."""
+    from minillama.generate import choose
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(20000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**settings):
+        return torch.bincount(choose(logits, generator=generator, **settings), minlength=4) / 20000
+
+    full = (logits[0] / 0.5).softmax(-1)
+    assert (frequencies(temperature=0.5) - full).abs().max() < 0.015
+    two = torch.tensor([1.0, torch.e**-1, 0, 0])
+    assert (frequencies(temperature=1.0, top_k=2) - two / two.sum()).abs().max() < 0.015
+    # probabilities 0.64, 0.24, 0.09, 0.03: 0.7 is reached by the first two, 0.6 by the first
+    assert (frequencies(temperature=1.0, top_p=0.7) - two / two.sum()).abs().max() < 0.015
+    assert frequencies(temperature=1.0, top_p=0.6)[0] == 1
+
+
+def test_stop_token_ends_each_row(model):
+    ids = torch.randint(0, 101, (8, 3))
+    free = minillama.generate(model, ids, 15)
+    stop = free[0, 6].item()
+    stopped = minillama.generate(model, ids, 15, stop=stop)
+    for row, whole in zip(stopped[:, 3:], free[:, 3:]):
+        end = (whole == stop).nonzero()[:1].flatten().tolist()
+        n = end[0] + 1 if end else len(row)
+        assert torch.equal(row[:n], whole[: len(row)][:n]) and (row[n:] == stop).all()
+
+
+def test_generation_leaves_the_mode_and_needs_no_gradients(model, ids):
+    model.train()
+    new = minillama.generate(model, ids, 2)
+    assert model.training and not new.requires_grad
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"model_type": "qwen2"}, "qwen2"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4"),
+        ({"hidden_size": 50, "head_dim": None}, "hidden_size is 50"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"intermediate_size": 81}, "shape"),
+        ({"num_hidden_layers": 4}, "layers.3"),
+        ({"num_hidden_layers": 2}, "layers.2"),
+    ],
+)
+def test_config_that_cannot_be_honoured_is_refused_by_name(change, named, tmp_path):
+    llama().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(minillama.FileError, match=named) as error:
+        minillama.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("change, named", [({"activation_function": "relu"}, "relu"), ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx")])
+def test_gpt2_config_that_cannot_be_honoured(change, named, tmp_path):
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(minillama.FileError, match=named):
+        minillama.load(tmp_path)
+
+
+def test_sequence_longer_than_the_sliding_window_is_refused(tmp_path):
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, _ = minillama.load(tmp_path)
+    ids = torch.randint(0, 101, (1, 9))
+    with torch.no_grad():
+        close(ours(ids[:, :8]), theirs(ids[:, :8]).logits)
+        with pytest.raises(ValueError, match="sliding_window"):
+            ours(ids)
+        cache = Cache()
+        ours(ids[:, :8], cache=cache)
+        with pytest.raises(ValueError, match="sliding_window"):
+            ours(ids[:, 8:], cache=cache)
+
+
+def test_bad_files_are_named(tmp_path):
+    def refused(match):
+        with pytest.raises(minillama.FileError, match=match) as error:
+            minillama.load(tmp_path)
+        assert "\n" not in str(error.value)
+
+    refused("config.json is missing")
+    llama().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    for length in (0, 5, 100, len(content) - 1):
+        weights.write_bytes(content[:length])
+        refused("model.safetensors.*copy it again")
+    weights.unlink()
+    refused("has no weights")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused("pickle")
+    for text in ("{", "[]", "\xff"):
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+        refused("config.json")
+    with pytest.raises(ValueError, match="neither a folder"):
+        minillama.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "bad, named",
+    [(torch.zeros(3, dtype=torch.int64), "shape"), (torch.zeros(1, 3), "float32"), (torch.zeros(1, 65, dtype=torch.int64), None)],
+)
+def test_bad_ids_are_explained(model, bad, named):
+    if named is None:
+        if isinstance(model, minillama.LLaMA):
+            return
+        named = "max_position_embeddings"
+    with pytest.raises(ValueError, match=named):
+        model(bad)
+
+
+def test_bad_mask_and_prompts_are_explained(model, ids):
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(ids, torch.ones(3, 8))
+    with pytest.raises(ValueError, match="empty"):
+        minillama.left_pad([[1], []])
+    for bad in (dict(max_new_tokens=-1), dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0)):
+        with pytest.raises(ValueError):
+            minillama.generate(model, ids, **bad)
+
+
+def test_tokenizer_of_a_folder(tmp_path):
+    """A tokenizer.json is used as it is: nothing added, and text that looks like a special token stays text."""
+    import tokenizers
+
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate("<>/s abc")}, merges=[]))
+    inner.add_special_tokens(["</s>"])
+    llama().save_pretrained(tmp_path)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    model, tokenizer = minillama.load(tmp_path)
+    assert tokenizer.encode("ab</s>") == [5, 6, 0, 2, 3, 1]
+    minillama.save(model, tmp_path / "again", tokenizer)
+    assert minillama.load(tmp_path / "again")[1].encode("cab") == [7, 5, 6]
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(minillama.FileError, match="tokenizer.json"):
+        minillama.load(tmp_path)
