@@ -96,12 +96,10 @@ def run_adapt(args):
         ("en", f"{before[1]:.1%}", f"{after[1]:.1%}", f"{off:.1%} ({'logits bit-identical' if identical else 'LOGITS DIFFER'})"),
     ]))  # fmt: skip
     file = out / "adapter_model.safetensors"
-    print("\n" + table([
-        ("trained parameters", f"{trained:,} ({trained / size:.2%} of the base's {size:,})"),
-        ("seconds", f"{time.perf_counter() - start:.0f}"),
-        ("adapter", f"{file} ({file.stat().st_size / 1024:.0f} KiB)"),
-        ("figure", f"{out / 'training.png'}"),
-    ]))  # fmt: skip
+    print(f"\n  trained parameters  {trained:,} ({trained / size:.2%} of the base's {size:,})")
+    print(f"  seconds             {time.perf_counter() - start:.0f}")
+    print(f"  adapter             {file} ({file.stat().st_size / 1024:.0f} KiB)")
+    print(f"  figure              {out / 'training.png'}")
     print(f'\nTry it: python -m minillama generate --base {args.base} --adapter {out} --prompt "{foreign[0][0]}"')
     if not identical:
         raise ValueError("with the adapter disabled the logits differ from the base's: this is a bug, please report it")
@@ -112,7 +110,10 @@ def run_generate(args):
     if args.adapter:
         load_adapter(model, args.adapter)
     ids = tokenizer.encode(args.prompt)
-    known, written = len(tokenizer.decode(ids)), list(ids)
+    if not ids:
+        raise ValueError("the prompt is empty; the model needs at least one token to continue")
+    text, written = args.prompt, list(ids)
+    known = len(tokenizer.decode(ids))
     print(args.prompt, end="", flush=True)
     prompt = torch.tensor([ids], device=next(model.parameters()).device, dtype=torch.int64)
     for new in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.eos_id, args.seed):
@@ -121,7 +122,7 @@ def run_generate(args):
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for its other half
             print(text[known:], end="", flush=True)
             known = len(text)
-    print(flush=True)
+    print(end="" if text.endswith("\n") else "\n", flush=True)
 
 
 def run_pretrain(args):
@@ -142,10 +143,10 @@ def run_pretrain(args):
         seed=args.seed, autocast=autocast, metrics_file=out / "metrics.jsonl",
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    matches = {language: exact_match(model, tokenizer, data.examples(language, test_days, 1000, seed=1)) for language in ("en", *data.LANGUAGES)}
+    matches = {language: exact_match(model, tokenizer, data.examples(language, test_days, args.test_dates, seed=1)) for language in ("en", *data.LANGUAGES)}
     save(model, out)
     rows = [(language, f"{match:.1%}") for language, match in matches.items()]
-    print(f"\nExact match on 1,000 dates never seen in training:\n\n{table(rows)}\n\nwritten to {out} in {seconds:.0f} s")
+    print(f"\nExact match on {args.test_dates:,} dates never seen in training:\n\n{table(rows)}\n\nwritten to {out} in {seconds:.0f} s")
     write_card(args, out, matches, seconds, count(model.parameters()))
 
 
@@ -164,7 +165,7 @@ def write_card(args, out, matches, seconds, size):
         f"  `{command}`",
         f"- Size: {bytes_:,} bytes, float32. Licence: MIT, as the project.",
         "",
-        "Exact match on 1,000 dates never seen in training, by greedy generation:",
+        f"Exact match on {args.test_dates:,} dates never seen in training, by greedy generation:",
         "",
         "| language | exact match |",
         "|---|---|",
@@ -177,6 +178,7 @@ def write_card(args, out, matches, seconds, size):
 def run_compare(args):
     data.locales(args.language)
     model, tokenizer = open_base(args)
+    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
     size, out = count(model.parameters()), Path(args.out or f"runs/compare-{Path(args.base).name}-{args.language}")
     _, test_days = data.split_dates()
     pairs = data.examples(args.language, test_days, args.test_dates, seed=1)
@@ -184,7 +186,7 @@ def run_compare(args):
     for method in [*METHODS, "full"]:
         rows.append(row := {"method": method, "matches": [], "seconds": []})
         for seed in range(args.seed, args.seed + args.seeds):
-            model, _ = load(args.base, next(model.parameters()).dtype if method != "full" else torch.float32, pick_device(args.device))
+            model, _ = load(args.base, dtype, device)
             print(f"{method}, seed {seed}")
             start = time.perf_counter()
             teach(model, tokenizer, method, {}, args, seed)
@@ -240,6 +242,13 @@ def run_check(args):
     return 1 if problems else 0
 
 
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; needed is 1 or more")
+    return number
+
+
 def parser():
     top = argparse.ArgumentParser(prog="python -m minillama", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", metavar="command")
@@ -254,10 +263,10 @@ def parser():
             sub.add_argument("--base", default="dates-llama", help="dates-llama, dates-gpt2, or a folder in Hugging Face's layout")
         if "training" in groups:
             sub.add_argument("--language", default="fr", help=f"{', '.join(data.LANGUAGES)}, or any locale of CLDR")
-            sub.add_argument("--steps", type=int, default=300, help="training steps")
-            sub.add_argument("--batch-size", type=int, default=64, help="dates per step")
+            sub.add_argument("--steps", type=positive, default=300, help="training steps")
+            sub.add_argument("--batch-size", type=positive, default=64, help="dates per step")
             sub.add_argument("--learning-rate", type=float, help=f"peak of warm-up and cosine; None: {LEARNING_RATE}")
-            sub.add_argument("--test-dates", type=int, default=500, help="dates to measure on, never seen in training")
+            sub.add_argument("--test-dates", type=positive, default=500, help="dates to measure on, never seen in training")
             sub.add_argument("--out", help="folder for what is written; None: one under runs/")
         return sub
 
@@ -268,9 +277,10 @@ def parser():
     sub = command("pretrain", run_pretrain, "Trains a base from scratch on English dates and writes its folder with a model card.")
     sub.add_argument("--model", default="llama", choices=("llama", "gpt2"), help="architecture")
     sub.add_argument("--out", required=True, help="folder for config.json, model.safetensors, README.md and metrics.jsonl")
-    sub.add_argument("--steps", type=int, default=1500, help="training steps")
-    sub.add_argument("--batch-size", type=int, default=64, help="dates per step")
+    sub.add_argument("--steps", type=positive, default=1500, help="training steps")
+    sub.add_argument("--batch-size", type=positive, default=64, help="dates per step")
     sub.add_argument("--learning-rate", type=float, default=1e-3, help="peak of warm-up and cosine")
+    sub.add_argument("--test-dates", type=positive, default=1000, help="dates per language to measure on, never seen in training")
     sub.add_argument("--typos", type=float, default=0.1, help="probability that a letter of every second prompt is replaced")
     sub = command("generate", run_generate, "Continues a prompt, token by token.", "base")
     sub.add_argument("--prompt", required=True, help='the text to continue, such as "3 mars 2021 = "')
@@ -280,7 +290,7 @@ def parser():
     sub.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     sub.add_argument("--top-p", type=float, help="draw from the fewest likeliest tokens whose probabilities reach p")
     sub = command("compare", run_compare, "Trains every method beside full fine-tuning on one language: a table and a picture.", "base", "training")
-    sub.add_argument("--seeds", type=int, default=3, help="runs per method")
+    sub.add_argument("--seeds", type=positive, default=3, help="runs per method")
     command("check", run_check, "Looks whether everything is in place: versions, device, bundled files, and a ten-second self-test.")
     return top
 

@@ -177,8 +177,11 @@ class Attention(nn.Module):
         T, S = q.shape[2], k.shape[2]
         if mask is None and 1 < T < S:  # several new tokens behind cached ones
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        dtype = q.dtype
+        if q.device.type == "cpu" and dtype == torch.bfloat16 and T > 1:
+            q, k, v = q.float(), k.float(), v.float()  # torch 2.13's bfloat16 kernel for CPUs takes 5 to 8 times as long backward
         grouped = self.num_kv_heads != self.num_heads
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=grouped).to(dtype)
 
     def output(self, y):
         """Joins the heads and projects: (B, H, T, d) -> (B, T, D)."""

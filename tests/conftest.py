@@ -10,21 +10,31 @@ import torch
 import minillama
 from minillama.adapters import adapter_parameters
 
+torch.set_num_threads(1)  # the models here are too small for two threads to help each other
+
 SHAPE = dict(vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=64)
-MODELS = {
-    "llama": lambda: minillama.LLaMA(minillama.LLaMAConfig(**SHAPE)),
-    "grouped": lambda: minillama.LLaMA(minillama.LLaMAConfig(**SHAPE, num_key_value_heads=2, head_dim=10, attention_bias=True)),
-    "gpt2": lambda: minillama.GPT2(minillama.GPT2Config(**SHAPE)),
-}
+KINDS = ("llama", "grouped", "gpt2")
 
 
-@pytest.fixture(params=list(MODELS))
+def make(kind):
+    """A random model in eval mode, the same each time for the same torch.manual_seed."""
+    if kind == "gpt2":
+        model = minillama.GPT2(minillama.GPT2Config(**SHAPE))
+    else:
+        grouped = dict(num_key_value_heads=2, head_dim=10, attention_bias=True) if kind == "grouped" else {}
+        model = minillama.LLaMA(minillama.LLaMAConfig(**SHAPE, **grouped))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases at 0 and norms at 1 would hide a missing or a doubled one
+                parameter += 0.3 * torch.randn_like(parameter)
+        model.lm_head.weight *= 0.1  # logits of order 1, so that 1e-5 is a tolerance in float32
+    return model.eval()
+
+
+@pytest.fixture(params=KINDS)
 def model(request):
     torch.manual_seed(0)
-    model = MODELS[request.param]().eval()
-    with torch.no_grad():
-        model.lm_head.weight *= 0.1  # logits of order 1, so that 1e-5 is a tolerance in float32
-    return model
+    return make(request.param)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def save_adapter(model, folder):
         config = {
             "peft_type": "ADAPTION_PROMPT",
             "adapter_len": options["prompt_length"],
-            "adapter_layers": options["layers"],
+            "adapter_layers": options["layers"] or len(model.layers),
             "target_modules": "self_attn",
         }
     config |= {"base_model_name_or_path": getattr(model, "source", None), "task_type": "CAUSAL_LM", "inference_mode": True}

@@ -1,0 +1,165 @@
+"""The command line, run as a process the way a reader runs it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import SHAPE
+from safetensors.torch import load_file
+
+from minillama.pretrained import BASES
+
+
+def minillama(*arguments, cwd, timeout=300):
+    """(exit status, stdout, stderr) of python -m minillama."""
+    done = subprocess.run([sys.executable, "-m", "minillama", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    return done.returncode, done.stdout, done.stderr
+
+
+def sentence(stderr):
+    """The one line that a refused command prints; a traceback fails here."""
+    assert "Traceback" not in stderr
+    return stderr.strip().splitlines()[-1]
+
+
+def report(stdout, language="fr"):
+    base, adapted = (float(number) / 100 for number in re.search(rf"^ *{language} +([\d.]+)% +([\d.]+)%", stdout, re.M).groups())
+    share = float(re.search(r"\(([\d.]+)% of the base", stdout).group(1)) / 100
+    return base, adapted, share
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_french(tmp_path):
+    """The first promise of the README: at most 50 % before, at least 95 % after, at most 1 % of the parameters."""
+    code, out, err = minillama(cwd=tmp_path)
+    assert code == 0, err
+    base, adapted, share = report(out)
+    assert base <= 0.50 and adapted >= 0.95 and share <= 0.01
+    assert "bit-identical" in out
+    folder = tmp_path / "runs/dates-llama-llama_adapter-fr"
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "training.png"}
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(history) == 300 and all(max(map(abs, gates)) > 0.05 for gates in history[-1]["gates"].values())
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = minillama("generate", "--adapter", folder, "--prompt", "mercredi 14 juillet 2021 = ", cwd=tmp_path)
+    assert code == 0 and out.splitlines()[-1] == "mercredi 14 juillet 2021 = 2021-07-14", err
+
+
+@pytest.mark.slow
+def test_gpt2_learns_french_too(tmp_path):
+    code, out, err = minillama("--base", "dates-gpt2", cwd=tmp_path)
+    assert code == 0, err
+    assert report(out)[1] >= 0.90 and "bit-identical" in out
+
+
+def test_a_short_run_in_float32(tmp_path):
+    code, out, err = minillama(
+        "adapt", "--steps", 3, "--test-dates", 20, "--layers", 2, "--language", "fi", "--dtype", "float32", "--out", "here", cwd=tmp_path
+    )
+    assert code == 0, err
+    config = json.loads((tmp_path / "here/adapter_config.json").read_text())
+    assert config["method"] == "llama_adapter" and config["layers"] == 2 and "bit-identical" in out
+
+
+@pytest.mark.slow
+def test_the_same_seed_repeats_a_run(tmp_path):
+    files = []
+    for name in ("one", "two"):
+        assert minillama("--steps", 4, "--test-dates", 5, "--out", name, cwd=tmp_path)[0] == 0
+        files.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_compare_draws_and_prints(tmp_path):
+    code, out, err = minillama("compare", "--steps", 3, "--seeds", 1, "--test-dates", 10, "--out", "here", cwd=tmp_path)
+    assert code == 0, err
+    assert all(word in out for word in ("llama_adapter", "full", "base")) and (tmp_path / "here/comparison.png").exists()
+
+
+@pytest.mark.slow
+def test_pretrain_writes_a_base_that_opens(tmp_path):
+    for model in ("llama", "gpt2"):
+        code, out, err = minillama("pretrain", "--model", model, "--out", model, "--steps", 2, "--batch-size", 4, "--test-dates", 5, cwd=tmp_path)
+        assert code == 0, err
+        assert f"--model {model} --out {model} --steps 2" in (tmp_path / model / "README.md").read_text()
+        assert minillama("generate", "--base", model, "--prompt", "x", "--max-new-tokens", 2, cwd=tmp_path)[0] == 0
+
+
+def test_check(tmp_path):
+    code, out, err = minillama("check", cwd=tmp_path)
+    assert code == 0 and "everything works" in out and "PROBLEM" not in out, out + err
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("adapt", "--method", "lama"), "llama_adapter"),
+        (("adapt", "--language", "xx"), "CLDR knows no language 'xx'"),
+        (("adapt", "--base", "dates-lama"), "dates-llama"),
+        (("adapt", "--base", "/nowhere/at/all"), "neither a folder"),
+    ],
+)
+def test_bad_names_end_in_one_sentence(arguments, named, tmp_path):
+    code, _, err = minillama(*arguments, cwd=tmp_path)
+    assert code == 2 and named in sentence(err)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("adapt", "--layers", "9"), "layers is 9"),
+        (("adapt", "--prompt-length", "0"), "prompt_length is 0"),
+        (("adapt", "--steps", "0"), "--steps: 0 is too small"),
+        (("adapt", "--test-dates", "0"), "--test-dates: 0 is too small"),
+        (("adapt", "--device", "cuda:77"), "cuda:77"),
+        (("adapt", "--dtype", "int3"), "int3"),
+        (("pretrain",), "--out"),
+        (("generate", "--prompt", ""), "empty"),
+        (("generate", "--prompt", "x", "--adapter", "nowhere"), "adapter_config.json is missing"),
+        (("generate", "--prompt", "x", "--top-p", "3"), "top_p"),
+        (("fly",), "fly"),
+    ],
+)
+def test_bad_values_end_in_one_sentence(arguments, named, tmp_path, monkeypatch, capsys):
+    """The same promise without starting a process for each."""
+    from minillama.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(list(arguments))
+    except SystemExit as leaving:  # argparse's way out
+        code = leaving.code
+    assert code == 2 and named in sentence(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_folders_end_in_one_sentence(tmp_path, capsys):
+    from minillama.__main__ import main
+
+    base = tmp_path / "base"
+
+    def refused(named):
+        assert main(["adapt", "--base", str(base)]) == 2
+        assert named in sentence(capsys.readouterr().err)
+
+    base.mkdir()
+    refused("config.json is missing")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(base)
+    refused("tokenizer.json")
+    (base / "config.json").write_text((BASES / "dates-llama/config.json").read_text())
+    refused("do not belong together")
+    (base / "model.safetensors").write_bytes((BASES / "dates-llama/model.safetensors").read_bytes()[:100_000])
+    code, _, err = minillama("adapt", "--base", base, cwd=tmp_path)
+    assert code == 2 and "cut short" in sentence(err)
+
+
+def test_help_helps(tmp_path):
+    code, out, _ = minillama("--help", cwd=tmp_path)
+    assert code == 0 and all(word in out for word in ("adapt", "pretrain", "generate", "compare", "check"))
+    code, out, _ = minillama("adapt", "--help", cwd=tmp_path)
+    assert code == 0 and "--prompt-length" in out and "default: dates-llama" in out
