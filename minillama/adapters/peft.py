@@ -101,7 +101,7 @@ def load_adapter(model, folder, check_base=True):
         raise FileError(f"{path} was trained on a base with fingerprint {remembered}, this one has {ours}: load that base, or pass check_base=False")
     try:
         adapt(model, **options)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise FileError(f"{config_path}: {error}") from None
     try:
         own = adapter_parameters(model)
