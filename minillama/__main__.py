@@ -24,7 +24,7 @@ from .llama import LLaMA, LLaMAConfig
 from .pretrained import BASES, load, save
 from .train import exact_match, train
 
-LEARNING_RATE = {"llama_adapter": 0.1, "full": 1e-3}  # the best of a sweep on French, 300 steps of 64
+LEARNING_RATE = {"llama_adapter": 0.1, "ia3": 0.1, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
 
 
 def count(parameters):

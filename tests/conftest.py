@@ -46,8 +46,8 @@ def open_gates(model, seed=2):
     """Gives every adapter parameter a random value, so that nothing hides behind a zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in adapter_parameters(model).values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for _, parameter in sorted(adapter_parameters(model).items()):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -62,7 +62,7 @@ def test_a_short_run_in_float32(tmp_path):
     )
     assert code == 0, err
     config = json.loads((tmp_path / "here/adapter_config.json").read_text())
-    assert config["method"] == "llama_adapter" and config["layers"] == 2 and "bit-identical" in out
+    assert config["parts"][0]["method"] == "llama_adapter" and config["parts"][0]["layers"] == 2 and "bit-identical" in out
 
 
 @pytest.mark.slow

@@ -1,120 +1,163 @@
-"""Adapter folders: adapter_config.json beside adapter_model.safetensors.
+"""Translation between our adapters and the PEFT library's files, for LLaMA, Mistral and GPT-2.
 
-Where the PEFT library has the method and computes the same, the folder is PEFT's own and both read it. Elsewhere
-`peft_type` is "MINILLAMA", which PEFT refuses by name instead of computing something else, and the file holds the
-options of `adapt` and the tensors under their own names.
+PEFT names a tensor by the module of transformers' model it belongs to. For LLaMA and Mistral these are our own names
+behind a prefix. For GPT-2 the query, key and value projections are one matrix there, `c_attn`: IA3's three vectors are
+laid end to end (ones where we scale nothing), and LoRA's low-rank paths are stacked, each with rows and columns of its
+own; a stacked one that PEFT trained is read as three that share A's values.
 """
-
-import hashlib
-from pathlib import Path
 
 import torch
 
-from ..files import FileError, read_json, read_metadata, read_tensors, write_json, write_tensors
-from . import adapt, adapter_parameters, detach, is_adapted
+from ..gpt2 import GPT2
+from ..pretrained import GPT2_NAMES, rename
+
+QKV = ("q_proj", "k_proj", "v_proj")
+# What a configuration may say without changing what is computed at inference.
+NEUTRAL = {
+    "peft_type", "base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
+    "target_modules", "feedforward_modules", "init_ia3_weights", "init_lora_weights", "lora_dropout", "r", "lora_alpha",
+    "fan_in_fan_out", "adapter_len", "adapter_layers", "loftq_config", "eva_config", "corda_config", "megatron_core",
+    "lora_ga_config", "arrow_config", "runtime_config", "ensure_weight_tying", "qalora_group_size",
+}  # fmt: skip
 
 
-def fingerprint(model):
-    """16 hex digits that tell one base from another: names, shapes, and 64 spread values of each weight in bfloat16,
-    so that a base read in float32 and in bfloat16 has the same."""
-    digest = hashlib.sha256()
-    own = set(adapter_parameters(model))
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0].replace(".base.", ".")):
-        if name in own:
-            continue
-        digest.update(f"{name.replace('.base.', '.')} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
-        spread = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).cpu()
-        digest.update(spread.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def to_theirs(model, name):
+    """"layers.3.mlp.down_proj.x" -> "base_model.model.model.layers.3.mlp.down_proj.x", or GPT-2's name for it."""
+    if isinstance(model, GPT2):
+        return "base_model.model.transformer." + rename(name, {new: old for old, new in GPT2_NAMES.items()})
+    return f"base_model.model.model.{name}"
 
 
-def is_peft(model):
-    """Whether PEFT's adaption prompt computes what this adapter does: one plain gate a layer, on a LLaMA or Mistral
-    whose output projection has no bias (PEFT would add it twice)."""
-    return (
-        model.adapter["method"] == "llama_adapter"
-        and (model.adapter["gate"], model.adapter["tanh"]) == ("layer", False)
-        and getattr(model.config, "attention_bias", True) is False
-    )
+def to_ours(model, name):
+    name = name.removeprefix("base_model.model.")
+    return rename(name.removeprefix("transformer."), GPT2_NAMES) if isinstance(model, GPT2) else name.removeprefix("model.")
 
 
-def to_peft(name, tensor):
-    name = name.replace(".prompt", ".adaption_prompt").replace(".gate", ".adaption_gate")
-    return f"base_model.model.model.{name}", tensor[None] if name.endswith("prompt") else tensor
+def targets_of(tensors, model):
+    """The names PEFT knows modules by: the last word, and for GPT-2, where "c_proj" has two meanings, the last two."""
+    words = 2 if isinstance(model, GPT2) else 1
+    return sorted({".".join(name.split(".")[-words - 1 :][:words]) for name in tensors})
 
 
-def from_peft(name, tensor):
-    name = name.removeprefix("base_model.model.model.").replace(".adaption_", ".")
-    return name, tensor[0] if name.endswith("prompt") and tensor.dim() == 3 else tensor
+def size_of(model, place):
+    """(out_features, in_features) of the projection at a place, whatever wraps it."""
+    module = model.get_submodule(place.rpartition(".")[0])
+    while hasattr(module, "base"):
+        module = module.base
+    module = getattr(module, place.rpartition(".")[2])
+    return module.out_features, module.in_features
 
 
-def save_adapter(model, folder):
-    """Writes the adapter's options and tensors, and the fingerprint of its base, to a folder."""
-    if not is_adapted(model):
-        raise ValueError("the model carries no adapter: adapt(model, method) gives it one")
-    tensors, options = adapter_parameters(model), model.adapter
-    config = {"peft_type": "MINILLAMA", **options}
-    if is_peft(model):
-        tensors = dict(to_peft(*item) for item in tensors.items())
-        config = {
-            "peft_type": "ADAPTION_PROMPT",
-            "adapter_len": options["prompt_length"],
-            "adapter_layers": options["layers"] or len(model.layers),
-            "target_modules": "self_attn",
-        }
-    config |= {"base_model_name_or_path": getattr(model, "source", None), "task_type": "CAUSAL_LM", "inference_mode": True}
-    folder = Path(folder)
-    write_tensors(folder / "adapter_model.safetensors", tensors, base_fingerprint=fingerprint(model))
-    write_json(folder / "adapter_config.json", config)
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_options(path, model):
-    """The arguments of `adapt` that an adapter_config.json stands for."""
-    config = read_json(path)
-    about = ("peft_type", "base_model_name_or_path", "task_type", "inference_mode")
-    if config.get("peft_type") == "MINILLAMA" and "method" in config:
-        return {name: value for name, value in config.items() if name not in about}
-    if config.get("peft_type") != "ADAPTION_PROMPT":
-        raise FileError(f"{path}: peft_type is {config.get('peft_type')!r}; ADAPTION_PROMPT and MINILLAMA can be read")
-    if getattr(model.config, "attention_bias", True):
-        raise FileError(f"{path}: peft_type ADAPTION_PROMPT stands for another formula where the output projection has a bias, as in this base")
-    for key in ("adapter_len", "adapter_layers"):
-        if key not in config:
-            raise FileError(f"{path}: {key} is missing, without which the adapter's shape is unknown: copy the file again")
-    if config.get("target_modules") not in (None, "self_attn"):
-        raise FileError(f"{path}: target_modules is {config['target_modules']!r}; only 'self_attn' can be adapted")
-    return {"method": "llama_adapter", "prompt_length": config["adapter_len"], "layers": config["adapter_layers"], "gate": "layer", "tanh": False}
+def to_peft(model, parts, tensors):
+    """(config, tensors) in PEFT's layout, or None where PEFT does not have this or would compute something else."""
+    if len(parts) != 1:
+        return None
+    part, gpt2 = parts[0], isinstance(model, GPT2)
+    if part["method"] == "llama_adapter":
+        # One plain gate a layer, joined to the output: PEFT adds an output bias twice, and on a GPT-2 projects nothing.
+        if (part["gate"], part["tanh"]) != ("layer", False) or gpt2 or model.config.attention_bias:
+            return None
+        config = {"peft_type": "ADAPTION_PROMPT", "adapter_len": part["prompt_length"], "target_modules": "self_attn"}
+        config["adapter_layers"] = part["layers"] or len(model.layers)
+        names = {"prompt": "adaption_prompt", "gate": "adaption_gate"}
+        theirs = {}
+        for name, tensor in tensors.items():
+            place, _, own = name.rpartition(".")
+            theirs[to_theirs(model, f"{place}.{names[own]}")] = tensor[None] if own == "prompt" else tensor
+        return config, theirs
+    if part["method"] == "ia3":
+        if gpt2 and set(part["inputs"]) & set(QKV):
+            return None  # one input of c_attn serves all three there
+        own = {name.removesuffix(".scale"): tensor for name, tensor in tensors.items()}
+        own = {place: tensor[None] if place.rpartition(".")[2] in part["inputs"] else tensor[:, None] for place, tensor in own.items()}
+        if gpt2:
+            own = fuse(own, lambda place: torch.ones(size_of(model, place)[0], 1), torch.cat)
+        theirs = {to_theirs(model, f"{place}.ia3_l"): tensor for place, tensor in own.items()}
+        inputs = {name: tensor for name, tensor in theirs.items() if tensor.shape[0] == 1}
+        config = {"peft_type": "IA3", "target_modules": targets_of(theirs, model), "feedforward_modules": targets_of(inputs, model)}
+        return config | {"fan_in_fan_out": gpt2}, theirs
+    if part["method"] == "lora":
+        A = {name.removesuffix(".A"): tensor for name, tensor in tensors.items() if name.endswith(".A")}
+        B = {name.removesuffix(".B"): tensor for name, tensor in tensors.items() if name.endswith(".B")}
+        rank, alpha = part["rank"], part["alpha"]
+        if gpt2:
+            stacked = max(1, len(set(part["targets"]) & set(QKV)))
+            zero = {place: torch.zeros(size_of(model, place)[0], 0) for place in all_qkv(A)}
+            A = fuse(A, lambda place: torch.zeros(0, size_of(model, place)[1]), torch.cat)
+            B = fuse(B, zero.get, lambda blocks: torch.block_diag(*blocks))
+            rank, alpha = rank * stacked, alpha * stacked
+            A = {place: torch.nn.functional.pad(tensor, (0, 0, 0, rank - tensor.shape[0])) for place, tensor in A.items()}
+            B = {place: torch.nn.functional.pad(tensor, (0, rank - tensor.shape[1])) for place, tensor in B.items()}
+        theirs = {to_theirs(model, f"{place}.lora_A.weight"): tensor for place, tensor in A.items()}
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": targets_of({n.removesuffix(".weight"): 0 for n in theirs}, model)}
+        theirs |= {to_theirs(model, f"{place}.lora_B.weight"): tensor for place, tensor in B.items()}
+        return config | {"fan_in_fan_out": gpt2}, theirs
+    return None
 
 
-def load_adapter(model, folder, check_base=True):
-    """Attaches the adapter of a folder, frozen base and all, and returns the model.
+def all_qkv(tensors):
+    """Every layer's three places, where a dictionary by place has at least one of them."""
+    parents = dict.fromkeys(place.rpartition(".")[0] for place in tensors if place.rpartition(".")[2] in QKV)
+    return [f"{parent}.{name}" for parent in parents for name in QKV]
 
-    Raises FileError for a missing or damaged file, for shapes that do not fit the model, and, unless `check_base` is
-    False, for an adapter that was trained on another base. The model is then as it was.
-    """
-    config_path, path = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    options = read_options(config_path, model)
-    tensors = dict(from_peft(*item) for item in read_tensors(path).items())
-    remembered, ours = read_metadata(path).get("base_fingerprint"), fingerprint(model)
-    if check_base and remembered not in (None, ours):
-        raise FileError(f"{path} was trained on a base with fingerprint {remembered}, this one has {ours}: load that base, or pass check_base=False")
-    try:
-        adapt(model, **options)
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{config_path}: {error}") from None
-    try:
-        own = adapter_parameters(model)
-        if own.keys() != tensors.keys():
-            name = sorted(own.keys() ^ tensors.keys())[0]
-            raise FileError(f"{path}: {name} is {'missing' if name in own else 'one tensor too many'} for the options in {config_path.name}: the two do not belong together")
-        for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
-                raise FileError(f"{path}: {name} has shape {tuple(tensors[name].shape)} and this base needs {tuple(parameter.shape)}: it was made for another base")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
-    except BaseException:
-        detach(model)
-        raise
-    return model
+
+def fuse(tensors, absent, join):
+    """Joins each layer's query, key and value entry into one of `c_attn`; absent(place) stands for a missing one."""
+    fused = {place: tensor for place, tensor in tensors.items() if place.rpartition(".")[2] not in QKV}
+    places = all_qkv(tensors)
+    for three in zip(*[iter(places)] * 3):
+        parent = three[0].rpartition(".")[0].replace("self_attn", "attn")
+        fused[f"{parent}.c_attn"] = join([tensors[place] if place in tensors else absent(place) for place in three])
+    return fused
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def from_peft(model, config, tensors):
+    """(parts, tensors) of ours from a PEFT folder's content; ValueError names what it asks and we do not do."""
+    kind, gpt2 = config.get("peft_type"), isinstance(model, GPT2)
+    if kind not in ("ADAPTION_PROMPT", "IA3", "LORA"):
+        raise ValueError(f"peft_type is {kind!r}; ADAPTION_PROMPT, IA3, LORA and MINILLAMA can be read")
+    for key, value in config.items():
+        if key not in NEUTRAL and value not in (None, False, "none", {}, []):
+            raise ValueError(f"{key} is {value!r}, which is not honoured here; only its default is")
+    tensors = {to_ours(model, name): tensor for name, tensor in tensors.items()}
+    if kind == "ADAPTION_PROMPT":
+        if gpt2 or model.config.attention_bias:
+            raise ValueError("peft_type ADAPTION_PROMPT stands for another formula on a GPT-2, or where the output projection has a bias, as in this base")
+        own = {name.replace("adaption_", ""): tensor[0] if name.endswith("prompt") else tensor for name, tensor in tensors.items()}
+        part = {"method": "llama_adapter", "prompt_length": config["adapter_len"], "layers": config["adapter_layers"], "gate": "layer", "tanh": False}
+        return [part], own
+    if kind == "IA3":
+        own = {}
+        for name, tensor in tensors.items():
+            place, suffix, _ = name.rpartition(".ia3_l")
+            if not suffix or tensor.dim() != 2 or 1 not in tensor.shape:
+                raise ValueError(f"the tensor {name} of shape {tuple(tensor.shape)} is none of IA3's; those end in ia3_l and have one row or one column")
+            own |= split(place, tensor, 0) if tensor.shape[1] == 1 else {place: tensor}
+        outputs, inputs = ({place.rpartition(".")[2] for place, tensor in own.items() if tensor.shape[1 - side] == 1} for side in (0, 1))
+        part = {"method": "ia3", "outputs": sorted(outputs), "inputs": sorted(inputs)}
+        return [part], {f"{place}.scale": tensor.flatten() for place, tensor in own.items()}
+    own = {}
+    for name, tensor in tensors.items():
+        for suffix, matrix, side in ((".lora_A.weight", "A", None), (".lora_B.weight", "B", 0)):
+            if name.endswith(suffix):
+                own |= {f"{place}.{matrix}": part for place, part in split(name.removesuffix(suffix), tensor, side).items()}
+                break
+        else:
+            raise ValueError(f"the tensor {name} is none of LoRA's; those end in lora_A.weight or lora_B.weight")
+    targets = sorted({name.split(".")[-2] for name in own})
+    return [{"method": "lora", "rank": config["r"], "alpha": config["lora_alpha"], "targets": targets}], own
+
+
+def split(place, tensor, side):
+    """A `c_attn` entry as those of query, key and value: cut along an axis, or for None the same one three times."""
+    parent, _, own = place.rpartition(".")
+    if own != "c_attn":
+        return {place: tensor}
+    three = tensor.chunk(3, side) if side is not None else [tensor] * 3
+    return {f"{parent.replace('.attn', '.self_attn')}.{name}": part for name, part in zip(QKV, three)}

@@ -1,0 +1,93 @@
+"""Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751), and their parallel relatives.
+
+A small network squeezes D features to m and back (figure 2), and its output is added to a frozen sublayer's:
+
+    sequential                                       parallel (He et al. 2022, https://arxiv.org/abs/2110.04366)
+
+    x ─▶ sublayer ─┬───────────────────────▶ + ─▶    x ─┬─▶ sublayer ────────────────────────▶ + ─▶
+                   └▶ down ─▶ act ─▶ up ─────┘          └─▶ down ─▶ act ─▶ up ─▶ × scale ──────┘
+                      (m, D)         (D, m)
+
+The sum then goes into the residual stream as the sublayer's output did. Placements by name:
+
+    houlsby    sequential, behind attention's and the feed-forward's last projection; GELU
+    pfeiffer   sequential, behind the feed-forward only (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247); ReLU
+    parallel   beside the feed-forward; ReLU; `scale` 1, or 4 as in He et al.'s scaled parallel adapter
+
+`up` starts at 0, so the network adds 0: the model returns what it returned, bit for bit. The published initialisations
+are only near the identity and go by name: "houlsby", normal(0, 1e-2) cut at two deviations as in the paper's text, and
+"adapters", normal(0, 0.02) on both matrices as in the AdapterHub library.
+
+Trained parameters: 2·m·D + D + m for each network. The module needs torch alone and works on any model whose blocks
+call their parts `o_proj`, `down_proj` and `mlp`.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+PLACES = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",), "parallel": ("mlp",)}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+INITS = ("zero", "houlsby", "adapters")
+
+
+class Bottleneck(nn.Module):
+    """up(activation(down(x))), (..., D) -> (..., D), with weights of `size` m and float32, computed in x's dtype."""
+
+    def __init__(self, width, size, activation="gelu", init="zero", device=None):
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size is {size}; a bottleneck needs at least 1 feature")
+        if activation not in ACTIVATIONS or init not in INITS:
+            raise ValueError(f"activation is {activation!r} and init {init!r}; they can be {', '.join(ACTIVATIONS)} and {', '.join(INITS)}")
+        self.activation = activation
+        self.down, self.up = nn.Linear(width, size, device=device), nn.Linear(size, width, device=device)
+        with torch.no_grad():
+            self.down.bias.zero_(), self.up.bias.zero_()
+            if init == "zero":
+                self.up.weight.zero_()
+            for linear in (self.down, self.up) if init != "zero" else ():
+                if init == "houlsby":
+                    nn.init.trunc_normal_(linear.weight, std=1e-2, a=-2e-2, b=2e-2)
+                else:
+                    nn.init.normal_(linear.weight, std=0.02)
+
+    def forward(self, x):
+        narrow = ACTIVATIONS[self.activation](F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype)))  # (..., m)
+        return F.linear(narrow, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
+
+
+class Adapted(nn.Module):
+    """Wraps a module that maps (..., D) to (..., D') and adds a bottleneck's output to its own.
+
+    parallel: the bottleneck reads the module's input (then D' must be D) instead of its output.
+    With `active` set to False it is its base again, bit for bit.
+    """
+
+    def __init__(self, base, bottleneck, parallel=False, scale=1.0):
+        super().__init__()
+        self.base, self.bottleneck, self.parallel, self.scale, self.active = base, bottleneck, parallel, scale, True
+        if not parallel:
+            self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x):
+        y = self.base(x)
+        if not self.active:
+            return y
+        return y + self.scale * self.bottleneck(x if self.parallel else y)
+
+
+def attach(model, size=16, place="houlsby", activation=None, init="zero", scale=1.0):
+    """Puts a bottleneck of `size` features at every place of that name; activation None takes the placement's own."""
+    if place not in PLACES:
+        raise ValueError(f"place is {place!r}; it can be {', '.join(PLACES)}")
+    activation = activation or ("gelu" if place == "houlsby" else "relu")
+    found = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in PLACES[place]]
+    if not found:
+        raise ValueError(f"the model has no part named {PLACES[place][0]!r}, where {place!r} puts its bottleneck")
+    for name, module in found:
+        inner = module if place != "parallel" else next(part for part in module.modules() if hasattr(part, "in_features"))
+        width = inner.out_features if place != "parallel" else inner.in_features
+        parent, _, own = name.rpartition(".")
+        wrapper = Adapted(module, Bottleneck(width, size, activation, init, next(module.parameters()).device), place == "parallel", scale)
+        setattr(model.get_submodule(parent), own, wrapper)

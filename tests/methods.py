@@ -1,0 +1,248 @@
+"""What every adapter method is held to: the checks, and the formula of the whole adapted model written out in float64.
+
+A check takes `build`, a way to make the model, so that the checks which the right implementation passes can be asked of
+each planted mistake too (mistakes.py), and one of them must fail.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from conftest import left_padded, make, open_gates
+
+import minillama
+from minillama import Cache, adapt
+from minillama.adapters import adapter_parameters
+
+LENGTHS = [9, 4, 6]  # of the rows of `ids`, when padded on the left
+
+# Every method, by a name for the test's title: the arguments of `adapt`, and the parameters that move at the first step.
+CASES = {
+    "llama_adapter": (dict(method="llama_adapter", prompt_length=4), ("gate",)),
+    "ia3": (dict(method="ia3"), ("scale",)),
+    "ia3 everywhere": (dict(method="ia3", outputs=("q_proj", "k_proj", "up_proj"), inputs=("o_proj", "down_proj")), ("scale",)),
+    "lora": (dict(method="lora", rank=3, alpha=5.0), ("B",)),
+    "lora everywhere": (dict(method="lora", rank=2, alpha=3.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")), ("B",)),
+    "houlsby": (dict(method="bottleneck", size=5), ("up.weight", "up.bias")),
+    "pfeiffer": (dict(method="bottleneck", size=5, place="pfeiffer"), ("up.weight", "up.bias")),
+    "parallel": (dict(method="bottleneck", size=5, place="parallel", scale=4.0), ("up.weight", "up.bias")),
+}
+
+
+def builder(kind, case, **changes):
+    """build(state): the same random base each time, plain (None), freshly adapted, or with every adapter number random."""
+    arguments, first = CASES[case]
+
+    def build(state):
+        torch.manual_seed(0)
+        model = make(kind)
+        if state is None:
+            return model
+        torch.manual_seed(1)
+        adapt(model, **{**arguments, **changes})
+        return open_gates(model) if state == "open" else model
+
+    build.first = first
+    build.mergeable = arguments["method"] in ("ia3", "lora")
+    build.reference = lambda ids, real: reference(kind, case, tuple(changes.items()), tuple(ids.flatten().tolist()), tuple(map(tuple, real.tolist())))
+    return build
+
+
+# ── the formula ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@functools.cache
+def reference(kind, case, changes, ids, real):
+    """The formula's logits for what `builder(kind, case, **changes)` opens; the same for every planted mistake."""
+    real = torch.tensor(real)
+    model = builder(kind, case, **dict(changes))("open").double()
+    return reference_logits(model, torch.tensor(ids).view(real.shape), real)
+
+
+def reference_logits(model, ids, real):
+    """Logits of an adapted model, its parameters read by name and every adapter term written out."""
+    (part,) = model.adapters["default"]
+    own = adapter_parameters(model)
+    weight = {name.replace(".base.", "."): parameter for name, parameter in model.named_parameters()}
+    llama = isinstance(model, minillama.LLaMA)
+
+    def bottleneck(place, x):
+        act = {"houlsby": lambda z: z / 2 * (1 + torch.erf(z / math.sqrt(2)))}.get(part["place"], lambda z: z.clamp(min=0))
+        narrow = act(x @ own[f"{place}.bottleneck.down.weight"].T + own[f"{place}.bottleneck.down.bias"])
+        return part["scale"] * (narrow @ own[f"{place}.bottleneck.up.weight"].T + own[f"{place}.bottleneck.up.bias"])
+
+    def linear(place, x):
+        scaled = f"{place}.scale" in own and place.rpartition(".")[2]
+        y = (x * own[f"{place}.scale"] if scaled and scaled in part["inputs"] else x) @ weight[f"{place}.weight"].T
+        y = y + weight[f"{place}.bias"] if f"{place}.bias" in weight else y
+        if scaled and scaled in part["outputs"]:
+            y = y * own[f"{place}.scale"]
+        if f"{place}.A" in own:
+            y = y + part["alpha"] / part["rank"] * (x @ own[f"{place}.A"].T @ own[f"{place}.B"].T)
+        if f"{place}.bottleneck.up.weight" in own:
+            y = y + bottleneck(place, y)
+        return y
+
+    def norm(place, x):
+        if not llama:
+            return F.layer_norm(x, x.shape[-1:], weight[f"{place}.weight"], weight[f"{place}.bias"], model.config.layer_norm_eps)
+        return x / (x.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt() * weight[f"{place}.weight"]
+
+    def attention(place, x):
+        H = model.config.num_attention_heads
+        G = llama and model.config.num_key_value_heads or H
+        q, k, v = (linear(f"{place}.{name}", x) for name in ("q_proj", "k_proj", "v_proj"))
+        d = q.shape[-1] // H
+        if f"{place}.prompt" in own:
+            pk, pv = (linear(f"{place}.{name}", own[f"{place}.prompt"]) for name in ("k_proj", "v_proj"))
+            gate = own[f"{place}.gate"].tanh() if part["tanh"] else own[f"{place}.gate"]
+            gate = gate.expand(H, 1, d)
+        y = torch.zeros_like(q)
+        for b in range(len(x)):
+            words = real[b].nonzero()[:, 0]  # n places
+            future = torch.ones(len(words), len(words)).triu(1).bool()
+            for h in range(H):
+                group = h // (H // G)
+                of_q, of_k = slice(h * d, h * d + d), slice(group * d, group * d + d)
+                query, key = q[b, words, of_q], k[b, words, of_k]  # (n, d)
+                if llama:
+                    query, key = rotated(query, model.rope), rotated(key, model.rope)
+                scores = (query @ key.T / math.sqrt(d)).masked_fill(future, -math.inf)
+                y[b, words, of_q] = scores.softmax(-1) @ v[b, words, of_k]
+                if f"{place}.prompt" in own:
+                    on_prompts = (query @ pk[:, of_k].T / math.sqrt(d)).softmax(-1) @ pv[:, of_k]
+                    y[b, words, of_q] += gate[h] * on_prompts
+        return linear(f"{place}.o_proj", y)
+
+    def mlp(place, x):
+        u = linear(f"{place}.up_proj", x)
+        if llama:
+            g = linear(f"{place}.gate_proj", x)
+            u = u * g / (1 + (-g).exp())
+        else:
+            u = u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        y = linear(f"{place}.down_proj", u)
+        return y + bottleneck(place, x) if f"{place}.bottleneck.up.weight" in own else y
+
+    x = weight["embed_tokens.weight"][ids]
+    if not llama:
+        x = x + weight["embed_positions.weight"][(real.cumsum(1) - 1).clamp(min=0)]
+    for i in range(len(model.layers)):
+        x = x + attention(f"layers.{i}.self_attn", norm(f"layers.{i}.input_layernorm", x))
+        x = x + mlp(f"layers.{i}.mlp", norm(f"layers.{i}.post_attention_layernorm", x))
+    return norm("norm", x) @ model.lm_head.weight.T
+
+
+def rotated(z, rope):
+    """Row n of z (n, d) turned by n times the frequencies."""
+    a, b = z.chunk(2, -1)
+    angle = torch.arange(len(z))[:, None] * rope.frequencies()
+    cos, sin = angle.cos().double(), angle.sin().double()  # float32 as in the model: test_models.py holds it to transformers'
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+# ── the checks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(model, ids, padded=False, cached=False):
+    """Logits (B, T, V) of the model by one of the four ways to call it."""
+    mask = left_padded(ids, LENGTHS)[1] if padded else None
+    if not cached:
+        return model(ids, mask)
+    cache, parts, seen = Cache(), [], 0
+    for part in ids.split([4, 1, 1, 3], dim=1):
+        seen += part.shape[1]
+        parts.append(model(part, mask[:, :seen] if padded else None, cache))
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def check_closed(build, ids):
+    """At the start: the base's logits bit for bit, both dtypes, with and without cache and padding."""
+    for dtype in (torch.float32, torch.bfloat16):
+        base, adapted = build(None).to(dtype), build("closed").to(dtype)
+        for padded in (False, True):
+            for cached in (False, True):
+                assert torch.equal(run(adapted, ids, padded, cached), run(base, ids, padded, cached))
+
+
+@torch.no_grad()
+def check_open(build, ids):
+    """With random numbers everywhere: every logit equals the formula in float64, all four ways to call the model."""
+    model = build("open").double()
+    for padded in (False, True):
+        real = left_padded(ids, LENGTHS)[1].bool() if padded else torch.ones_like(ids).bool()
+        expected = build.reference(ids, real)
+        scale = expected[real].abs().max()
+        for cached in (False, True):
+            assert (run(model, ids, padded, cached) - expected)[real].abs().max() < 1e-10 * scale
+
+
+def check_two_steps(build, ids):
+    """The first step moves what starts at zero and nothing else, the second everything trainable; the base never moves."""
+    model = build("closed").double().train()  # in float64 no step is too small to be seen
+    own = adapter_parameters(model)
+    before = {name.replace(".base.", "."): parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        minillama.answer_loss(model, ids, ids).backward()
+        for parameter in model.parameters():  # what was unfrozen on the way would be trained by the next optimizer
+            if parameter.requires_grad and parameter.grad is not None:
+                parameter.data -= 0.1 * parameter.grad
+        return {name for name, p in ((n.replace(".base.", "."), p) for n, p in model.named_parameters()) if not torch.equal(p, before[name])}
+
+    assert step() == {name for name in own if name.endswith(build.first)}
+    assert step() == set(own)
+    for name in own:
+        assert (own[name] != before[name]).float().mean() > 0.5 or "down" in name, f"most of {name} never moved"  # a ReLU may leave down rows dead
+
+
+@torch.no_grad()
+def check_nothing_stale(build, ids):
+    """After the adapter changes, the next forward and the next generation use the new numbers."""
+    model = build("open")
+    model(ids), minillama.generate(model, ids, 2)
+    fresh = build("open")
+    for mine, theirs in zip(adapter_parameters(model).values(), adapter_parameters(fresh).values()):
+        mine += 0.5
+        theirs.copy_(mine)
+    assert torch.equal(model(ids), fresh(ids))
+    assert torch.equal(minillama.generate(model, ids, 4), minillama.generate(fresh, ids, 4))
+
+
+@torch.no_grad()
+def check_eval_is_deterministic(build, ids):
+    model = build("open").eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+@torch.no_grad()
+def check_merge(build, ids):
+    """Merged equals adapted, and unmerging restores both the adapted model and the base bit for bit, even from scale 0."""
+    if not build.mergeable:
+        return
+    model, base = build("open").double(), build(None).double()(ids)
+    for parameter in adapter_parameters(model).values():
+        parameter.view(-1)[0] = 0.0
+    adapted = model(ids)
+    minillama.merge(model)
+    assert not hasattr(model.layers[0].self_attn.k_proj, "base")
+    assert (model(ids) - adapted).abs().max() < 1e-9 * adapted.abs().max()
+    minillama.unmerge(model)
+    assert torch.equal(model(ids), adapted)
+    with minillama.disabled(model):
+        assert torch.equal(model(ids), base)
+
+
+CHECKS = [check_two_steps, check_open, check_merge, check_nothing_stale, check_eval_is_deterministic, check_closed]
+
+
+def fails(check, build, ids):
+    try:
+        check(build, ids)
+    except AssertionError:
+        return True
+    return False

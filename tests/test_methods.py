@@ -1,0 +1,207 @@
+"""Every method closed, open, over two steps, merged, switched, nested and stacked; and every planted mistake caught."""
+
+import ast
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+import transformers
+from conftest import KINDS, SHAPE, make, open_gates
+from methods import CASES, CHECKS, builder, fails
+from mistakes import MISTAKES, Prefix
+
+import minillama
+from minillama import activate, adapt, disabled, merge, unmerge
+from minillama.adapters import METHODS, adapter_parameters, detach, trainable_parameters, wrappers
+from minillama.adapters import llama_adapter
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_right(kind, case, check, ids):
+    check(builder(kind, case), ids)
+
+
+@pytest.mark.parametrize("case, module, name, mistake", MISTAKES, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize("kind", KINDS)
+def test_mistakes_are_caught(kind, case, module, name, mistake, ids, monkeypatch):
+    if kind in getattr(mistake, "harmless_for", ()):
+        pytest.skip(f"harmless on {kind}: {mistake.__doc__}")
+    builder(kind, case).reference(ids, torch.ones_like(ids).bool())  # by the right implementation, before it is replaced
+    builder(kind, case).reference(ids, torch.stack([torch.arange(9) >= 9 - n for n in (9, 4, 6)]))
+    monkeypatch.setattr(module, name, mistake)
+    assert any(fails(check, builder(kind, case), ids) for check in CHECKS), mistake.__doc__
+
+
+def test_the_catalogue_is_large_and_each_mistake_has_a_sentence():
+    assert len(MISTAKES) >= 40 and len({mistake.__doc__ for *_, mistake in MISTAKES}) == len(MISTAKES)
+
+
+def test_what_the_prefix_mistakes_derive_from_is_right(ids, monkeypatch):
+    monkeypatch.setattr(llama_adapter, "AdaptedAttention", Prefix)
+    for kind in KINDS:
+        assert not any(fails(check, builder(kind, "llama_adapter"), ids) for check in CHECKS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_disabled_is_the_base_bit_for_bit_and_ends(model, case, ids):
+    base = model(ids)
+    opened = open_gates(adapt(model, **CASES[case][0]))(ids)
+    assert not torch.equal(opened, base)
+    with disabled(model):
+        assert torch.equal(model(ids), base)
+        with disabled(model):
+            pass
+        assert torch.equal(model(ids), base)
+    assert torch.equal(model(ids), opened)
+    with pytest.raises(RuntimeError), disabled(model):
+        raise RuntimeError
+    assert torch.equal(model(ids), opened)
+    detach(model)
+    assert not wrappers(model) and torch.equal(model(ids), base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init", ("houlsby", "adapters"))
+def test_published_bottleneck_starts_are_only_near_the_identity(model, init, ids):
+    base = model(ids)
+    distance = (adapt(model, "bottleneck", size=8, init=init)(ids) - base).abs().max()
+    assert 0 < distance < 0.3 * base.abs().max()
+
+
+@torch.no_grad()
+def test_several_adapters_on_one_base_are_switched_without_copies(model, ids):
+    base, alone = model(ids), {}
+    for seed, (name, case) in enumerate([("fr", "lora"), ("de", "llama_adapter"), ("fi", "ia3"), ("hu", "lora"), ("es", "houlsby")]):
+        adapt(model, **CASES[case][0], name=name)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in adapter_parameters(model, name).values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        alone[name] = model(ids)
+        assert set(trainable_parameters(model).values()) == set(adapter_parameters(model, name).values())
+    where = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    for name, expected in alone.items():
+        assert torch.equal(activate(model, name)(ids), expected)
+    assert torch.equal(activate(model)(ids), base)
+    both = activate(model, "fr", "fi")(ids)
+    assert not any(torch.equal(both, logits) for logits in alone.values())
+    assert where == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    detach(model, "de")
+    assert torch.equal(activate(model, "hu")(ids), alone["hu"]) and "de" not in model.adapters
+    with pytest.raises(ValueError, match="no adapter 'de'.*'fr'"):
+        activate(model, "de")
+    assert torch.equal(detach(model)(ids), base)
+
+
+@torch.no_grad()
+def test_one_adapter_of_several_methods(model, ids):
+    """Methods stack in one adapter; where both can be merged, the merged model equals it and comes back bit for bit."""
+    base = model(ids)
+    for method in ("ia3", "lora"):
+        adapt(model, method)
+    assert torch.equal(model(ids), base)
+    adapted = open_gates(model)(ids)
+    merge(model)
+    assert not wrappers(model) and (model(ids) - adapted).abs().max() < 2e-5 * adapted.abs().max()
+    with pytest.raises(ValueError, match="unmerge"):
+        adapt(model, "ia3")
+    assert torch.equal(unmerge(model)(ids), adapted)
+    adapt(model, "bottleneck"), adapt(model, "llama_adapter")
+    assert torch.equal(model(ids), adapted) and len(model.adapters["default"]) == 4
+    with pytest.raises(ValueError, match="cannot|no fixed weight"):
+        merge(model)
+    with pytest.raises(ValueError, match="has ia3 already"):
+        adapt(model, "ia3")
+    assert torch.equal(detach(model)(ids), base)
+
+
+@torch.no_grad()
+def test_merged_model_is_saved_as_a_plain_one(model, ids, tmp_path):
+    open_gates(adapt(model, "lora"))
+    with pytest.raises(ValueError, match="save_adapter"):
+        minillama.save(model, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    merge(model)
+    minillama.save(model, tmp_path)
+    assert torch.equal(minillama.load(tmp_path)[0](ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    "method, options, named",
+    [
+        ("llama_adapter", dict(layers=0), "layers is 0.*1 to 3"),
+        ("llama_adapter", dict(layers=4), "layers is 4"),
+        ("llama_adapter", dict(prompt_length=0), "prompt_length is 0"),
+        ("llama_adapter", dict(gate="row"), "gate is 'row'"),
+        ("llama_adapter", dict(rank=4), "no option 'rank'"),
+        ("ia3", dict(outputs=("keys",)), "'keys'"),
+        ("ia3", dict(outputs=("k_proj",), inputs=("k_proj",)), "one side"),
+        ("lora", dict(rank=0), "rank is 0"),
+        ("lora", dict(targets=("c_attn",)), "'c_attn'"),
+        ("bottleneck", dict(size=0), "size is 0"),
+        ("bottleneck", dict(place="everywhere"), "place is 'everywhere'"),
+        ("bottleneck", dict(activation="sin"), "activation is 'sin'"),
+        ("lama_adapter", {}, "method is 'lama_adapter'; it can be llama_adapter"),
+    ],
+)
+def test_bad_options_leave_the_model_alone(model, method, options, named):
+    with pytest.raises(ValueError, match=named):
+        adapt(model, method, **options)
+    assert not wrappers(model) and all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="no adapter"):
+        merge(model)
+
+
+def parameters(model, method, **options):
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in trainable_parameters(adapt(model(), method, **options)).values())
+
+
+def test_counts_are_the_papers():
+    """Computed from the real shapes, on the meta device."""
+    llama = lambda: minillama.LLaMA(minillama.LLaMAConfig())
+    smollm2 = lambda: minillama.LLaMA(minillama.LLaMAConfig(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True))
+    gpt3 = lambda: minillama.GPT2(minillama.GPT2Config(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96))
+    assert parameters(llama, "llama_adapter", prompt_length=10, layers=30) == 1_228_800 + 960  # 1.2M, Zhang et al. 4.1
+    assert parameters(smollm2, "ia3") == 57_600
+    assert parameters(gpt3, "lora", rank=1) == 4_718_592  # 4.7M, Hu et al. table 4
+    m, D, L = 8, 768, 12
+    bert_like = lambda: minillama.GPT2(minillama.GPT2Config())
+    assert parameters(bert_like, "bottleneck", size=m) == L * 2 * (2 * m * D + D + m)  # Houlsby et al. 2.1, two a layer
+
+
+# ── a module copied alone into another project ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_module_imports_torch_alone(name):
+    tree = ast.parse(pathlib.Path(METHODS[name].__file__).read_text())
+    imported = {(node.module or ".") if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert {module.partition(".")[0] for module in imported} <= {"torch", "math"}
+    assert len(pathlib.Path(METHODS[name].__file__).read_text().splitlines()) <= 155
+
+
+@pytest.mark.parametrize("name, first", [("ia3", "scale"), ("lora", "B"), ("bottleneck", "up")])
+@pytest.mark.parametrize("architecture", ("Llama", "Mistral"))
+def test_module_alone_adapts_a_transformers_model(name, first, architecture, ids, tmp_path):
+    """The file, copied to a folder of its own, closed bit for bit and trained by transformers' own loss."""
+    copy = tmp_path / f"my_{name}.py"
+    copy.write_text(pathlib.Path(METHODS[name].__file__).read_text())
+    spec = importlib.util.spec_from_file_location(copy.stem, copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(**SHAPE, num_key_value_heads=2)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval().requires_grad_(False)
+    base = model(ids).logits
+    module.attach(model)
+    assert torch.equal(model(ids).logits, base)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    assert model(ids, labels=ids).loss < loss
+    assert all((parameter.grad != 0).any() == (first in parameter_name) for parameter_name, parameter in model.named_parameters() if parameter.requires_grad)
