@@ -4,6 +4,9 @@ Each command is one function that can be read from top to bottom.
 """
 
 import argparse
+import ast
+import contextlib
+import inspect
 import platform
 import statistics
 import sys
@@ -21,6 +24,7 @@ from .figures import comparison_figure, save_figure, training_figure
 from .generate import stream
 from .gpt2 import GPT2, GPT2Config
 from .llama import LLaMA, LLaMAConfig
+from .papers import counts
 from .pretrained import BASES, load, save
 from .train import exact_match, train
 
@@ -66,7 +70,7 @@ def open_base(args, name=None):
 def run_adapt(args):
     start = time.perf_counter()
     data.locales(args.language)  # a wrong name ends here, before any work
-    options = {key: value for key, value in (("prompt_length", args.prompt_length), ("layers", args.layers)) if value is not None}
+    options = dict(args.option)
     model, tokenizer = open_base(args)
     size = count(model.parameters())
     out = Path(args.out or f"runs/{Path(args.base).name}-{args.method}-{args.language}")
@@ -176,6 +180,10 @@ def write_card(args, out, matches, seconds, size):
 
 
 def run_compare(args):
+    if args.papers:
+        print("Trained parameters, computed from the real shapes, beside the papers' words:\n")
+        print(table([("method", "options", "model", "computed", "paper")] + [(*row[:3], f"{row[3]:,}", row[4]) for row in counts()]))
+        return
     data.locales(args.language)
     model, tokenizer = open_base(args)
     device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
@@ -249,6 +257,19 @@ def positive(text):
     return number
 
 
+def assignment(text):
+    """"rank=4" -> ("rank", 4); a value that is no Python literal stays text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no '='; needed is NAME=VALUE, such as prompt_length=10")
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(value)
+    return name, value
+
+
+OPTIONS = "; ".join(f"{method}: {', '.join(list(inspect.signature(module.attach).parameters)[1:])}" for method, module in METHODS.items())
+
+
 def parser():
     top = argparse.ArgumentParser(prog="python -m minillama", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", metavar="command")
@@ -272,8 +293,7 @@ def parser():
 
     sub = command("adapt", run_adapt, "Teaches a frozen base the dates of another language.", "base", "training")
     sub.add_argument("--method", default="llama_adapter", choices=list(METHODS), help="adapter method")
-    sub.add_argument("--prompt-length", type=int, help="K, prompt tokens per layer; None: the method's default")
-    sub.add_argument("--layers", type=int, help="how many of the top layers are adapted; None: all")
+    sub.add_argument("--option", type=assignment, action="append", default=[], metavar="NAME=VALUE", help=f"one of the method's own, as often as needed: {OPTIONS}")
     sub = command("pretrain", run_pretrain, "Trains a base from scratch on English dates and writes its folder with a model card.")
     sub.add_argument("--model", default="llama", choices=("llama", "gpt2"), help="architecture")
     sub.add_argument("--out", required=True, help="folder for config.json, model.safetensors, README.md and metrics.jsonl")
@@ -290,6 +310,7 @@ def parser():
     sub.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     sub.add_argument("--top-p", type=float, help="draw from the fewest likeliest tokens whose probabilities reach p")
     sub = command("compare", run_compare, "Trains every method beside full fine-tuning on one language: a table and a picture.", "base", "training")
+    sub.add_argument("--papers", action="store_true", help="instead: the papers' parameter counts, computed from the real shapes")
     sub.add_argument("--seeds", type=positive, default=3, help="runs per method")
     command("check", run_check, "Looks whether everything is in place: versions, device, bundled files, and a ten-second self-test.")
     return top

@@ -28,12 +28,13 @@ def save_figure(figure, path):
 
 
 def training_figure(history, title):
-    """Loss and accuracy over the steps, and every layer's gates opening from zero. history: what `train` returned."""
+    """Loss and accuracy over the steps, and where there are gates, each opening from zero. history: what `train` returned."""
     steps = [record["step"] for record in history]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        gated = "gates" in history[0]
+        figure = Figure(figsize=(11 if gated else 6.5, 3.6), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-        left, right = figure.subplots(1, 2)
+        left, *right = figure.subplots(1, 1 + gated, squeeze=False)[0]
         left.plot(steps, [record["loss"] for record in history], color=TRAINED)
         left.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None), title="Loss and accuracy on the training batches")
         accuracy = left.twinx()
@@ -45,19 +46,23 @@ def training_figure(history, title):
         left.lines[0].set_label("loss (left axis)")
         left.legend(loc="center right")
 
-        layers = list(history[0].get("gates", {}))
-        shades = matplotlib.colormaps["YlOrRd"]
-        dashes = ["-", "--", "-.", ":"]
-        for i, layer in enumerate(layers):
-            color = shades(0.4 + 0.55 * i / max(1, len(layers) - 1))
-            rows = [[0.0] * len(history[0]["gates"][layer])] + [record["gates"][layer] for record in history]
-            for head, line in enumerate(zip(*rows)):
-                right.plot([0, *steps], line, color=color, linestyle=dashes[i % 4], linewidth=1.2, label=f"layer {layer}" if head == 0 else None)
-        right.axhline(0, color=INK, linewidth=0.8)
-        right.set(xlabel="step", ylabel="gate (0: the base, bit for bit)", title="The gates open from zero, one line per head")
-        if 0 < len(layers) <= 12:
-            right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        if gated:
+            draw_gates(right[0], history)
     return figure
+
+
+def draw_gates(axes, history):
+    """One line per head (or layer), coloured and dashed by layer, from the 0 before the first step."""
+    layers, shades, dashes = list(history[0]["gates"]), matplotlib.colormaps["YlOrRd"], ("-", "--", "-.", ":")
+    for i, layer in enumerate(layers):
+        color = shades(0.4 + 0.55 * i / max(1, len(layers) - 1))
+        rows = [[0.0] * len(history[0]["gates"][layer])] + [record["gates"][layer] for record in history]
+        for head, line in enumerate(zip(*rows)):
+            axes.plot(range(len(line)), line, color=color, linestyle=dashes[i % 4], linewidth=1.2, label=f"layer {layer}" if head == 0 else None)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel="step", ylabel="gate (0: the base, bit for bit)", title="The gates open from zero, one line per head")
+    if len(layers) <= 12:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def comparison_figure(rows, title):

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minillama.adapters import bottleneck, ia3, llama_adapter, lora
+from minillama.adapters import bottleneck, ia3, llama_adapter, lora, prefix_tuning
 from minillama.adapters.bottleneck import Adapted, Bottleneck
 from minillama.adapters.ia3 import IA3Linear
 from minillama.adapters.llama_adapter import AdaptedAttention
 from minillama.adapters.lora import LoRALinear
+from minillama.adapters.prefix_tuning import PrefixAttention
 from minillama.attention import rotate
 
 # ── zero-init gated prefix attention ────────────────────────────────────────────────────────────────────────────────
@@ -213,6 +214,66 @@ class OpenGate(Prefix):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         nn.init.ones_(self.gate)
+
+
+# ── prefix tuning ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PrefixAtTheWordsPlace(PrefixAttention):
+    """keys of the prefix used as if the words began at position 0"""
+
+    harmless_for = ("gpt2",)  # its positions are no part of the keys
+
+    def prefix(self, dtype):
+        return self.keys.to(dtype), self.values.to(dtype)
+
+
+class PrefixHidden(PrefixAttention):
+    """a causal mask that hides the prefix from the first words"""
+
+    def attend(self, q, k, v, mask=None, cache=None):
+        past = cache.k.shape[2] if cache is not None and cache.k is not None else 0
+        T, S = q.shape[2], past + k.shape[2]
+        seen = torch.arange(self.length + S) <= torch.arange(past, past + T)[:, None]
+        if cache is not None:
+            k, v = cache.append(k, v)
+        pk, pv = (z.expand(len(q), -1, -1, -1) for z in self.prefix(q.dtype))
+        return self.base.attend(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), seen[None, None])
+
+
+class PrefixAsSecondSoftmax(PrefixAttention):
+    """a softmax of its own for the prefix, added to the words': LLaMA-Adapter without its gate"""
+
+    def attend(self, q, k, v, mask=None, cache=None):
+        y = self.base.attend(q, k, v, mask, cache)
+        return y + llama_adapter.prefix_attention(q, *self.prefix(q.dtype))
+
+
+class PrefixInTheCache(PrefixAttention):
+    """the prefix put into the cache at every step instead of once"""
+
+    def attend(self, q, k, v, mask=None, cache=None):
+        pk, pv = (z.expand(len(q), -1, -1, -1) for z in self.prefix(q.dtype))
+        if mask is not None:
+            return super().attend(q, k, v, mask, cache)
+        return self.base.attend(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), None, cache)
+
+
+class StaleKeys(PrefixAttention):
+    """the turned keys kept in the module from one step to the next"""
+
+    def prefix(self, dtype):
+        if not hasattr(self, "kept"):
+            self.kept = [z.detach() for z in super().prefix(dtype)]
+        return [z.to(dtype) for z in self.kept]
+
+
+class SharedKeysAndValues(PrefixAttention):
+    """one table for keys and values"""
+
+    def prefix(self, dtype):
+        k, _ = super().prefix(dtype)
+        return k, self.keys.to(dtype)
 
 
 # ── IA3 ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -477,6 +538,7 @@ right_attach = bottleneck.attach
 # (case in methods.CASES, module, the name that is replaced, by what)
 MISTAKES = (
     [("llama_adapter", llama_adapter, "AdaptedAttention", mistake) for mistake in Prefix.__subclasses__()]
+    + [("prefix_tuning", prefix_tuning, "PrefixAttention", mistake) for mistake in PrefixAttention.__subclasses__()]
     + [("ia3", ia3, "IA3Linear", mistake) for mistake in IA3Linear.__subclasses__()]
     + [("ia3", ia3, "attach", mistake) for mistake in (attach_before_activation, attach_to_queries)]
     + [("lora", lora, "LoRALinear", mistake) for mistake in LoRALinear.__subclasses__()]

@@ -20,6 +20,10 @@ SHARED = {
         dict(method="llama_adapter", prompt_length=4, layers=2, gate="layer", tanh=False),
         lambda gpt2: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
     ),
+    "prefix_tuning": (
+        dict(method="prefix_tuning", prefix_length=4),
+        lambda gpt2: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    ),
     "ia3": (
         dict(method="ia3"),
         lambda gpt2: peft.IA3Config(
@@ -111,7 +115,7 @@ def test_we_read_what_peft_writes(pair, method, ids, tmp_path):
     base_logits = theirs(ids).logits.clone()
     adapted = peft.get_peft_model(theirs, SHARED[method][1](gpt2)).eval()
     for name, parameter in adapted.named_parameters():
-        if any(word in name for word in ("adaption", "ia3", "lora")):
+        if any(word in name for word in ("adaption", "ia3", "lora", "prompt_encoder")):
             torch.nn.init.normal_(parameter, std=0.3)
     adapted.save_pretrained(tmp_path / "adapter")
     expected = adapted(ids).logits

@@ -58,7 +58,7 @@ def test_gpt2_learns_french_too(tmp_path):
 
 def test_a_short_run_in_float32(tmp_path):
     code, out, err = minillama(
-        "adapt", "--steps", 3, "--test-dates", 20, "--layers", 2, "--language", "fi", "--dtype", "float32", "--out", "here", cwd=tmp_path
+        "adapt", "--steps", 3, "--test-dates", 20, "--option", "layers=2", "--language", "fi", "--dtype", "float32", "--out", "here", cwd=tmp_path
     )
     assert code == 0, err
     config = json.loads((tmp_path / "here/adapter_config.json").read_text())
@@ -111,8 +111,10 @@ def test_bad_names_end_in_one_sentence(arguments, named, tmp_path):
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (("adapt", "--layers", "9"), "layers is 9"),
-        (("adapt", "--prompt-length", "0"), "prompt_length is 0"),
+        (("adapt", "--option", "layers=9"), "layers is 9"),
+        (("adapt", "--option", "prompt_length=0"), "prompt_length is 0"),
+        (("adapt", "--option", "rank"), "NAME=VALUE"),
+        (("adapt", "--option", "rank=3"), "no option 'rank'"),
         (("adapt", "--steps", "0"), "--steps: 0 is too small"),
         (("adapt", "--test-dates", "0"), "--test-dates: 0 is too small"),
         (("adapt", "--device", "cuda:77"), "cuda:77"),
@@ -162,4 +164,4 @@ def test_help_helps(tmp_path):
     code, out, _ = minillama("--help", cwd=tmp_path)
     assert code == 0 and all(word in out for word in ("adapt", "pretrain", "generate", "compare", "check"))
     code, out, _ = minillama("adapt", "--help", cwd=tmp_path)
-    assert code == 0 and "--prompt-length" in out and "default: dates-llama" in out
+    assert code == 0 and "prompt_length" in out and "default: dates-llama" in out

@@ -155,22 +155,22 @@ def test_bad_options_leave_the_model_alone(model, method, options, named):
         merge(model)
 
 
-def parameters(model, method, **options):
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in trainable_parameters(adapt(model(), method, **options)).values())
-
-
 def test_counts_are_the_papers():
     """Computed from the real shapes, on the meta device."""
-    llama = lambda: minillama.LLaMA(minillama.LLaMAConfig())
-    smollm2 = lambda: minillama.LLaMA(minillama.LLaMAConfig(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True))
-    gpt3 = lambda: minillama.GPT2(minillama.GPT2Config(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96))
-    assert parameters(llama, "llama_adapter", prompt_length=10, layers=30) == 1_228_800 + 960  # 1.2M, Zhang et al. 4.1
-    assert parameters(smollm2, "ia3") == 57_600
-    assert parameters(gpt3, "lora", rank=1) == 4_718_592  # 4.7M, Hu et al. table 4
-    m, D, L = 8, 768, 12
-    bert_like = lambda: minillama.GPT2(minillama.GPT2Config())
-    assert parameters(bert_like, "bottleneck", size=m) == L * 2 * (2 * m * D + D + m)  # Houlsby et al. 2.1, two a layer
+    from minillama.papers import counts
+
+    computed = {(method, options, model): trained for method, options, model, trained, _ in counts()}
+    m, D = 64, 1024
+    assert computed == {
+        ("llama_adapter", "prompt_length=10, layers=30", "llama_7b"): 1_228_800 + 960,
+        ("llama_adapter", "prompt_length=10, layers=30, gate=layer", "llama_7b"): 1_228_800 + 30,
+        ("ia3", "", "t0_3b"): 540_672,
+        ("ia3", "", "smollm2"): 57_600,
+        ("bottleneck", "size=64", "bert_large"): 24 * 2 * (2 * m * D + D + m),
+        ("lora", "rank=1", "gpt3"): 4_718_592,
+        ("lora", "rank=8", "gpt3"): 37_748_736,
+    }
+    assert round((1_228_800 + 960) * 4 / 2**20, 2) == 4.69  # MiB in float32, as the authors' file
 
 
 # ── a module copied alone into another project ──────────────────────────────────────────────────────────────────────

@@ -11,9 +11,9 @@ Several adapters, each with a name, may stand on one base; an adapter may consis
 import contextlib
 import inspect
 
-from . import bottleneck, ia3, llama_adapter, lora
+from . import bottleneck, ia3, llama_adapter, lora, prefix_tuning
 
-METHODS = {"llama_adapter": llama_adapter, "ia3": ia3, "bottleneck": bottleneck, "lora": lora}
+METHODS = {"llama_adapter": llama_adapter, "prefix_tuning": prefix_tuning, "ia3": ia3, "bottleneck": bottleneck, "lora": lora}
 
 
 def adapt(model, method, name="default", **options):

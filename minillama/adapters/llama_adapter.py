@@ -70,7 +70,7 @@ class AdaptedAttention(nn.Module):
             raise ValueError(f"prompt_length is {prompt_length}; at least 1 prompt token is needed")
         device = next(base.parameters()).device
         self.base, self.tanh, self.active = base, tanh, True
-        self.width, self.num_heads, self.head_dim = base.width, base.num_heads, base.head_dim
+        self.width, self.num_heads, self.num_kv_heads, self.head_dim, self.rope = base.width, base.num_heads, base.num_kv_heads, base.head_dim, base.rope
         self.prompt = nn.Parameter(torch.randn(prompt_length, self.width, device=device))
         self.gate = nn.Parameter(torch.zeros(gate_shape(gate, self.num_heads, self.head_dim), device=device))
 

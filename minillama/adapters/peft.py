@@ -17,6 +17,7 @@ NEUTRAL = {
     "peft_type", "base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
     "target_modules", "feedforward_modules", "init_ia3_weights", "init_lora_weights", "lora_dropout", "r", "lora_alpha",
     "fan_in_fan_out", "adapter_len", "adapter_layers", "loftq_config", "eva_config", "corda_config", "megatron_core",
+    "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules", "encoder_hidden_size",
     "lora_ga_config", "arrow_config", "runtime_config", "ensure_weight_tying", "qalora_group_size",
 }  # fmt: skip
 
@@ -68,6 +69,14 @@ def to_peft(model, parts, tensors):
             place, _, own = name.rpartition(".")
             theirs[to_theirs(model, f"{place}.{names[own]}")] = tensor[None] if own == "prompt" else tensor
         return config, theirs
+    if part["method"] == "prefix_tuning":
+        if part["reparameterize"] is not None:
+            return None  # PEFT's MLP is one for all layers
+        kv = [tensors[f"layers.{i}.self_attn.{own}"] for i in range(len(model.layers)) for own in ("keys", "values")]  # (G, K, d) each
+        G, K, d = kv[0].shape
+        config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": K, "token_dim": G * d, "num_attention_heads": G, "num_layers": len(model.layers)}
+        config |= {"num_transformer_submodules": 1, "encoder_hidden_size": G * d, "prefix_projection": False}
+        return config, {"prompt_embeddings": torch.stack(kv).permute(2, 0, 1, 3).reshape(K, -1)}  # (K, 2L·G·d)
     if part["method"] == "ia3":
         if gpt2 and set(part["inputs"]) & set(QKV):
             return None  # one input of c_attn serves all three there
@@ -120,11 +129,20 @@ def fuse(tensors, absent, join):
 def from_peft(model, config, tensors):
     """(parts, tensors) of ours from a PEFT folder's content; ValueError names what it asks and we do not do."""
     kind, gpt2 = config.get("peft_type"), isinstance(model, GPT2)
-    if kind not in ("ADAPTION_PROMPT", "IA3", "LORA"):
-        raise ValueError(f"peft_type is {kind!r}; ADAPTION_PROMPT, IA3, LORA and MINILLAMA can be read")
+    if kind not in ("ADAPTION_PROMPT", "PREFIX_TUNING", "IA3", "LORA"):
+        raise ValueError(f"peft_type is {kind!r}; ADAPTION_PROMPT, PREFIX_TUNING, IA3, LORA and MINILLAMA can be read")
     for key, value in config.items():
         if key not in NEUTRAL and value not in (None, False, "none", {}, []):
             raise ValueError(f"{key} is {value!r}, which is not honoured here; only its default is")
+    if kind == "PREFIX_TUNING":
+        table, K, layers = tensors["prompt_embeddings"], config["num_virtual_tokens"], len(model.layers)
+        attention = model.layers[0].self_attn
+        G, d = attention.num_kv_heads, attention.head_dim
+        if table.shape != (K, 2 * layers * G * d):
+            raise ValueError(f"prompt_embeddings has shape {tuple(table.shape)}; {K} virtual tokens on this base need {(K, 2 * layers * G * d)}")
+        kv = table.view(K, layers, 2, G, d).permute(1, 2, 3, 0, 4)  # (L, 2, G, K, d)
+        own = {f"layers.{i}.self_attn.{name}": part for i, two in enumerate(kv) for name, part in zip(("keys", "values"), two)}
+        return [{"method": "prefix_tuning", "prefix_length": K}], own
     tensors = {to_ours(model, name): tensor for name, tensor in tensors.items()}
     if kind == "ADAPTION_PROMPT":
         if gpt2 or model.config.attention_bias:

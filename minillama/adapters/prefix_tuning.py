@@ -1,0 +1,110 @@
+"""Prefix tuning (Li & Liang 2021, https://arxiv.org/abs/2101.00190): learned keys and values before the words' own.
+
+Every layer gets K keys and K values of its own, which are parameters; the words attend to them and to each other in one
+softmax (equation 3 and section 4.2; without the reparameterisation this is also P-tuning v2):
+
+    x ─▶ project ─▶ q, k, v ─▶ softmax(q [k_prefix; k]ᵀ / √d) [v_prefix; v] ─▶ o_proj ─▶
+                                    ▲                          ▲
+                                 trained                    trained
+
+It is not the identity at the start, whatever the numbers: a prefix of zeros still takes its share of the softmax from
+the words (with K = 10 zero keys before 10 words of score 0, half of it). That is what the gate of LLaMA-Adapter mends.
+
+The words stand at positions K, K + 1, …, as if the prefix were text before them, and the prefix is used as it is. Here
+the words keep the positions that the model gave them; with RoPE the prefix's keys are turned back by K positions instead,
+which leaves every score the same, and a GPT-2 reads its position embeddings K places on.
+
+reparameterize: a hidden width; the keys and values then come out of a small MLP over learned embeddings (section 4.3),
+here one for each layer, which steadies training; None: they are the parameters themselves.
+
+Trained parameters: L · 2 · K · G · d.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class PrefixAttention(nn.Module):
+    """Wraps an attention with the verbs project, keys_values, attend and output; `attend` sees the prefix as well.
+
+    Parameters: keys and values, (G, K, d) each, drawn from N(0, 1) as in PEFT; or, reparameterized, `embedding` (K, G·d)
+    and the two layers of `mlp`. float32 whatever the base's dtype. With `active` False it is its base, bit for bit.
+    """
+
+    def __init__(self, base, prefix_length=10, reparameterize=None):
+        super().__init__()
+        if prefix_length < 1:
+            raise ValueError(f"prefix_length is {prefix_length}; at least 1 token is needed")
+        device = next(base.parameters()).device
+        self.base, self.active, self.length, self.rope = base, True, prefix_length, base.rope
+        self.width, self.num_heads, self.num_kv_heads, self.head_dim = base.width, base.num_heads, base.num_kv_heads, base.head_dim
+        shape = (self.num_kv_heads, prefix_length, self.head_dim)
+        self.reparameterized = reparameterize is not None
+        if self.reparameterized:
+            width = self.num_kv_heads * self.head_dim
+            self.embedding = nn.Parameter(torch.randn(prefix_length, width, device=device))
+            self.mlp = nn.Sequential(nn.Linear(width, reparameterize), nn.Tanh(), nn.Linear(reparameterize, 2 * width)).to(device)
+        else:
+            self.keys, self.values = (nn.Parameter(torch.randn(shape, device=device)) for _ in range(2))
+
+    def prefix(self, dtype):
+        """The prefix's keys, turned to the place before the words, and its values: (G, K, d) each."""
+        if self.reparameterized:
+            k, v = self.mlp(self.embedding).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).permute(1, 2, 0, 3)
+        else:
+            k, v = self.keys, self.values
+        if self.rope is not None:
+            cos, sin = self.rope(torch.full((self.length,), -self.length, device=k.device))
+            left, right = k.chunk(2, dim=-1)
+            k = k * cos + torch.cat((-right, left), dim=-1) * sin
+        return k.to(dtype), v.to(dtype)
+
+    def project(self, x, positions=None):
+        return self.base.project(x, positions)
+
+    def keys_values(self, x):
+        return self.base.keys_values(x)
+
+    def attend(self, q, k, v, mask=None, cache=None):
+        """The base's `attend` with the prefix before the words: (B, H, T, d). The cache holds the words alone."""
+        if not self.active:
+            return self.base.attend(q, k, v, mask, cache)
+        pk, pv = self.prefix(q.dtype) if cache is None else cache.once(self, lambda: self.prefix(q.dtype))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if mask is not None:
+            mask = F.pad(mask, (self.length, 0), value=True)  # every word sees the whole prefix
+        k, v = (torch.cat((prefix.expand(len(q), -1, -1, -1), words), dim=2) for prefix, words in ((pk, k), (pv, v)))
+        return self.base.attend(q, k, v, mask)
+
+    def output(self, y):
+        return self.base.output(y)
+
+    def forward(self, x, positions=None, mask=None, cache=None):
+        """x (B, T, D) -> (B, T, D)."""
+        return self.output(self.attend(*self.project(x, positions), mask, cache))
+
+
+class ShiftedPositions(nn.Module):
+    """Wraps a learned position embedding and looks `shift` places on, for the words behind a prefix."""
+
+    def __init__(self, base, shift):
+        super().__init__()
+        self.base, self.shift, self.active = base, shift, True
+        self.num_embeddings = base.num_embeddings
+
+    def forward(self, positions):
+        if not self.active:
+            return self.base(positions)
+        if (last := int(positions.max()) + self.shift) >= self.num_embeddings:
+            raise ValueError(f"prefix and words need {last + 1} positions, the model has {self.num_embeddings}: shorten one of them")
+        return self.base(positions + self.shift)
+
+
+def attach(model, prefix_length=10, reparameterize=None):
+    """Wraps `self_attn` of every layer of `model.layers`, and `embed_positions` where the model has it."""
+    for layer in model.layers:
+        layer.self_attn = PrefixAttention(layer.self_attn, prefix_length, reparameterize)
+    if hasattr(model, "embed_positions"):
+        model.embed_positions = ShiftedPositions(model.embed_positions, prefix_length)
