@@ -1,6 +1,6 @@
 """A small LLaMA and GPT-2 in plain PyTorch, and adapters that start as the identity, bit for bit."""
 
-from .adapters import activate, adapt, detach, disabled, load_adapter, merge, save_adapter, trainable_parameters, unmerge
+from .adapters import activate, adapt, detach, disabled, load_adapter, merge, mixed, save_adapter, trainable_parameters, unmerge
 from .attention import Cache
 from .data import ByteTokenizer
 from .files import FileError

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 from . import data
-from .adapters import METHODS, adapt, adapter_parameters, disabled, load_adapter, save_adapter
-from .adapters.llama_adapter import openings
+from .adapters import METHODS, adapt, adapter_parameters, disabled, load_adapter, openings, save_adapter
 from .device import pick_device, pick_dtype
 from .figures import comparison_figure, save_figure, training_figure
 from .generate import stream
@@ -28,17 +27,18 @@ from .papers import counts
 from .pretrained import BASES, load, save
 from .train import exact_match, train
 
-LEARNING_RATE = {"llama_adapter": 0.1, "ia3": 0.1, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
+LEARNING_RATE = {"llama_adapter": 0.1, "llama_adapter_v2": 1e-2, "prefix_tuning": 0.1, "ia3": 0.1, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
 
 
 def count(parameters):
     return sum(parameter.numel() for parameter in parameters)
 
 
-def table(rows):
-    """Lines of two or more columns, the first flush left."""
+def table(rows, left=(0,)):
+    """Lines of columns, those in `left` flush left and the others flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    cells = [[cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))] for row in rows]
+    return "\n".join(f"  {'  '.join(row)}".rstrip() for row in cells)
 
 
 def teach(model, tokenizer, method, options, args, seed, metrics_file=None):
@@ -52,7 +52,7 @@ def teach(model, tokenizer, method, options, args, seed, metrics_file=None):
     pairs = data.examples(args.language, train_days, args.steps * args.batch_size, seed)
     return train(
         model, tokenizer, pairs, steps=args.steps, batch_size=args.batch_size, seed=seed, metrics_file=metrics_file,
-        learning_rate=args.learning_rate or LEARNING_RATE[method], watch=openings if method == "llama_adapter" else None,
+        learning_rate=args.learning_rate or LEARNING_RATE[method], watch=openings,
     )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def write_card(args, out, matches, seconds, size):
 def run_compare(args):
     if args.papers:
         print("Trained parameters, computed from the real shapes, beside the papers' words:\n")
-        print(table([("method", "options", "model", "computed", "paper")] + [(*row[:3], f"{row[3]:,}", row[4]) for row in counts()]))
+        print(table([("method", "options", "model", "computed", "paper")] + [(*row[:3], f"{row[3]:,}", row[4]) for row in counts()], left=(0, 1, 2, 4)))
         return
     data.locales(args.language)
     model, tokenizer = open_base(args)

@@ -87,6 +87,7 @@ class Cache:
 
     def __init__(self):
         self.layers = []
+        self.length = 0  # S, the number of tokens seen so far
         self.attention_mask = None  # (B, S), remembered so that later calls need not repeat it
 
     def layer(self, index):
@@ -94,16 +95,12 @@ class Cache:
             self.layers.append(LayerCache())
         return self.layers[index]
 
-    @property
-    def length(self):
-        """S, the number of tokens seen so far."""
-        return self.layers[0].k.shape[2] if self.layers and self.layers[0].k is not None else 0
-
 
 def lay_out(ids, attention_mask=None, cache=None, limit=(None, "")):
     """Where each new token stands and what it may see; both models begin with this.
 
     ids (B, T) int64; attention_mask (B, S) with 0 where a row is padded, or None when nothing is.
+    A cache is told that these tokens are now among its own.
     Returns positions, (T,) or with padding (B, T), counted from each row's first real token, and
     the mask: None for plain causal attention, else (B, 1, T, S) booleans, True where a token may look.
     limit: how many tokens the model can take (None: any) and the name of that number in its configuration.
@@ -117,12 +114,12 @@ def lay_out(ids, attention_mask=None, cache=None, limit=(None, "")):
         raise ValueError(f"the sequence has {S} tokens and the model takes {limit[0]} ({limit[1]}): shorten it or generate fewer tokens")
     if attention_mask is None and cache is not None and cache.attention_mask is not None:
         attention_mask = F.pad(cache.attention_mask, (0, T), value=1)  # what follows a padded prompt is real
-    if attention_mask is None:
-        return torch.arange(past, S, device=ids.device), None
-    if attention_mask.shape != (B, S):
+    if attention_mask is not None and attention_mask.shape != (B, S):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; {B} rows of {past} cached and {T} new tokens need ({B}, {S})")
     if cache is not None:
-        cache.attention_mask = attention_mask
+        cache.length, cache.attention_mask = S, attention_mask
+    if attention_mask is None:
+        return torch.arange(past, S, device=ids.device), None
     real = attention_mask.bool()
     positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
     row, column = torch.arange(past, S, device=ids.device)[:, None], torch.arange(S, device=ids.device)

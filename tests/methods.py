@@ -20,6 +20,8 @@ LENGTHS = [9, 4, 6]  # of the rows of `ids`, when padded on the left
 # Every method, by a name for the test's title: the arguments of `adapt`, and the parameters that move at the first step.
 CASES = {
     "llama_adapter": (dict(method="llama_adapter", prompt_length=4), ("gate",)),
+    "v2": (dict(method="llama_adapter_v2"), ("scale", "shift", "weight", "bias")),
+    "v2, official": (dict(method="llama_adapter_v2", order="input"), ("scale", "shift", "weight", "bias")),
     "prefix_tuning": (dict(method="prefix_tuning", prefix_length=4), ("keys", "values")),
     "ia3": (dict(method="ia3"), ("scale",)),
     "ia3 everywhere": (dict(method="ia3", outputs=("q_proj", "k_proj", "up_proj"), inputs=("o_proj", "down_proj")), ("scale",)),
@@ -47,7 +49,7 @@ def builder(kind, case, **changes):
     build.first = first
     build.identity = arguments["method"] != "prefix_tuning"
     build.tolerance = 1e-10 if build.identity else 1e-6  # angles are float32: turning keys back rounds otherwise than turning queries on
-    build.mergeable = arguments["method"] in ("ia3", "lora")
+    build.mergeable = arguments["method"] in ("ia3", "lora", "llama_adapter_v2")
     build.reference = lambda ids, real: reference(kind, case, tuple(changes.items()), tuple(ids.flatten().tolist()), tuple(map(tuple, real.tolist())))
     return build
 
@@ -77,6 +79,10 @@ def reference_logits(model, ids, real):
         return part["scale"] * (narrow @ own[f"{place}.bottleneck.up.weight"].T + own[f"{place}.bottleneck.up.bias"])
 
     def linear(place, x):
+        if f"{place}.shift" in own:
+            x = x * own[f"{place}.scale"] if part["order"] == "input" else x
+            y = x @ weight[f"{place}.weight"].T + weight.get(f"{place}.bias", 0) + own[f"{place}.shift"]
+            return y * own[f"{place}.scale"] if part["order"] == "output" else y
         scaled = f"{place}.scale" in own and place.rpartition(".")[2]
         y = (x * own[f"{place}.scale"] if scaled and scaled in part["inputs"] else x) @ weight[f"{place}.weight"].T
         y = y + weight[f"{place}.bias"] if f"{place}.bias" in weight else y
@@ -89,6 +95,7 @@ def reference_logits(model, ids, real):
         return y
 
     def norm(place, x):
+        place = f"{place}.trained" if f"{place}.trained.weight" in own else place
         if not llama:
             return F.layer_norm(x, x.shape[-1:], weight[f"{place}.weight"], weight[f"{place}.bias"], model.config.layer_norm_eps)
         return x / (x.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt() * weight[f"{place}.weight"]

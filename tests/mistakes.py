@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minillama.adapters import bottleneck, ia3, llama_adapter, lora, prefix_tuning
+from minillama.adapters import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning
 from minillama.adapters.bottleneck import Adapted, Bottleneck
 from minillama.adapters.ia3 import IA3Linear
 from minillama.adapters.llama_adapter import AdaptedAttention
+from minillama.adapters.llama_adapter_v2 import ScaledLinear, TrainedNorm
 from minillama.adapters.lora import LoRALinear
 from minillama.adapters.prefix_tuning import PrefixAttention
 from minillama.attention import rotate
@@ -22,7 +23,7 @@ from minillama.attention import rotate
 class Prefix(AdaptedAttention):
     """Right, in pieces that the mistakes below replace."""
 
-    def term(self, q, k, v):
+    def attention(self, q, k, v):
         return llama_adapter.prefix_attention(q, k, v)
 
     def opened(self, y):
@@ -32,21 +33,21 @@ class Prefix(AdaptedAttention):
         y = self.base.attend(q, k, v, mask, cache)
         if not self.active:
             return y
-        return y + self.opened(y) * self.term(q, *self.prefix(q.dtype))
+        return y + self.opened(y) * self.attention(q, *self.prefix(q.dtype))
 
 
 class ScaledByModelWidth(Prefix):
     """scores divided by √D instead of √d"""
 
-    def term(self, q, k, v):
-        return super().term(q * (self.head_dim / self.width) ** 0.5, k, v)
+    def attention(self, q, k, v):
+        return super().attention(q * (self.head_dim / self.width) ** 0.5, k, v)
 
 
 class Unscaled(Prefix):
     """scores not divided at all"""
 
-    def term(self, q, k, v):
-        return super().term(q * self.head_dim**0.5, k, v)
+    def attention(self, q, k, v):
+        return super().attention(q * self.head_dim**0.5, k, v)
 
 
 class RotatedPrefix(Prefix):
@@ -79,7 +80,7 @@ class GateAfterOutput(Prefix):
 
     def forward(self, x, positions=None, mask=None, cache=None):
         q, k, v = self.project(x, positions)
-        term = self.opened(q) * self.term(q, *self.prefix(q.dtype))  # (B, H, T, d)
+        term = self.opened(q) * self.attention(q, *self.prefix(q.dtype))  # (B, H, T, d)
         term = term.transpose(1, 2).flatten(2)
         return self.output(self.base.attend(q, k, v, mask, cache)) + F.pad(term, (0, self.width))[..., : self.width]
 
@@ -91,7 +92,7 @@ class BiasTwice(Prefix):
 
     def forward(self, x, positions=None, mask=None, cache=None):
         q, k, v = self.project(x, positions)
-        return self.output(self.base.attend(q, k, v, mask, cache)) + self.output(self.opened(q) * self.term(q, *self.prefix(q.dtype)))
+        return self.output(self.base.attend(q, k, v, mask, cache)) + self.output(self.opened(q) * self.attention(q, *self.prefix(q.dtype)))
 
 
 class HeadsInTheWrongOrder(Prefix):
@@ -99,9 +100,9 @@ class HeadsInTheWrongOrder(Prefix):
 
     harmless_for = ("llama", "gpt2")  # nothing is repeated there
 
-    def term(self, q, k, v):
+    def attention(self, q, k, v):
         repeat = self.num_heads // k.shape[0]
-        return super().term(q, k.repeat(repeat, 1, 1), v.repeat(repeat, 1, 1))
+        return super().attention(q, k.repeat(repeat, 1, 1), v.repeat(repeat, 1, 1))
 
 
 class StalePrefix(Prefix):
@@ -130,8 +131,8 @@ class Sigmoid(Prefix):
 class GateOnScores(Prefix):
     """the gate multiplies the scores before the softmax"""
 
-    def term(self, q, k, v):
-        return super().term(q * llama_adapter.opening(self.gate, self.tanh).to(q.dtype), k, v)
+    def attention(self, q, k, v):
+        return super().attention(q * llama_adapter.opening(self.gate, self.tanh).to(q.dtype), k, v)
 
     def opened(self, y):
         return 1.0
@@ -142,13 +143,13 @@ class OneMinusGate(Prefix):
 
     def attend(self, q, k, v, mask=None, cache=None):
         g, y = self.opened(q), self.base.attend(q, k, v, mask, cache)
-        return (1 - g) * y + g * self.term(q, *self.prefix(q.dtype))
+        return (1 - g) * y + g * self.attention(q, *self.prefix(q.dtype))
 
 
 class CausalPrefix(Prefix):
     """a causal mask between words and prompts"""
 
-    def term(self, q, k, v):
+    def attention(self, q, k, v):
         repeat = self.num_heads // k.shape[0]
         k, v = (z.repeat_interleave(repeat, 0).expand(len(q), -1, -1, -1) for z in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -157,7 +158,7 @@ class CausalPrefix(Prefix):
 class DropoutInEval(Prefix):
     """dropout of 0.1 on the prompts' weights, in eval mode too"""
 
-    def term(self, q, k, v):
+    def attention(self, q, k, v):
         repeat = self.num_heads // k.shape[0]
         k, v = (z.repeat_interleave(repeat, 0).expand(len(q), -1, -1, -1) for z in (k, v))
         return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
@@ -179,7 +180,7 @@ class UnrotatedQueries(Prefix):
         plain = self.project(x, None)[0]
         if self.base.rope is None:
             plain = plain + 1.0  # a GPT-2's queries have no RoPE to forget: here the mistake is another query
-        return self.output(self.base.attend(q, k, v, mask, cache) + self.opened(q) * self.term(plain, *self.prefix(q.dtype)))
+        return self.output(self.base.attend(q, k, v, mask, cache) + self.opened(q) * self.attention(plain, *self.prefix(q.dtype)))
 
 
 class DetachedPrompt(Prefix):
@@ -214,6 +215,33 @@ class OpenGate(Prefix):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         nn.init.ones_(self.gate)
+
+
+# ── LLaMA-Adapter V2 ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ShiftUnscaled(ScaledLinear):
+    """s · W x + b: the new bias left out of the scaling"""
+
+    def forward(self, x):
+        return self.scale.to(x.dtype) * self.base(x) + self.shift.to(x.dtype)
+
+
+class MergeForgetsShift(ScaledLinear):
+    """a merge that scales and forgets to shift"""
+
+    def merged(self):
+        linear = super().merged()
+        linear.bias.data.copy_(self.base.bias * self.scale if self.base.bias is not None else 0 * self.shift)
+        return linear
+
+
+class NormsOfTheBaseTrained(TrainedNorm):
+    """the base's own norm trained, so that the base is gone when the adapter is disabled"""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.trained = base
 
 
 # ── prefix tuning ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -538,6 +566,8 @@ right_attach = bottleneck.attach
 # (case in methods.CASES, module, the name that is replaced, by what)
 MISTAKES = (
     [("llama_adapter", llama_adapter, "AdaptedAttention", mistake) for mistake in Prefix.__subclasses__()]
+    + [("v2", llama_adapter_v2, "ScaledLinear", mistake) for mistake in ScaledLinear.__subclasses__()]
+    + [("v2", llama_adapter_v2, "TrainedNorm", NormsOfTheBaseTrained)]
     + [("prefix_tuning", prefix_tuning, "PrefixAttention", mistake) for mistake in PrefixAttention.__subclasses__()]
     + [("ia3", ia3, "IA3Linear", mistake) for mistake in IA3Linear.__subclasses__()]
     + [("ia3", ia3, "attach", mistake) for mistake in (attach_before_activation, attach_to_queries)]

@@ -12,12 +12,13 @@ from methods import CASES
 import minillama
 from minillama import adapt, load_adapter, save_adapter
 from minillama.adapters import detach, wrappers
+from minillama.adapters.llama_adapter import PRESETS
 
 NATIVE = list(CASES) + [dict(method="llama_adapter", gate="feature", layers=2, prompt_length=3)]
 # What PEFT has and computes alike: our arguments of `adapt`, and its configuration.
 SHARED = {
     "adaption_prompt": (
-        dict(method="llama_adapter", prompt_length=4, layers=2, gate="layer", tanh=False),
+        dict(method="llama_adapter", prompt_length=4, layers=2),  # and the preset of the base
         lambda gpt2: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
     ),
     "prefix_tuning": (
@@ -50,10 +51,11 @@ SHARED = {
 }
 BASES = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, num_key_value_heads=2)),
+    "llama with biases": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2)),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)),
 }
-PAIRS = [(kind, method) for kind in BASES for method in SHARED if (kind, method) != ("gpt2", "adaption_prompt")]
+PAIRS = [(kind, method) for kind in BASES for method in SHARED]
 
 
 @torch.no_grad()
@@ -94,8 +96,9 @@ def pair(request, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("pair, method", PAIRS, indirect=["pair"])
 def test_peft_reads_what_we_train(pair, method, ids, tmp_path):
-    theirs, ours, _ = pair
-    adapt(ours, **SHARED[method][0])
+    theirs, ours, gpt2 = pair
+    preset = PRESETS["peft_gpt2" if gpt2 else "peft"] if method == "adaption_prompt" else {}
+    adapt(ours, **SHARED[method][0], **preset)
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
         with torch.enable_grad():

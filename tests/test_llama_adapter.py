@@ -10,7 +10,7 @@ from torch import nn
 import minillama
 from minillama import adapt, disabled
 from minillama.adapters import adapter_parameters, wrappers
-from minillama.adapters.llama_adapter import AdaptedAttention, GatedPrefixAttention
+from minillama.adapters.llama_adapter import PRESETS, AdaptedAttention, GatedPrefixAttention
 
 VARIANTS = [dict(gate=gate, tanh=tanh) for gate in ("head", "layer", "feature") for tanh in (True, False)]
 
@@ -20,6 +20,35 @@ VARIANTS = [dict(gate=gate, tanh=tanh) for gate in ("head", "layer", "feature") 
 def test_variants(kind, variant, ids):
     check_closed(builder(kind, "llama_adapter", **variant), ids)
     check_open(builder(kind, "llama_adapter", **variant), ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(kind, preset, ids):
+    """All begin as the base, but for PEFT's where the output projection has a bias, which it adds a second time."""
+    if (kind, preset) == ("grouped", "peft_gpt2"):
+        with pytest.raises(ValueError, match="60 features together; the layer has 48"):
+            builder(kind, "llama_adapter", **PRESETS[preset])("closed")
+        return
+    build = builder(kind, "llama_adapter", **PRESETS[preset])
+    if preset == "peft" and kind != "llama":
+        distance = (build("closed")(ids) - build(None)(ids)).abs().max()
+        assert distance > 0.01
+    else:
+        check_closed(build, ids)
+    model, alike = build("open").double(), builder(kind, "llama_adapter", **{**PRESETS[preset], "join": "before"})("open").double()
+    same = torch.allclose(model(ids), alike(ids))
+    assert same == (PRESETS[preset]["join"] == "before" or (preset == "peft" and kind == "llama"))
+    with disabled(model):
+        assert torch.equal(model(ids), build(None).double()(ids))
+
+
+def test_an_adapter_joined_elsewhere_must_be_the_last(model):
+    adapt(model, "llama_adapter", **PRESETS["peft"])
+    for method in ("llama_adapter", "prefix_tuning"):
+        with pytest.raises(ValueError, match="attach that one last"):
+            adapt(model, method, name="second")
 
 
 def test_gates_at_zero_give_prompts_no_gradient(model, ids):

@@ -180,11 +180,11 @@ def test_counts_are_the_papers():
 def test_module_imports_torch_alone(name):
     tree = ast.parse(pathlib.Path(METHODS[name].__file__).read_text())
     imported = {(node.module or ".") if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
-    assert {module.partition(".")[0] for module in imported} <= {"torch", "math"}
-    assert len(pathlib.Path(METHODS[name].__file__).read_text().splitlines()) <= 155
+    assert {module.partition(".")[0] for module in imported} <= {"torch", "math", "copy"}
+    assert len(pathlib.Path(METHODS[name].__file__).read_text().splitlines()) <= 170
 
 
-@pytest.mark.parametrize("name, first", [("ia3", "scale"), ("lora", "B"), ("bottleneck", "up")])
+@pytest.mark.parametrize("name, first", [("ia3", "scale"), ("lora", "B"), ("bottleneck", "up"), ("llama_adapter_v2", "")])
 @pytest.mark.parametrize("architecture", ("Llama", "Mistral"))
 def test_module_alone_adapts_a_transformers_model(name, first, architecture, ids, tmp_path):
     """The file, copied to a folder of its own, closed bit for bit and trained by transformers' own loss."""

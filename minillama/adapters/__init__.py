@@ -11,9 +11,18 @@ Several adapters, each with a name, may stand on one base; an adapter may consis
 import contextlib
 import inspect
 
-from . import bottleneck, ia3, llama_adapter, lora, prefix_tuning
+import torch
 
-METHODS = {"llama_adapter": llama_adapter, "prefix_tuning": prefix_tuning, "ia3": ia3, "bottleneck": bottleneck, "lora": lora}
+from . import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning
+
+METHODS = {
+    "llama_adapter": llama_adapter,
+    "llama_adapter_v2": llama_adapter_v2,
+    "prefix_tuning": prefix_tuning,
+    "ia3": ia3,
+    "bottleneck": bottleneck,
+    "lora": lora,
+}
 
 
 def adapt(model, method, name="default", **options):
@@ -74,6 +83,14 @@ def adapter_parameters(model, name="default"):
 def trainable_parameters(model):
     """Whatever requires gradients, by name: after `adapt`, the active adapter's parameters and nothing else."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def openings(model):
+    """How far the gates of prefix attention stand open, to watch in training: {"gates": {layer: [one number per head]}}."""
+    gated = [(name, wrapper) for name, wrapper in wrappers(model) if hasattr(wrapper, "gate") and wrapper.active]
+    opened = {name.split(".")[1]: llama_adapter.opening(wrapper.gate, wrapper.tanh) for name, wrapper in gated}
+    return {"gates": {layer: gate.reshape(len(gate), -1).mean(-1).tolist() for layer, gate in opened.items()}} if opened else {}
 
 
 def activate(model, *names):
@@ -144,3 +161,4 @@ def unmerge(model):
 
 
 from .folder import load_adapter, save_adapter  # noqa: E402  (they use the names above)
+from .mixed import mixed  # noqa: E402

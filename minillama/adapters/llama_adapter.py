@@ -31,6 +31,14 @@ import torch.nn.functional as F
 from torch import nn
 
 GATES = ("head", "layer", "feature")
+JOINS = ("before", "after", "unprojected")
+# What the known implementations compute, as options of `attach`; prompts are N(0, 1) and gates 0 in all of them.
+PRESETS = {
+    "paper": dict(gate="head", tanh=True, join="before"),  # and its official training code
+    "lit_llama": dict(gate="head", tanh=False, join="before"),  # and the official inference code; lit-llama skips 2 layers
+    "peft": dict(gate="layer", tanh=False, join="after"),  # PEFT on LLaMA and Mistral
+    "peft_gpt2": dict(gate="layer", tanh=False, join="unprojected"),  # PEFT on GPT-2
+}
 
 
 def gate_shape(gate, num_heads, head_dim):
@@ -60,16 +68,24 @@ class AdaptedAttention(nn.Module):
 
     base: the attention (minillama.attention.Attention, or another wrapper). Its weights are used, never trained here.
     prompt_length: K.  gate: "head", "layer" or "feature", one number for each.  tanh: squash the gate as the paper does.
+    join: "before" the output projection, as in the paper; "after", the term sent through it by itself, whose bias, where
+    there is one, is then added twice; or "unprojected", the heads put side by side and added to the layer's output.
     Parameters: prompt (K, D), drawn from N(0, 1); gate, zeros; both float32 whatever the base's dtype.
     With `active` set to False the layer is its base again, bit for bit.
     """
 
-    def __init__(self, base, prompt_length=10, gate="head", tanh=True):
+    def __init__(self, base, prompt_length=10, gate="head", tanh=True, join="before"):
         super().__init__()
         if prompt_length < 1:
             raise ValueError(f"prompt_length is {prompt_length}; at least 1 prompt token is needed")
+        if join not in JOINS:
+            raise ValueError(f"join is {join!r}; it can be {', '.join(map(repr, JOINS))}")
+        if join == "unprojected" and base.num_heads * base.head_dim != base.width:
+            raise ValueError(f"join is 'unprojected' and the heads have {base.num_heads * base.head_dim} features together; the layer has {base.width}")
+        if getattr(base, "join", "before") != "before":
+            raise ValueError(f"the attention has an adapter with join {base.join!r} already, which no other can wrap: attach that one last")
         device = next(base.parameters()).device
-        self.base, self.tanh, self.active = base, tanh, True
+        self.base, self.tanh, self.join, self.active = base, tanh, join, True
         self.width, self.num_heads, self.num_kv_heads, self.head_dim, self.rope = base.width, base.num_heads, base.num_kv_heads, base.head_dim, base.rope
         self.prompt = nn.Parameter(torch.randn(prompt_length, self.width, device=device))
         self.gate = nn.Parameter(torch.zeros(gate_shape(gate, self.num_heads, self.head_dim), device=device))
@@ -87,10 +103,12 @@ class AdaptedAttention(nn.Module):
         live in that cache, never in this module, so that none outlasts a training step.
         """
         y = self.base.attend(q, k, v, mask, cache)
-        if not self.active:
-            return y
+        return y + self.term(q, cache) if self.active and self.join == "before" else y
+
+    def term(self, q, cache=None):
+        """The gated prefix attention, (B, H, T, d)."""
         k, v = self.prefix(q.dtype) if cache is None else cache.once(self, lambda: self.prefix(q.dtype))
-        return y + opening(self.gate, self.tanh).to(y.dtype) * prefix_attention(q, k, v)
+        return opening(self.gate, self.tanh).to(q.dtype) * prefix_attention(q, k, v)
 
     def prefix(self, dtype):
         """The prompts' keys and values, (G, K, d) each."""
@@ -101,24 +119,22 @@ class AdaptedAttention(nn.Module):
 
     def forward(self, x, positions=None, mask=None, cache=None):
         """x (B, T, D) -> (B, T, D)."""
-        return self.output(self.attend(*self.project(x, positions), mask, cache))
+        q, k, v = self.project(x, positions)
+        out = self.output(self.attend(q, k, v, mask, cache))
+        if self.active and self.join != "before":
+            term = self.term(q, cache)
+            out = out + (self.output(term) if self.join == "after" else term.transpose(1, 2).flatten(2))
+        return out
 
 
-def attach(model, prompt_length=10, layers=None, gate="head", tanh=True):
+def attach(model, prompt_length=10, layers=None, gate="head", tanh=True, join="before"):
     """Wraps `self_attn` of the top `layers` of `model.layers` (None: of all). The paper: 30 of LLaMA-7B's 32."""
     total = len(model.layers)
     layers = total if layers is None else layers
     if not 1 <= layers <= total:
         raise ValueError(f"layers is {layers}; the model has {total}, so it can be 1 to {total}")
     for layer in model.layers[total - layers :]:
-        layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh)
-
-
-def openings(model):
-    """How far the gates stand open, to watch in training: {"gates": {layer: [one number per head, or per layer]}}."""
-    wrapped = {i: layer.self_attn for i, layer in enumerate(model.layers) if isinstance(layer.self_attn, AdaptedAttention)}
-    with torch.no_grad():
-        return {"gates": {i: opening(a.gate, a.tanh).reshape(len(a.gate), -1).mean(-1).tolist() for i, a in wrapped.items()}}
+        layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh, join)
 
 
 class GatedPrefixAttention(nn.Module):

@@ -25,7 +25,7 @@ NEUTRAL = {
 def to_theirs(model, name):
     """"layers.3.mlp.down_proj.x" -> "base_model.model.model.layers.3.mlp.down_proj.x", or GPT-2's name for it."""
     if isinstance(model, GPT2):
-        return "base_model.model.transformer." + rename(name, {new: old for old, new in GPT2_NAMES.items()})
+        return "base_model.model.transformer." + rename(name, {new: old for old, new in GPT2_NAMES.items()} | {"self_attn": "attn"})
     return f"base_model.model.model.{name}"
 
 
@@ -49,6 +49,13 @@ def size_of(model, place):
     return module.out_features, module.in_features
 
 
+def their_joins(model):
+    """Where PEFT's adaption prompt adds its term, the cheapest of equal ways first."""
+    if isinstance(model, GPT2):
+        return ("unprojected",)
+    return ("after",) if model.config.attention_bias else ("before", "after")
+
+
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -58,10 +65,9 @@ def to_peft(model, parts, tensors):
         return None
     part, gpt2 = parts[0], isinstance(model, GPT2)
     if part["method"] == "llama_adapter":
-        # One plain gate a layer, joined to the output: PEFT adds an output bias twice, and on a GPT-2 projects nothing.
-        if (part["gate"], part["tanh"]) != ("layer", False) or gpt2 or model.config.attention_bias:
+        if (part["gate"], part["tanh"]) != ("layer", False) or part["join"] not in their_joins(model):
             return None
-        config = {"peft_type": "ADAPTION_PROMPT", "adapter_len": part["prompt_length"], "target_modules": "self_attn"}
+        config = {"peft_type": "ADAPTION_PROMPT", "adapter_len": part["prompt_length"], "target_modules": "attn" if gpt2 else "self_attn"}
         config["adapter_layers"] = part["layers"] or len(model.layers)
         names = {"prompt": "adaption_prompt", "gate": "adaption_gate"}
         theirs = {}
@@ -145,11 +151,10 @@ def from_peft(model, config, tensors):
         return [{"method": "prefix_tuning", "prefix_length": K}], own
     tensors = {to_ours(model, name): tensor for name, tensor in tensors.items()}
     if kind == "ADAPTION_PROMPT":
-        if gpt2 or model.config.attention_bias:
-            raise ValueError("peft_type ADAPTION_PROMPT stands for another formula on a GPT-2, or where the output projection has a bias, as in this base")
-        own = {name.replace("adaption_", ""): tensor[0] if name.endswith("prompt") else tensor for name, tensor in tensors.items()}
-        part = {"method": "llama_adapter", "prompt_length": config["adapter_len"], "layers": config["adapter_layers"], "gate": "layer", "tanh": False}
-        return [part], own
+        own = {name.replace(".attn.", ".self_attn.").replace("adaption_", ""): tensor for name, tensor in tensors.items()}
+        own = {name: tensor[0] if name.endswith("prompt") else tensor for name, tensor in own.items()}
+        shape = {"prompt_length": config["adapter_len"], "layers": config["adapter_layers"]}
+        return [{"method": "llama_adapter", **shape, "gate": "layer", "tanh": False, "join": their_joins(model)[0]}], own
     if kind == "IA3":
         own = {}
         for name, tensor in tensors.items():

@@ -36,6 +36,8 @@ class PrefixAttention(nn.Module):
         super().__init__()
         if prefix_length < 1:
             raise ValueError(f"prefix_length is {prefix_length}; at least 1 token is needed")
+        if getattr(base, "join", "before") != "before":
+            raise ValueError(f"the attention has an adapter with join {base.join!r} already, which no other can wrap: attach that one last")
         device = next(base.parameters()).device
         self.base, self.active, self.length, self.rope = base, True, prefix_length, base.rope
         self.width, self.num_heads, self.num_kv_heads, self.head_dim = base.width, base.num_heads, base.num_kv_heads, base.head_dim

@@ -1,0 +1,98 @@
+"""One base, many adapters, one batch: every row names the adapter it goes through.
+
+    with mixed(model, ["fr", "de", None, "fr"]):      # four rows; None is the base alone
+        logits = model(ids)                           # (4, T, V), each row as if it ran with its own adapter
+
+Within the block every place that adapters wrap becomes a switchboard: it sorts the rows by name, sends each group
+through the wrappers of its name, and puts the results back in order.
+
+              ┌─ rows 0, 3 ─▶ wrappers of "fr" ─▶ base ─┐
+    x (B, …) ─┼─ row 1 ─────▶ wrappers of "de" ─▶ base ─┼─▶ y (B, …)
+              └─ row 2 ──────────────────────▶ base ────┘
+
+Every row passes the base once, whatever the number of adapters, and all that is not wrapped sees the whole batch. The
+methods know nothing of it: it works for each of them, for several methods in one adapter, with a cache, with padding
+and in training. The one thing it asks is that a wrapped part takes rows along its first axis.
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+
+from ..attention import LayerCache
+from . import wrappers
+
+
+class Switchboard(nn.Module):
+    """Stands in for the outermost wrapper at one place. `names` is the list shared by all places of the model."""
+
+    def __init__(self, wrapper, names):
+        super().__init__()
+        self.wrapper, self.names, self.chain = wrapper, names, []
+        while hasattr(wrapper, "active"):
+            self.chain.append(wrapper)
+            wrapper = wrapper.base
+
+    def forward(self, x, *arguments):
+        """x (B, ...); arguments: positions, mask and cache where the place is an attention."""
+        names = list(self.names)
+        if len(set(names)) == 1:  # one group, or inside a place that has sorted the rows already
+            return self.run(names[0], x, *arguments)
+        if len(x) != len(names):
+            raise ValueError(f"the batch has {len(x)} rows and {len(names)} adapters were named, one for each row is needed")
+        out = None
+        try:
+            for name in dict.fromkeys(names):
+                rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
+                self.names[:] = [name] * len(rows)
+                y = self.run(name, x[rows], *(part(argument, rows, len(x), name) for argument in arguments))
+                out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
+                out = out.index_copy(0, rows, y)
+        finally:
+            self.names[:] = names
+        return out
+
+    def run(self, name, x, *arguments):
+        for wrapper in self.chain:
+            wrapper.active = wrapper.adapter == name
+        return self.wrapper(x, *arguments)
+
+
+def part(argument, rows, batch, name):
+    """What one group needs of an argument: its rows of a tensor that has the whole batch's, a cache of its own."""
+    if isinstance(argument, tuple):
+        return tuple(part(item, rows, batch, name) for item in argument)
+    if isinstance(argument, LayerCache):
+        return argument.once(("rows of", name), LayerCache)
+    if isinstance(argument, torch.Tensor) and argument.dim() > 2 and len(argument) == batch:  # (B, 1, T, …); positions' (T, d) is shared
+        return argument[rows]
+    return argument
+
+
+@contextlib.contextmanager
+def mixed(model, names):
+    """Within the block, row i of every batch goes through the adapter names[i], or for None through the base alone.
+
+    A prompt of left-padded rows and its generation are one such batch. Raises ValueError for an unknown name.
+    """
+    known = getattr(model, "adapters", {})
+    if unknown := [name for name in names if name is not None and name not in known]:
+        raise ValueError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(map(repr, known)) or 'none'}")
+    if hasattr(model, "embed_positions") and any(part["method"] == "prefix_tuning" for name in names if name for part in known[name]):
+        raise ValueError("prefix_tuning on a GPT-2 moves the words' positions, which the rows of a batch share: it cannot be mixed there")
+    states = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
+    shared, places = list(names), []
+    for parent in list(model.modules()):
+        for own, child in list(parent.named_children()):
+            if hasattr(child, "active") and not hasattr(parent, "active"):  # the outermost at its place
+                places.append((parent, own, child))
+    for parent, own, child in places:
+        setattr(parent, own, Switchboard(child, shared))
+    try:
+        yield model
+    finally:
+        for parent, own, child in places:
+            setattr(parent, own, child)
+        for wrapper, state in states:
+            wrapper.active = state

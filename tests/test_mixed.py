@@ -1,0 +1,112 @@
+"""Rows of one batch through adapters of their own: each as if it ran alone, the base passed once."""
+
+import pytest
+import torch
+from conftest import left_padded
+from methods import CASES, LENGTHS, run
+
+import minillama
+from minillama import activate, adapt, data, mixed
+from minillama.adapters import adapter_parameters, trainable_parameters, wrappers
+from minillama.train import answer_loss, answers, exact_match, train
+
+NAMES = ["one", None, "two"]
+
+
+def two_adapters(model, first, second):
+    with torch.no_grad():
+        for name, cases in (("one", first), ("two", second)):
+            for case in cases:
+                adapt(model, **CASES[case][0], name=name)
+            for _, parameter in sorted(adapter_parameters(model, name).items()):
+                parameter.normal_(std=0.3)
+    return model
+
+
+COMBINATIONS = [((case,), (case,)) for case in CASES if case != "prefix_tuning"] + [
+    (("llama_adapter",), ("lora everywhere",)),
+    (("ia3",), ("houlsby",)),
+    (("parallel", "llama_adapter"), ("ia3", "lora")),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first, second", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("cached", (False, True))
+def test_each_row_as_if_alone(model, ids, first, second, padded, cached):
+    two_adapters(model, first, second)
+    activate(model, "one")
+    states = [wrapper.active for _, wrapper in wrappers(model)]
+    with mixed(model, NAMES):
+        together = run(model, ids, padded, cached)
+    assert [wrapper.active for _, wrapper in wrappers(model)] == states
+    for row, name in enumerate(NAMES):
+        activate(model, *[name] if name else [])
+        n = LENGTHS[row] if padded else 9
+        alone = model(ids[row : row + 1, 9 - n :])
+        assert (together[row, 9 - n :] - alone[0]).abs().max() < 1e-5 * max(1, alone.abs().max())
+
+
+@torch.no_grad()
+def test_every_row_passes_the_base_once(model, ids):
+    two_adapters(model, ("llama_adapter", "ia3"), ("lora everywhere",))
+    rows = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "bottleneck" not in name:
+            module.register_forward_hook(lambda module, inputs, _, name=name: rows.update({name: rows.get(name, 0) + (len(inputs[0]) if inputs[0].dim() == 3 else 0)}))
+    with mixed(model, NAMES):
+        model(ids)
+    assert set(rows.values()) == {3}
+
+
+def test_training_in_a_mixed_batch_reaches_each_rows_own_adapter(model, ids):
+    """The gradients are those that each adapter's own rows give it."""
+    two_adapters(model, ("lora",), ("ia3",))
+    activate(model, "one", "two")
+    with mixed(model, NAMES):
+        loss = answer_loss(model, ids, ids)
+        loss.backward()
+    together = {name: parameter.grad.clone() for name, parameter in trainable_parameters(model).items()}
+    model.zero_grad()
+    for row, name in enumerate(NAMES):
+        if name:
+            activate(model, name)
+            (answer_loss(model, ids[row : row + 1], ids[row : row + 1]) / 3).backward()
+    activate(model, "one", "two")
+    for name, parameter in trainable_parameters(model).items():
+        torch.testing.assert_close(together[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_names_are_checked_and_the_model_comes_back(model, ids):
+    two_adapters(model, ("lora",), ("llama_adapter",))
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="no adapter 'three'.*'one'"), mixed(model, ["three"]):
+        pass
+    with pytest.raises(ValueError, match="3 rows and 2 adapters"), mixed(model, ["one", "two"]):
+        model(ids)
+    assert [name for name, _ in model.named_modules()] == before
+
+
+@pytest.mark.slow
+def test_32_rows_over_eight_languages():
+    """Eight adapters of four methods on one base, one batch: each row gets its own language's answer."""
+    model, tokenizer = minillama.load("dates-llama")
+    train_days, test_days = data.split_dates()
+    methods = [("ia3", {}, 0.1), ("lora", {}, 0.01), ("llama_adapter", {}, 0.1), ("bottleneck", {}, 0.01)]
+    languages = ("fr", "de", "es", "it", "pt", "nl", "sv", "id")
+    torch.manual_seed(0)
+    for i, language in enumerate(languages):
+        method, options, rate = methods[i % 4]
+        adapt(model, method, name=language, **options)
+        train(model, tokenizer, data.examples(language, train_days, 200 * 32), steps=200, batch_size=32, learning_rate=rate, progress=False)
+    rows = [(language, pair) for language in languages for pair in data.examples(language, test_days, 4, seed=5)]
+    names, pairs = [language for language, _ in rows], [pair for _, pair in rows]
+    with mixed(model, names):
+        written = answers(model, tokenizer, [prompt for prompt, _ in pairs], 11)
+    assert len(rows) == 32
+    for language, (prompt, _), text in zip(names, pairs, written):
+        activate(model, language)
+        assert answers(model, tokenizer, [prompt], 11) == [text]
+    right = sum(answer == text for (_, answer), text in zip(pairs, written))
+    assert right >= 31, f"{right} of 32 right"
