@@ -27,7 +27,7 @@ from .papers import counts
 from .pretrained import BASES, load, save
 from .train import exact_match, train
 
-LEARNING_RATE = {"llama_adapter": 0.1, "llama_adapter_v2": 1e-2, "prefix_tuning": 0.1, "ia3": 0.1, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
+LEARNING_RATE = {"llama_adapter": 0.1, "llama_adapter_v2": 1e-2, "prefix_tuning": 0.1, "prompt_tuning": 0.1, "ia3": 0.1, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
 
 
 def count(parameters):

@@ -96,19 +96,35 @@ class Cache:
         return self.layers[index]
 
 
-def lay_out(ids, attention_mask=None, cache=None, limit=(None, "")):
-    """Where each new token stands and what it may see; both models begin with this.
+def embed(embedding, ids, attention_mask=None, cache=None):
+    """What enters the first layer: x (B, T, D) of ids (B, T), and the attention mask that goes with it.
 
-    ids (B, T) int64; attention_mask (B, S) with 0 where a row is padded, or None when nothing is.
+    An embedding with a `soft_prompt` (adapters/prompt_tuning.py) has its K vectors put before the first words, once
+    for each cache: then x is (B, K + T, D), and the mask has K more columns.
+    """
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; needed are integers of shape (batch, tokens)")
+    x, prompt = embedding(ids), getattr(embedding, "soft_prompt", None)
+    if prompt is None:
+        return x, attention_mask
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (len(prompt), 0), value=1)
+    if cache is None or cache.length == 0:
+        x = torch.cat((prompt.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+    return x, attention_mask
+
+
+def lay_out(x, attention_mask=None, cache=None, limit=(None, "")):
+    """Where each new token stands and what it may see; both models go on with this.
+
+    x (B, T, D); attention_mask (B, S) with 0 where a row is padded, or None when nothing is.
     A cache is told that these tokens are now among its own.
     Returns positions, (T,) or with padding (B, T), counted from each row's first real token, and
     the mask: None for plain causal attention, else (B, 1, T, S) booleans, True where a token may look.
     limit: how many tokens the model can take (None: any) and the name of that number in its configuration.
     Raises ValueError for a wrong shape, and for more tokens than the limit.
     """
-    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; needed are integers of shape (batch, tokens)")
-    (B, T), past = ids.shape, cache.length if cache is not None else 0
+    (B, T), past = x.shape[:2], cache.length if cache is not None else 0
     S = past + T
     if limit[0] is not None and S > limit[0]:
         raise ValueError(f"the sequence has {S} tokens and the model takes {limit[0]} ({limit[1]}): shorten it or generate fewer tokens")
@@ -119,10 +135,10 @@ def lay_out(ids, attention_mask=None, cache=None, limit=(None, "")):
     if cache is not None:
         cache.length, cache.attention_mask = S, attention_mask
     if attention_mask is None:
-        return torch.arange(past, S, device=ids.device), None
+        return torch.arange(past, S, device=x.device), None
     real = attention_mask.bool()
     positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
-    row, column = torch.arange(past, S, device=ids.device)[:, None], torch.arange(S, device=ids.device)
+    row, column = torch.arange(past, S, device=x.device)[:, None], torch.arange(S, device=x.device)
     mask = (column <= row) & real[:, None, None, :]
     return positions, mask | (column == row)  # padding sees itself, so that no row of the softmax is empty
 

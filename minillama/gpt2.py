@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import Attention, lay_out
+from .attention import Attention, embed, lay_out
 from .llama import init_weights
 
 
@@ -74,11 +74,12 @@ class GPT2(nn.Module):
 
     def hidden(self, ids, attention_mask=None, cache=None):
         """The normed output of the last layer, (B, T, D): what the head reads. Arguments as in `forward`."""
-        positions, mask = lay_out(ids, attention_mask, cache, (self.config.max_position_embeddings, "max_position_embeddings"))
-        x = self.embed_tokens(ids) + self.embed_positions(positions)  # (B, T, D)
+        x, attention_mask = embed(self.embed_tokens, ids, attention_mask, cache)  # (B, T, D)
+        positions, mask = lay_out(x, attention_mask, cache, (self.config.max_position_embeddings, "max_position_embeddings"))
+        x = x + self.embed_positions(positions)
         for index, layer in enumerate(self.layers):
             x = layer(x, None, mask, cache.layer(index) if cache is not None else None)
-        return self.norm(x)
+        return self.norm(x[:, -ids.shape[1] :])  # without a soft prompt's places, where there is one
 
     def forward(self, ids, attention_mask=None, cache=None):
         """ids (B, T) int64 -> logits (B, T, V); attention_mask and cache as in `LLaMA.forward`."""

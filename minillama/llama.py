@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import Attention, RoPE, lay_out
+from .attention import Attention, RoPE, embed, lay_out
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ class LLaMA(nn.Module):
 
     def hidden(self, ids, attention_mask=None, cache=None):
         """The normed output of the last layer, (B, T, D): what the head reads. Arguments as in `forward`."""
-        positions, mask = lay_out(ids, attention_mask, cache, (self.config.sliding_window, "sliding_window"))
-        x = self.embed_tokens(ids)  # (B, T, D)
+        x, attention_mask = embed(self.embed_tokens, ids, attention_mask, cache)  # (B, T, D)
+        positions, mask = lay_out(x, attention_mask, cache, (self.config.sliding_window, "sliding_window"))
         rotation = self.rope(positions)  # once for all layers
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, cache.layer(index) if cache is not None else None)
-        return self.norm(x)
+        return self.norm(x[:, -ids.shape[1] :])  # without a soft prompt's places, where there is one
 
     def forward(self, ids, attention_mask=None, cache=None):
         """ids (B, T) int64 -> logits (B, T, V).

@@ -23,6 +23,7 @@ CASES = {
     "v2": (dict(method="llama_adapter_v2"), ("scale", "shift", "weight", "bias")),
     "v2, official": (dict(method="llama_adapter_v2", order="input"), ("scale", "shift", "weight", "bias")),
     "prefix_tuning": (dict(method="prefix_tuning", prefix_length=4), ("keys", "values")),
+    "prompt_tuning": (dict(method="prompt_tuning", prompt_length=4), ("prompt",)),
     "ia3": (dict(method="ia3"), ("scale",)),
     "ia3 everywhere": (dict(method="ia3", outputs=("q_proj", "k_proj", "up_proj"), inputs=("o_proj", "down_proj")), ("scale",)),
     "lora": (dict(method="lora", rank=3, alpha=5.0), ("B",)),
@@ -47,7 +48,7 @@ def builder(kind, case, **changes):
         return open_gates(model) if state == "open" else model
 
     build.first = first
-    build.identity = arguments["method"] != "prefix_tuning"
+    build.identity = arguments["method"] not in ("prefix_tuning", "prompt_tuning")
     build.tolerance = 1e-10 if build.identity else 1e-6  # angles are float32: turning keys back rounds otherwise than turning queries on
     build.mergeable = arguments["method"] in ("ia3", "lora", "llama_adapter_v2")
     build.reference = lambda ids, real: reference(kind, case, tuple(changes.items()), tuple(ids.flatten().tolist()), tuple(map(tuple, real.tolist())))
@@ -140,13 +141,16 @@ def reference_logits(model, ids, real):
         y = linear(f"{place}.down_proj", u)
         return y + bottleneck(place, x) if f"{place}.bottleneck.up.weight" in own else y
 
-    x = weight["embed_tokens.weight"][ids]
+    x, words = weight["embed_tokens.weight"][ids], ids.shape[1]
+    if "embed_tokens.prompt" in own:
+        prompt = own["embed_tokens.prompt"]
+        x, real = torch.cat((prompt.expand(len(x), -1, -1), x), 1), F.pad(real, (len(prompt), 0), value=True)
     if not llama:
         x = x + weight["embed_positions.weight"][before + (real.cumsum(1) - 1).clamp(min=0)]
     for i in range(len(model.layers)):
         x = x + attention(f"layers.{i}.self_attn", norm(f"layers.{i}.input_layernorm", x))
         x = x + mlp(f"layers.{i}.mlp", norm(f"layers.{i}.post_attention_layernorm", x))
-    return norm("norm", x) @ model.lm_head.weight.T
+    return norm("norm", x[:, -words:]) @ model.lm_head.weight.T
 
 
 def rotated(z, rope, first=0):

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minillama.adapters import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning
+from minillama.adapters import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
 from minillama.adapters.bottleneck import Adapted, Bottleneck
 from minillama.adapters.ia3 import IA3Linear
 from minillama.adapters.llama_adapter import AdaptedAttention
 from minillama.adapters.llama_adapter_v2 import ScaledLinear, TrainedNorm
 from minillama.adapters.lora import LoRALinear
 from minillama.adapters.prefix_tuning import PrefixAttention
+from minillama.adapters.prompt_tuning import PromptEmbedding
 from minillama.attention import rotate
 
 # ── zero-init gated prefix attention ────────────────────────────────────────────────────────────────────────────────
@@ -304,6 +305,42 @@ class SharedKeysAndValues(PrefixAttention):
         return k, self.keys.to(dtype)
 
 
+# ── prompt tuning ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class AddedToTheWords(PromptEmbedding):
+    """the prompt's mean added to every word instead of put before them"""
+
+    soft_prompt = None
+
+    def forward(self, ids):
+        return self.base(ids) + self.prompt.mean(0).to(self.base(ids).dtype) if self.active else self.base(ids)
+
+
+class ReversedPrompt(PromptEmbedding):
+    """the prompt's vectors in the wrong order"""
+
+    @property
+    def soft_prompt(self):
+        return self.prompt.flip(0) if self.active else None
+
+
+class DetachedSoftPrompt(PromptEmbedding):
+    """the prompt detached from the graph: it never learns"""
+
+    @property
+    def soft_prompt(self):
+        return self.prompt.detach() if self.active else None
+
+
+class PromptAlwaysOn(PromptEmbedding):
+    """a prompt that stays when the adapter is disabled"""
+
+    @property
+    def soft_prompt(self):
+        return self.prompt
+
+
 # ── IA3 ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -569,6 +606,7 @@ MISTAKES = (
     + [("v2", llama_adapter_v2, "ScaledLinear", mistake) for mistake in ScaledLinear.__subclasses__()]
     + [("v2", llama_adapter_v2, "TrainedNorm", NormsOfTheBaseTrained)]
     + [("prefix_tuning", prefix_tuning, "PrefixAttention", mistake) for mistake in PrefixAttention.__subclasses__()]
+    + [("prompt_tuning", prompt_tuning, "PromptEmbedding", mistake) for mistake in PromptEmbedding.__subclasses__()]
     + [("ia3", ia3, "IA3Linear", mistake) for mistake in IA3Linear.__subclasses__()]
     + [("ia3", ia3, "attach", mistake) for mistake in (attach_before_activation, attach_to_queries)]
     + [("lora", lora, "LoRALinear", mistake) for mistake in LoRALinear.__subclasses__()]

@@ -72,6 +72,29 @@ def test_published_bottleneck_starts_are_only_near_the_identity(model, init, ids
     assert 0 < distance < 0.3 * base.abs().max()
 
 
+def test_prompt_begins_with_the_embeddings_of_a_text(model):
+    rows = model.embed_tokens.weight[[7, 8, 9, 7, 8]].clone()
+    adapt(model, "prompt_tuning", prompt_length=5, init_ids=[7, 8, 9])
+    assert torch.equal(adapter_parameters(model)["embed_tokens.prompt"], rows)
+
+
+def test_two_prompts_stand_one_behind_the_other(model, ids):
+    """Two active prompt adapters are one prompt: words of the vocabulary before the text."""
+    longer = torch.cat((torch.tensor([[5, 6, 7, 8]]).expand(3, -1), ids), 1)
+    with torch.no_grad():
+        expected = model(longer)[:, 4:]
+        adapt(model, "prompt_tuning", name="a", prompt_length=2, init_ids=[5, 6])
+        adapt(model, "prompt_tuning", name="b", prompt_length=2, init_ids=[7, 8])
+        torch.testing.assert_close(activate(model, "a", "b")(ids), expected)
+
+
+def test_reparameterized_prefix_learns(model, ids):
+    adapt(model, "prefix_tuning", prefix_length=3, reparameterize=8)
+    assert {name.partition("self_attn.")[2] for name in adapter_parameters(model)} >= {"embedding", "mlp.0.weight", "mlp.2.bias"}
+    minillama.answer_loss(model, ids, ids).backward()
+    assert all((parameter.grad != 0).any() for parameter in trainable_parameters(model).values())
+
+
 @torch.no_grad()
 def test_several_adapters_on_one_base_are_switched_without_copies(model, ids):
     base, alone = model(ids), {}
@@ -144,6 +167,11 @@ def test_merged_model_is_saved_as_a_plain_one(model, ids, tmp_path):
         ("bottleneck", dict(size=0), "size is 0"),
         ("bottleneck", dict(place="everywhere"), "place is 'everywhere'"),
         ("bottleneck", dict(activation="sin"), "activation is 'sin'"),
+        ("prefix_tuning", dict(prefix_length=0), "prefix_length is 0"),
+        ("prompt_tuning", dict(prompt_length=0), "prompt_length is 0"),
+        ("prompt_tuning", dict(init="text"), "init is 'text'"),
+        ("prompt_tuning", dict(init_ids=[101]), "below 101"),
+        ("llama_adapter_v2", dict(order="both"), "order is 'both'"),
         ("lama_adapter", {}, "method is 'lama_adapter'; it can be llama_adapter"),
     ],
 )

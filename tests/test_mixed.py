@@ -23,7 +23,7 @@ def two_adapters(model, first, second):
     return model
 
 
-COMBINATIONS = [((case,), (case,)) for case in CASES if case != "prefix_tuning"] + [
+COMBINATIONS = [((case,), (case,)) for case in CASES if case not in ("prefix_tuning", "prompt_tuning")] + [
     (("llama_adapter",), ("lora everywhere",)),
     (("ia3",), ("houlsby",)),
     (("parallel", "llama_adapter"), ("ia3", "lora")),
@@ -76,6 +76,20 @@ def test_training_in_a_mixed_batch_reaches_each_rows_own_adapter(model, ids):
     activate(model, "one", "two")
     for name, parameter in trainable_parameters(model).items():
         torch.testing.assert_close(together[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_what_moves_positions_cannot_be_mixed(model, ids):
+    adapt(adapt(model, "prompt_tuning", name="prompt"), "prefix_tuning", name="prefix")
+    with pytest.raises(ValueError, match="prompt_tuning moves the words' positions"), mixed(model, ["prompt", None, None]):
+        pass
+    if isinstance(model, minillama.LLaMA):
+        with torch.no_grad(), mixed(model, ["prefix", None, "prefix"]):
+            together = model(ids)
+        activate(model, "prefix")
+        assert (together[2] - model(ids[2:])[0]).abs().max() < 1e-5
+    else:
+        with pytest.raises(ValueError, match="prefix_tuning moves the words' positions"), mixed(model, ["prefix", None, None]):
+            pass
 
 
 def test_names_are_checked_and_the_model_comes_back(model, ids):

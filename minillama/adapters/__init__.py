@@ -13,12 +13,13 @@ import inspect
 
 import torch
 
-from . import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning
+from . import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
 
 METHODS = {
     "llama_adapter": llama_adapter,
     "llama_adapter_v2": llama_adapter_v2,
     "prefix_tuning": prefix_tuning,
+    "prompt_tuning": prompt_tuning,
     "ia3": ia3,
     "bottleneck": bottleneck,
     "lora": lora,

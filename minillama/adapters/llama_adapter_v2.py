@@ -81,9 +81,13 @@ class TrainedNorm(nn.Module):
 
 def attach(model, order="output"):
     """Wraps every projection and every norm of the model, by their names; the head and the embedding stay as they are."""
-    for name, module in list(model.named_modules()):
-        parent, _, own = name.rpartition(".")
+    wrapped = []
+    for name, module in model.named_modules():
+        own = name.rpartition(".")[2]
         if own in PROJECTIONS and hasattr(module, "in_features"):
-            setattr(model.get_submodule(parent), own, ScaledLinear(module, order))
+            wrapped.append((name, ScaledLinear(module, order)))
         elif own in NORMS:
-            setattr(model.get_submodule(parent), own, TrainedNorm(module))
+            wrapped.append((name, TrainedNorm(module)))
+    for name, wrapper in wrapped:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, wrapper)

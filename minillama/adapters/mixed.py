@@ -79,8 +79,9 @@ def mixed(model, names):
     known = getattr(model, "adapters", {})
     if unknown := [name for name in names if name is not None and name not in known]:
         raise ValueError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(map(repr, known)) or 'none'}")
-    if hasattr(model, "embed_positions") and any(part["method"] == "prefix_tuning" for name in names if name for part in known[name]):
-        raise ValueError("prefix_tuning on a GPT-2 moves the words' positions, which the rows of a batch share: it cannot be mixed there")
+    for part in (part for name in names if name is not None for part in known[name]):
+        if part["method"] == "prompt_tuning" or (part["method"] == "prefix_tuning" and hasattr(model, "embed_positions")):
+            raise ValueError(f"{part['method']} moves the words' positions, which the rows of a batch share: it cannot be mixed here")
     states = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
     shared, places = list(names), []
     for parent in list(model.modules()):

@@ -11,6 +11,7 @@ import torch
 from ..gpt2 import GPT2
 from ..pretrained import GPT2_NAMES, rename
 
+KINDS = ("ADAPTION_PROMPT", "PREFIX_TUNING", "PROMPT_TUNING", "IA3", "LORA")
 QKV = ("q_proj", "k_proj", "v_proj")
 # What a configuration may say without changing what is computed at inference.
 NEUTRAL = {
@@ -18,6 +19,7 @@ NEUTRAL = {
     "target_modules", "feedforward_modules", "init_ia3_weights", "init_lora_weights", "lora_dropout", "r", "lora_alpha",
     "fan_in_fan_out", "adapter_len", "adapter_layers", "loftq_config", "eva_config", "corda_config", "megatron_core",
     "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules", "encoder_hidden_size",
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
     "lora_ga_config", "arrow_config", "runtime_config", "ensure_weight_tying", "qalora_group_size",
 }  # fmt: skip
 
@@ -75,6 +77,10 @@ def to_peft(model, parts, tensors):
             place, _, own = name.rpartition(".")
             theirs[to_theirs(model, f"{place}.{names[own]}")] = tensor[None] if own == "prompt" else tensor
         return config, theirs
+    if part["method"] == "prompt_tuning":
+        (prompt,) = tensors.values()
+        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "num_transformer_submodules": 1}
+        return config | {"num_layers": len(model.layers), "num_attention_heads": model.config.num_attention_heads}, {"prompt_embeddings": prompt}
     if part["method"] == "prefix_tuning":
         if part["reparameterize"] is not None:
             return None  # PEFT's MLP is one for all layers
@@ -135,11 +141,13 @@ def fuse(tensors, absent, join):
 def from_peft(model, config, tensors):
     """(parts, tensors) of ours from a PEFT folder's content; ValueError names what it asks and we do not do."""
     kind, gpt2 = config.get("peft_type"), isinstance(model, GPT2)
-    if kind not in ("ADAPTION_PROMPT", "PREFIX_TUNING", "IA3", "LORA"):
-        raise ValueError(f"peft_type is {kind!r}; ADAPTION_PROMPT, PREFIX_TUNING, IA3, LORA and MINILLAMA can be read")
+    if kind not in KINDS:
+        raise ValueError(f"peft_type is {kind!r}; {', '.join(KINDS)} and MINILLAMA can be read")
     for key, value in config.items():
         if key not in NEUTRAL and value not in (None, False, "none", {}, []):
             raise ValueError(f"{key} is {value!r}, which is not honoured here; only its default is")
+    if kind == "PROMPT_TUNING":
+        return [{"method": "prompt_tuning", "prompt_length": config["num_virtual_tokens"]}], {"embed_tokens.prompt": tensors["prompt_embeddings"]}
     if kind == "PREFIX_TUNING":
         table, K, layers = tensors["prompt_embeddings"], config["num_virtual_tokens"], len(model.layers)
         attention = model.layers[0].self_attn
