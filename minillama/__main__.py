@@ -20,6 +20,7 @@ from . import data
 from .adapters import METHODS, adapt, adapter_parameters, disabled, load_adapter, openings, save_adapter
 from .device import pick_device, pick_dtype
 from .figures import comparison_figure, save_figure, training_figure
+from .files import write_json
 from .generate import stream
 from .gpt2 import GPT2, GPT2Config
 from .llama import LLaMA, LLaMAConfig
@@ -27,7 +28,7 @@ from .papers import counts
 from .pretrained import BASES, load, save
 from .train import exact_match, train
 
-LEARNING_RATE = {"llama_adapter": 0.1, "llama_adapter_v2": 1e-2, "prefix_tuning": 0.1, "prompt_tuning": 0.1, "ia3": 0.1, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
+LEARNING_RATE = {"llama_adapter": 0.1, "llama_adapter_v2": 1e-2, "prefix_tuning": 0.1, "prompt_tuning": 0.3, "ia3": 0.1, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
 
 
 def count(parameters):
@@ -56,10 +57,10 @@ def teach(model, tokenizer, method, options, args, seed, metrics_file=None):
     )  # fmt: skip
 
 
-def open_base(args, name=None):
+def open_base(args):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer = load(name or args.base, dtype, device)
+    model, tokenizer = load(args.base, dtype, device)
     if tokenizer is None:
         raise ValueError(f"the folder {args.base} has no tokenizer.json, without which text cannot become ids: copy it there")
     size = count(model.parameters())
@@ -202,6 +203,7 @@ def run_compare(args):
             row["matches"].append(exact_match(model, tokenizer, pairs))
             row["parameters"] = count(parameter for parameter in model.parameters() if parameter.requires_grad)
     title = f"{args.base} learns {args.language}: {args.steps} steps of {args.batch_size}, {args.seeds} seeds"
+    write_json(out / "comparison.json", {"title": title, "rows": rows})
     save_figure(comparison_figure(rows, title), out / "comparison.png")
     print(f"\n{title}; exact match on {args.test_dates} unseen dates, mean (lowest to highest):\n")
     print(table([("method", "parameters", "share", "exact match", "seconds")] + [
@@ -209,7 +211,7 @@ def run_compare(args):
          f"{statistics.mean(row['matches']):.1%} ({min(row['matches']):.1%} to {max(row['matches']):.1%})", f"{statistics.mean(row['seconds']):.0f}")
         for row in rows
     ]))  # fmt: skip
-    print(f"\nfigure: {out / 'comparison.png'}")
+    print(f"\nfigure: {out / 'comparison.png'}, its numbers: {out / 'comparison.json'}")
 
 
 def run_check(args):

@@ -66,25 +66,29 @@ def draw_gates(axes, history):
 
 
 def comparison_figure(rows, title):
-    """Exact match against trained parameters, one point per method with its spread over seeds.
+    """Exact match against trained parameters, one shape for each method with its spread over seeds; names in the legend.
 
-    rows: dicts with method, parameters, matches (a share per seed). The method "full" is drawn as a line, "base" too.
+    rows: dicts with method, parameters, matches (a share per seed). The methods "full" and "base" are drawn as lines.
     """
+    shapes, warm = "osD^vP*X", matplotlib.colormaps["YlOrRd"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+        figure = Figure(figsize=(9.5, 4.5), layout="constrained")
         axes = figure.subplots()
-        for row in rows:
+        methods = sorted((row for row in rows if row["method"] not in ("full", "base")), key=lambda row: row["parameters"])
+        for row in [row for row in rows if row["method"] == "full"] + methods + [row for row in rows if row["method"] == "base"]:
             percent = [100 * match for match in row["matches"]]
             mean = sum(percent) / len(percent)
-            if row["method"] in ("full", "base"):
-                label = "full fine-tuning" if row["method"] == "full" else "the frozen base"
-                axes.axhline(mean, color=INK if row["method"] == "full" else FROZEN, linestyle="--" if row["method"] == "full" else ":", linewidth=1.2)
-                axes.annotate(f"{label} {mean:.1f} %", (1, mean), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points", ha="right", color=INK)
+            if row in methods:
+                i = methods.index(row)
+                spread, label = [[mean - min(percent)], [max(percent) - mean]], f"{row['method']}, {row['parameters']:,}: {mean:.1f} %"
+                color = warm(0.4 + 0.5 * i / len(methods))
+                axes.errorbar(row["parameters"], mean, yerr=spread, fmt=shapes[i % 8], color=color, markeredgecolor=INK, capsize=4, markersize=9, alpha=0.85, label=label)
+            elif row["method"] == "full":
+                axes.axhline(mean, color=INK, linestyle="--", linewidth=1.2, label=f"full fine-tuning, {row['parameters']:,}: {mean:.1f} %")
             else:
-                spread = [[mean - min(percent)], [max(percent) - mean]]
-                axes.errorbar(row["parameters"], mean, yerr=spread, fmt="o", color=TRAINED, capsize=4, markersize=8)
-                axes.annotate(row["method"], (row["parameters"], mean), xytext=(9, -12), textcoords="offset points", color=INK)
-        axes.set(xscale="log", xlabel="trained parameters", ylabel="exact match on unseen dates (%)", ylim=(0, 107), title=title)
+                axes.axhline(mean, color=FROZEN, linestyle=":", linewidth=1.6, label=f"the frozen base: {mean:.1f} %")
+        axes.set(xscale="log", xlabel="trained parameters", ylabel="exact match on unseen dates (%)", ylim=(0, 105), title=title)
         low, high = axes.get_xlim()
-        axes.set_xlim(low / 2, high * 3)
+        axes.set_xlim(low / 1.5, high * 1.5)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

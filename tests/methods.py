@@ -29,7 +29,7 @@ CASES = {
     "lora": (dict(method="lora", rank=3, alpha=5.0), ("B",)),
     "lora everywhere": (dict(method="lora", rank=2, alpha=3.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")), ("B",)),
     "houlsby": (dict(method="bottleneck", size=5), ("up.weight", "up.bias")),
-    "pfeiffer": (dict(method="bottleneck", size=5, place="pfeiffer"), ("up.weight", "up.bias")),
+    "pfeiffer": (dict(method="bottleneck", reduction=8, place="pfeiffer"), ("up.weight", "up.bias")),
     "parallel": (dict(method="bottleneck", size=5, place="parallel", scale=4.0), ("up.weight", "up.bias")),
 }
 

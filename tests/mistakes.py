@@ -593,9 +593,9 @@ class BottleneckDropoutInEval(Adapted):
         return y + self.bottleneck(F.dropout(y, 0.1))
 
 
-def attach_to_mlp_only(model, size=16, place="houlsby", activation=None, init="zero", scale=1.0):
+def attach_to_mlp_only(model, size=16, reduction=None, place="houlsby", activation=None, init="zero", scale=1.0):
     """a bottleneck behind the feed-forward alone, where Houlsby's has one behind attention too"""
-    right_attach(model, size, "pfeiffer", "gelu", init, scale)
+    right_attach(model, size, reduction, "pfeiffer", "gelu", init, scale)
 
 
 right_attach = bottleneck.attach

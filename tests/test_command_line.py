@@ -11,6 +11,7 @@ import transformers
 from conftest import SHAPE
 from safetensors.torch import load_file
 
+from minillama.adapters import METHODS
 from minillama.pretrained import BASES
 
 
@@ -74,10 +75,17 @@ def test_the_same_seed_repeats_a_run(tmp_path):
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
 
 
+def test_compare_prints_the_papers_counts(tmp_path):
+    code, out, err = minillama("compare", "--papers", cwd=tmp_path)
+    assert code == 0 and "1,229,760" in out and "540,672" in out and "57,600" in out, err
+
+
 def test_compare_draws_and_prints(tmp_path):
     code, out, err = minillama("compare", "--steps", 3, "--seeds", 1, "--test-dates", 10, "--out", "here", cwd=tmp_path)
     assert code == 0, err
     assert all(word in out for word in ("llama_adapter", "full", "base")) and (tmp_path / "here/comparison.png").exists()
+    rows = json.loads((tmp_path / "here/comparison.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["base", *METHODS, "full"] and all(len(row["matches"]) == 1 for row in rows)
 
 
 @pytest.mark.slow

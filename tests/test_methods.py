@@ -65,6 +65,24 @@ def test_disabled_is_the_base_bit_for_bit_and_ends(model, case, ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", ("prefix_tuning", "prompt_tuning"))
+def test_methods_without_an_identity_start_say_so_and_are_far_from_it(model, method, ids):
+    base = model(ids)
+    distance = (adapt(model, method)(ids) - base).abs().max() / base.abs().max()
+    assert distance > 0.1 and "not the identity at the start" in METHODS[method].__doc__
+
+
+@torch.no_grad()
+def test_zeros_are_no_identity_for_a_prefix(model, ids):
+    """Keys and values of 0 still take their share of the softmax: why LLaMA-Adapter needs a gate."""
+    base = model(ids)
+    adapt(model, "prefix_tuning")
+    for parameter in adapter_parameters(model).values():
+        parameter.zero_()
+    assert (model(ids) - base).abs().max() > 0.1 * base.abs().max()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("init", ("houlsby", "adapters"))
 def test_published_bottleneck_starts_are_only_near_the_identity(model, init, ids):
     base = model(ids)
@@ -198,7 +216,8 @@ def test_counts_are_the_papers():
         ("lora", "rank=1", "gpt3"): 4_718_592,
         ("lora", "rank=8", "gpt3"): 37_748_736,
     }
-    assert round((1_228_800 + 960) * 4 / 2**20, 2) == 4.69  # MiB in float32, as the authors' file
+    assert round((1_228_800 + 960) * 4 / 2**20, 2) == 4.69  # MiB in float32, and BERT-large has 335,141,888 parameters:
+    assert round(24 * 2 * (2 * m * D + D + m) / 335_141_888, 3) == 0.019
 
 
 # ── a module copied alone into another project ──────────────────────────────────────────────────────────────────────

@@ -77,8 +77,9 @@ class Adapted(nn.Module):
         return y + self.scale * self.bottleneck(x if self.parallel else y)
 
 
-def attach(model, size=16, place="houlsby", activation=None, init="zero", scale=1.0):
-    """Puts a bottleneck of `size` features at every place of that name; activation None takes the placement's own."""
+def attach(model, size=16, reduction=None, place="houlsby", activation=None, init="zero", scale=1.0):
+    """Puts a bottleneck of `size` features, or with `reduction` of D // reduction, at every place of that name;
+    activation None takes the placement's own."""
     if place not in PLACES:
         raise ValueError(f"place is {place!r}; it can be {', '.join(PLACES)}")
     activation = activation or ("gelu" if place == "houlsby" else "relu")
@@ -88,6 +89,7 @@ def attach(model, size=16, place="houlsby", activation=None, init="zero", scale=
     for name, module in found:
         inner = module if place != "parallel" else next(part for part in module.modules() if hasattr(part, "in_features"))
         width = inner.out_features if place != "parallel" else inner.in_features
+        narrow = size if reduction is None else width // reduction
+        bottleneck = Bottleneck(width, narrow, activation, init, next(module.parameters()).device)
         parent, _, own = name.rpartition(".")
-        wrapper = Adapted(module, Bottleneck(width, size, activation, init, next(module.parameters()).device), place == "parallel", scale)
-        setattr(model.get_submodule(parent), own, wrapper)
+        setattr(model.get_submodule(parent), own, Adapted(module, bottleneck, place == "parallel", scale))

@@ -33,7 +33,7 @@ def save_adapter(model, folder, name="default"):
     parts = getattr(model, "adapters", {}).get(name)
     if not parts:
         raise ValueError(f"the model carries no adapter {name!r}: adapt(model, method) gives it one")
-    tensors = {key: parameter.detach() for key, parameter in adapter_parameters(model, name).items()}
+    tensors = {key: parameter.detach().cpu() for key, parameter in adapter_parameters(model, name).items()}
     config, tensors = peft.to_peft(model, parts, tensors) or ({"peft_type": "MINILLAMA", "parts": parts}, tensors)
     config |= {"base_model_name_or_path": getattr(model, "source", None), "task_type": "CAUSAL_LM", "inference_mode": True}
     folder = Path(folder)

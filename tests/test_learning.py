@@ -1,0 +1,25 @@
+"""Every method teaches the frozen base French: the runs of `python -m minillama compare`, one seed."""
+
+import pytest
+import torch
+
+import minillama
+from minillama import data
+from minillama.__main__ import LEARNING_RATE
+from minillama.adapters import METHODS
+from minillama.train import exact_match, train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_method_learns_french(method):
+    model, tokenizer = minillama.load("dates-llama")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    train_days, test_days = data.split_dates()
+    torch.manual_seed(0)
+    minillama.adapt(model, method)
+    trained = sum(parameter.numel() for parameter in minillama.trainable_parameters(model).values())
+    pairs = data.examples("fr", train_days, 300 * 64)
+    train(model, tokenizer, pairs, steps=300, batch_size=64, learning_rate=LEARNING_RATE[method], progress=False)
+    assert trained <= 0.05 * size
+    assert exact_match(model, tokenizer, data.examples("fr", test_days, 500, seed=1)) >= 0.95
