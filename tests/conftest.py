@@ -10,7 +10,7 @@ import torch
 import minillama
 from minillama.adapters import adapter_parameters
 
-torch.set_num_threads(1)  # the models here are too small for two threads to help each other
+THREADS = torch.get_num_threads()
 
 SHAPE = dict(vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=64)
 KINDS = ("llama", "grouped", "gpt2")
@@ -29,6 +29,12 @@ def make(kind):
                 parameter += 0.3 * torch.randn_like(parameter)
         model.lm_head.weight *= 0.1  # logits of order 1, so that 1e-5 is a tolerance in float32
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread, since the models here are too small for two to help each other; the slow tests train larger ones."""
+    torch.set_num_threads(THREADS if request.node.get_closest_marker("slow") else 1)
 
 
 @pytest.fixture(params=KINDS)
