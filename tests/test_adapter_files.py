@@ -136,7 +136,7 @@ def test_we_read_what_peft_writes(pair, method, ids, tmp_path):
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
 @pytest.mark.parametrize(
-    "key, value", [("use_dora", True), ("use_rslora", True), ("rank_pattern", {"q_proj": 4}), ("layers_to_transform", [1]), ("modules_to_save", ["lm_head"]), ("bias", "all")]
+    "key, value", [("use_dora", True), ("use_rslora", True), ("init_lora_weights", "pissa"), ("rank_pattern", {"q_proj": 4}), ("layers_to_transform", [1]), ("modules_to_save", ["lm_head"]), ("bias", "all")]
 )
 def test_what_peft_asks_and_we_do_not_do_is_refused_by_name(pair, key, value, tmp_path):
     theirs, ours, _ = pair
@@ -171,6 +171,9 @@ def test_bad_adapter_files_are_named_and_leave_the_model_alone(model, ids, tmp_p
     detach(model)
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     content, text = weights.read_bytes(), config.read_text()
+    for parameter in model.layers[0].parameters():
+        parameter.requires_grad_(True)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def changed(**changes):
         config.write_text(json.dumps({**json.loads(text), **changes}))
@@ -195,6 +198,15 @@ def test_bad_adapter_files_are_named_and_leave_the_model_alone(model, ids, tmp_p
         refused(named)
     config.write_text(json.dumps({"peft_type": "MINILLAMA"}))
     refused("parts is missing")
+    config.write_text(text)
+    assert all(parameter.requires_grad == required for parameter, required in before)
+    other = open_gates(adapt(model, "ia3"))(ids)  # another adapter, active and trainable, stays so
+    changed(parts=[dict(method="llama_adapter", prompt_length=3)])
+    with pytest.raises(minillama.FileError, match="shape"):
+        load_adapter(model, tmp_path, name="second")
+    assert torch.equal(model(ids), other) and list(model.adapters) == ["default"]
+    assert len(minillama.trainable_parameters(model)) == len(wrappers(model)) == 9
+    detach(model)
     config.write_text(text)
     with torch.no_grad():
         model.layers[0].mlp.down_proj.weight += 1

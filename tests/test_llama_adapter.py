@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, open_gates
+from conftest import KINDS
 from methods import builder, check_closed, check_open
 from torch import nn
 

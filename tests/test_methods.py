@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import torch
 import transformers
-from conftest import KINDS, SHAPE, make, open_gates
+from conftest import KINDS, SHAPE, open_gates
 from methods import CASES, CHECKS, builder, fails
 from mistakes import MISTAKES, Prefix
 

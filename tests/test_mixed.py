@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import left_padded
 from methods import CASES, LENGTHS, run
 
 import minillama
 from minillama import activate, adapt, data, mixed
 from minillama.adapters import adapter_parameters, trainable_parameters, wrappers
-from minillama.train import answer_loss, answers, exact_match, train
+from minillama.train import answer_loss, answers, train
 
 NAMES = ["one", None, "two"]
 

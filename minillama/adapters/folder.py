@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..files import FileError, read_json, read_metadata, read_tensors, write_json, write_tensors
-from . import adapt, adapter_parameters, detach, own_parameters, peft, wrappers
+from . import activate, adapt, adapter_parameters, detach, own_parameters, peft, wrappers
 
 
 def fingerprint(model):
@@ -54,6 +54,8 @@ def load_adapter(model, folder, name="default", check_base=True):
         raise FileError(f"{path} was trained on a base with fingerprint {remembered}, this one has {ours}: load that base, or pass check_base=False")
     if name in getattr(model, "adapters", {}):
         raise ValueError(f"the model has an adapter {name!r} already: load this one under another name, or detach that one")
+    active = [other for other in getattr(model, "adapters", {}) if any(w.active for _, w in wrappers(model) if w.adapter == other)]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if config.get("peft_type") == "MINILLAMA":
             parts = config["parts"]
@@ -71,7 +73,9 @@ def load_adapter(model, folder, name="default", check_base=True):
             for key, parameter in own.items():
                 parameter.copy_(tensors[key])
     except (ValueError, TypeError, KeyError) as error:
-        detach(model, name)
+        activate(detach(model, name), *active)
+        for parameter, before in required:
+            parameter.requires_grad_(before)
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise FileError(f"{config_path}: {reason}") from None
     return model

@@ -11,8 +11,9 @@ through the wrappers of its name, and puts the results back in order.
               └─ row 2 ──────────────────────▶ base ────┘
 
 Every row passes the base once, whatever the number of adapters, and all that is not wrapped sees the whole batch. The
-methods know nothing of it: it works for each of them, for several methods in one adapter, with a cache, with padding
-and in training. The one thing it asks is that a wrapped part takes rows along its first axis.
+methods know nothing of it: it works for several methods in one adapter, with a cache, with padding and in training. The
+one thing it asks is that a wrapped part takes rows along its first axis, so what moves the words' positions, which the
+batch shares, cannot be mixed: prompt tuning, and on a GPT-2 prefix tuning.
 """
 
 import contextlib

@@ -20,10 +20,9 @@ QKV = ("q_proj", "k_proj", "v_proj")
 NEUTRAL = {
     "peft_type", "base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
     "target_modules", "feedforward_modules", "init_ia3_weights", "init_lora_weights", "lora_dropout", "r", "lora_alpha",
-    "fan_in_fan_out", "adapter_len", "adapter_layers", "loftq_config", "eva_config", "corda_config", "megatron_core",
+    "fan_in_fan_out", "adapter_len", "adapter_layers", "megatron_core", "runtime_config", "qalora_group_size",
     "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules", "encoder_hidden_size",
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
-    "lora_ga_config", "arrow_config", "runtime_config", "ensure_weight_tying", "qalora_group_size",
 }  # fmt: skip
 
 
@@ -42,6 +41,8 @@ def from_peft(model, config, tensors):
     for key, value in config.items():
         if key not in NEUTRAL and value not in (None, False, "none", {}, []):
             raise ValueError(f"{key} is {value!r}, which is not honoured here; only its default is")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(f"init_lora_weights is {config['init_lora_weights']!r}, which may have changed the base's weights too; that is not honoured here")
     part, tensors = READERS[kind](model, config, tensors)
     return [part], tensors
 
