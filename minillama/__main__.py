@@ -1,4 +1,4 @@
-"""The command line: python -m minillama [adapt | pretrain | generate | compare | check]; with no word at all, adapt.
+"""The command line: python -m minillama [adapt | pretrain | generate | compare | lessons | check]; with no word at all, adapt.
 
 Each command is one function that can be read from top to bottom.
 """
@@ -26,9 +26,7 @@ from .gpt2 import GPT2, GPT2Config
 from .llama import LLaMA, LLaMAConfig
 from .papers import counts
 from .pretrained import BASES, load, save
-from .train import exact_match, train
-
-LEARNING_RATE = {"llama_adapter": 0.1, "llama_adapter_v2": 1e-2, "prefix_tuning": 0.1, "prompt_tuning": 0.3, "ia3": 0.1, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
+from .train import LEARNING_RATE, exact_match, train
 
 
 def count(parameters):
@@ -252,6 +250,17 @@ def run_check(args):
     return 1 if problems else 0
 
 
+def run_lessons(args):
+    from . import notebooks  # needs jupyter, which nothing else here does
+
+    for path in notebooks.find(args.names):
+        print(f"{path.name} …", end=" ", flush=True)
+        notebook, seconds = notebooks.execute(path)
+        if not args.check:
+            notebooks.store(path, notebook, seconds)
+        print(f"{seconds:.0f} s", flush=True)
+
+
 def positive(text):
     number = int(text)
     if number < 1:
@@ -314,6 +323,9 @@ def parser():
     sub = command("compare", run_compare, "Trains every method beside full fine-tuning on one language: a table and a picture.", "base", "training")
     sub.add_argument("--papers", action="store_true", help="instead: the papers' parameter counts, computed from the real shapes")
     sub.add_argument("--seeds", type=positive, default=3, help="runs per method")
+    sub = command("lessons", run_lessons, "Executes the notebooks of lessons/ from clean and stores their outputs.")
+    sub.add_argument("names", nargs="*", help='the lessons to execute, by the beginning of their names, such as 03; none: all')
+    sub.add_argument("--check", action="store_true", help="only execute: store nothing")
     command("check", run_check, "Looks whether everything is in place: versions, device, bundled files, and a ten-second self-test.")
     return top
 

@@ -1,8 +1,15 @@
 """The figures that the command line and the lessons share, in one visual language: frozen is grey-blue, trained is warm,
 a gate is crimson; each also differs in shape or label, so that nothing rests on colour alone."""
 
+import io
+from collections import namedtuple
+
 import matplotlib
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.path import Path
 
 from .files import replacing
 
@@ -19,6 +26,25 @@ STYLE = {
     "figure.facecolor": "white",
     "legend.frameon": False,
 }
+
+
+def use():
+    """For a notebook's first cell: figures show as SVG, no wider than the page and the same bytes each time. Elsewhere only
+    the style is set."""
+    matplotlib.rcParams.update({**STYLE, "svg.hashsalt": "minillama"})
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        get_ipython().display_formatter.formatters["image/svg+xml"].for_type(Figure, svg)
+
+
+def svg(figure):
+    """A figure as SVG text that shrinks to the width of the page it stands on."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return buffer.getvalue().replace("<svg ", '<svg style="max-width: 100%; height: auto" ', 1)
 
 
 def save_figure(figure, path):
@@ -92,3 +118,329 @@ def comparison_figure(rows, title):
         axes.set_xlim(low / 1.5, high * 1.5)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+# The schematics. A sheet's data units are inches, so that text and boxes have their place and keep it.
+
+
+def tint(color, share):
+    return tuple(1 - share * (1 - part) for part in to_rgb(color))
+
+
+# Shape and edge tell the kinds apart where colours do not: frozen is square and thin, trained is round and thick, a gate is dark.
+KINDS = {
+    "flow": dict(facecolor="white", edgecolor=INK, linewidth=0.9),
+    "frozen": dict(facecolor=tint(FROZEN, 0.35), edgecolor="#4d6a84", linewidth=1),
+    "trained": dict(facecolor=tint(TRAINED, 0.45), edgecolor="#9c5510", linewidth=2.4),
+    "gate": dict(facecolor=GATE, edgecolor=GATE, linewidth=1),
+    "frame": dict(facecolor="none", edgecolor="#8a8a8a", linewidth=0.9, linestyle=(0, (4, 3))),
+}
+OVER = [withStroke(linewidth=6, foreground="white")]  # for an arrow that crosses another
+Sides = namedtuple("Sides", "left right top bottom")  # the points where arrows start and end
+WAYS = {"right": ("right", "left"), "left": ("left", "right"), "up": ("top", "bottom"), "down": ("bottom", "top")}
+
+
+def sheet(width, height, title, kinds=("frozen", "trained")):
+    """Axes over a whole new figure, with a title and the legend of the kinds of boxes that will stand on it."""
+    axes = Figure(figsize=(width, height), facecolor="white").add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
+    note(axes, 0.25, height - 0.32, title, size=13, weight="bold")
+    right = width - (1.3 if "gate" in kinds else 0.95)
+    for i, kind in enumerate(reversed(kinds)):
+        box(axes, right - 1.15 * i, height - 0.32, 0.3, 0.2, kind=kind)
+        note(axes, right + 0.23 - 1.15 * i, height - 0.37, {"gate": "trained gate"}.get(kind, kind), size=10, va="baseline")
+    return axes
+
+
+def note(axes, x, y, text, size=9.5, **style):
+    axes.text(x, y, text, **{"fontsize": size, "color": INK, "ha": "left", "va": "center", "linespacing": 1.35, **style})
+
+
+def box(axes, x, y, width, height, text="", kind="flow", size=10.5):
+    """A box around (x, y). Returns its sides."""
+    corner, rounding = (x - width / 2, y - height / 2), 0.07 if kind in ("trained", "gate") else 0
+    shape = f"round,pad=0,rounding_size={rounding}"
+    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=shape, **KINDS[kind], zorder=0 if kind == "frame" else 2))
+    if text:
+        note(axes, x, y, text, size, ha="center", color="white" if kind == "gate" else INK, zorder=3)
+    return Sides((x - width / 2, y), (x + width / 2, y), (x, y + height / 2), (x, y - height / 2))
+
+
+def point(x, y):
+    """A place without a box, for an arrow that begins or ends in the open."""
+    return Sides(*[(x, y)] * 4)
+
+
+def funnel(axes, x, y, width, left, right, text):
+    """A trained matrix that narrows or widens what flows through it from left to right. Returns its sides."""
+    w, a, b = width / 2, left / 2, right / 2
+    axes.add_patch(Polygon([(x - w, y - a), (x - w, y + a), (x + w, y + b), (x + w, y - b)], joinstyle="round", **KINDS["trained"], zorder=2))
+    note(axes, x, y, text, 10.5, ha="center", zorder=3)
+    return Sides((x - w, y), (x + w, y), (x, y + (a + b) / 2), (x, y - (a + b) / 2))
+
+
+def joint(axes, x, y, sign):
+    """A circle in which what flows is added ("+") or multiplied ("x"). Returns its sides."""
+    axes.add_patch(Circle((x, y), 0.16, **KINDS["flow"], zorder=2))
+    axes.plot(x, y, marker=sign, markersize=9 if sign == "+" else 7, markeredgewidth=1.4, color=INK, zorder=3)
+    return Sides((x - 0.16, y), (x + 0.16, y), (x, y + 0.16), (x, y - 0.16))
+
+
+def strip(axes, x, y, width, values):
+    """A trained vector, its features as bars: above the middle line amplified, below it inhibited. Returns its sides."""
+    step = (width - 0.16) / len(values)
+    for i, value in enumerate(values):
+        left = x - width / 2 + 0.08 + step * (i + 0.18)
+        axes.add_patch(Rectangle((left, y), step * 0.64, value / 4, facecolor=INK, zorder=3))
+    axes.plot((x - width / 2, x + width / 2), (y, y), color=INK, linewidth=0.8, zorder=3)
+    return box(axes, x, y, width, 0.5, kind="trained")
+
+
+def cells(axes, left, y, count, kind):
+    """A row of small squares, one for each position. Returns its sides."""
+    for i in range(count):
+        box(axes, left + 0.1 + 0.26 * i, y, 0.2, 0.2, kind=kind)
+    right = left + 0.26 * count - 0.06
+    return Sides((left, y), (right, y), ((left + right) / 2, y + 0.16), ((left + right) / 2, y - 0.16))
+
+
+def arrow(axes, *points, head=True, **style):
+    """Straight from point to point, a head at the last."""
+    style = {"color": INK, "linewidth": 1.2, "zorder": 1, "joinstyle": "miter", "capstyle": "butt", **style}
+    axes.add_patch(FancyArrowPatch(path=Path(points), arrowstyle="-|>" if head else "-", mutation_scale=11, fill=head, **style))
+
+
+def chain(axes, way, *parts):
+    """Arrows from each part to the next, that way."""
+    leave, enter = WAYS[way]
+    for a, b in zip(parts, parts[1:]):
+        arrow(axes, getattr(a, leave), getattr(b, enter))
+
+
+def frame(axes, left, bottom, right, top, heading):
+    """A dashed frame around a part, with its heading at the upper left."""
+    box(axes, (left + right) / 2, (bottom + top) / 2, right - left, top - bottom, kind="frame")
+    note(axes, left + 0.15, top - 0.2, heading, 10.5)
+
+
+def zoom(axes, *lines):
+    """Dashed lines from a box to the frame that shows its inside."""
+    for line in lines:
+        arrow(axes, *line, head=False, linewidth=0.9, color="#8a8a8a", linestyle=(0, (4, 3)))
+
+
+def llama_adapter_schematic():
+    """LLaMA-Adapter (Zhang et al. 2023, after its figure 2): the top N layers get prompts; inside, two softmaxes and a gate."""
+    axes = sheet(11, 5.2, "LLaMA-Adapter: zero-init gated prefix attention", ("frozen", "trained", "gate"))
+    frame(axes, 0.25, 2.14, 3.35, 4.4, "the top $N$ of $L$ layers")
+    heights = {"word embeddings": 0.48, "layer 1": 1.03, "layer $L-N$": 1.84, "layer $L-N+1$": 2.45, "layer $L-1$": 3.26, "layer $L$": 3.8}
+    stack = [box(axes, 2.45, y, 1.45, 0.36, name, "frozen") for name, y in heights.items()]
+    for part in (stack[:2], stack[2:4], [*stack[4:], point(2.45, 4.62)]):
+        chain(axes, "up", *part)
+    for y in (1.435, 2.855):
+        note(axes, 2.45, y, "⋮", 12, ha="center")
+    for layer in stack[3:]:
+        chain(axes, "right", box(axes, 0.88, layer.left[1], 0.95, 0.36, "$K$ prompts", "trained"), layer)
+    note(axes, 2.58, 4.54, "to the head")
+
+    frame(axes, 3.85, 0.3, 10.75, 4.55, "inside an adapted layer's attention")
+    zoom(axes, [(3.175, 3.98), (3.85, 4.55)], [(3.175, 3.62), (3.85, 0.3)])
+    words, prompts = box(axes, 4.6, 2.8, 1.0, 0.62, "words\n($T$ tokens)"), box(axes, 4.6, 1.65, 1.0, 0.62, "prompts\n($K$ tokens)", "trained")
+    q_proj, o_proj = box(axes, 6.1, 3.75, 1.0, 0.4, "q_proj", "frozen"), box(axes, 10.15, 2.8, 0.75, 0.4, "o_proj", "frozen")
+    box(axes, 6.1, 2.225, 1.0, 1.85, "k_proj\nv_proj\n\nthe same\nfor both", "frozen")
+    over_words = box(axes, 8.0, 2.8, 1.5, 0.7, "softmax$(S_T)\\,V_T$\nover $T$ words")
+    over_prompts = box(axes, 8.0, 1.65, 1.5, 0.7, "softmax$(S_K)\\,V_K$\nover $K$ prompts")
+    plus, times, gate = joint(axes, 9.25, 2.8, "+"), joint(axes, 9.25, 1.65, "x"), box(axes, 9.25, 0.95, 0.85, 0.36, "tanh $g$", "gate")
+    for y, source, softmax in ((2.8, words, over_words), (1.65, prompts, over_prompts)):
+        arrow(axes, source.right, (5.6, y))
+        arrow(axes, (6.6, y), softmax.left)
+    arrow(axes, words.top, (4.6, 3.75), q_proj.left)
+    arrow(axes, (6.98, 3.75), (6.98, 1.83), (7.25, 1.83), path_effects=OVER)
+    arrow(axes, q_proj.right, (8.0, 3.75), over_words.top)
+    chain(axes, "right", over_words, plus, o_proj)
+    chain(axes, "right", over_prompts, times)
+    chain(axes, "up", gate, times, plus)
+    chain(axes, "up", o_proj, point(10.15, 3.55))
+    note(axes, 10.15, 3.77, "to the\nresidual sum", ha="center")
+    note(axes, 7.1, 3.9, "$q$")
+    note(axes, 6.68, 2.94, "$k, v$")
+    note(axes, 6.68, 1.48, "$k, v$")
+    note(axes, 4.1, 1.03, "$S = q\\,k^{\\top}/\\sqrt{d}$; the prompts' keys carry no rotary position.")
+    note(axes, 4.1, 0.68, "One $g$ a head, $0$ at first: the prompts then add $0$,\nand the layer is the base's, bit for bit.")
+    return axes.figure
+
+
+def prefix_cross_attention_schematic():
+    """Prefix cross-attention beside a layer's self-attention: on the left where its result goes, on the right how it is made."""
+    axes = sheet(10.5, 4.9, "Prefix cross-attention, let in by a gating factor", ("frozen", "trained", "gate"))
+    frame(axes, 0.25, 0.3, 5.35, 4.35, "the layer")
+    x, attention = box(axes, 1.25, 3.65, 0.7, 0.4, "$x$"), box(axes, 1.25, 2.85, 1.4, 0.46, "self-attention", "frozen")
+    plus, times = joint(axes, 1.25, 1.85, "+"), joint(axes, 2.5, 1.85, "x")
+    cross, gate = box(axes, 4.1, 1.85, 2.0, 0.46, "prefix cross-attention"), box(axes, 2.5, 1.05, 1.4, 0.46, "gating factor", "gate")
+    chain(axes, "down", x, attention, plus, box(axes, 1.25, 1.05, 0.75, 0.46, "o_proj", "frozen"), point(1.25, 0.42))
+    chain(axes, "left", cross, times, plus)
+    chain(axes, "up", gate, times)
+    note(axes, 1.4, 2.3, "$y$")
+    note(axes, 3.3, 1.05, "$0$ at first: the sum is\nthen $y$, bit for bit")
+
+    frame(axes, 5.65, 0.3, 10.25, 4.35, "inside prefix cross-attention")
+    zoom(axes, [(5.1, 2.08), (5.65, 4.35)], [(5.1, 1.62), (5.65, 0.3)])
+    prefix = box(axes, 8.6, 3.65, 1.3, 0.4, "prefix ($K$, $D$)", "trained")
+    project = box(axes, 8.6, 2.85, 2.6, 0.5, "linear projection: the layer's\nown k_proj and v_proj", "frozen")
+    query, key, value = (box(axes, at, 1.85, 1.15, 0.4, text) for at, text in ((6.4, "query"), (7.8, "prefix key"), (9.4, "prefix value")))
+    scaled = box(axes, 7.8, 1.05, 2.5, 0.46, "scaled dot-product attention")
+    chain(axes, "down", prefix, project)
+    chain(axes, "down", point(7.8, 2.6), key, scaled, point(7.8, 0.5))
+    chain(axes, "down", point(9.4, 2.6), value)
+    arrow(axes, attention.right, (6.4, 2.85), query.top)
+    arrow(axes, query.bottom, (6.4, 1.05), scaled.left)
+    arrow(axes, value.bottom, (9.4, 1.05), scaled.right)
+    note(axes, 3.1, 3.02, "the words' $q$, used again")
+    note(axes, 7.95, 0.56, "to the gating factor")
+    return axes.figure
+
+
+def ia3_schematic():
+    """IA3 (Liu et al. 2022, after its figure 1): vectors on keys, values and the hidden activation, each feature less or more."""
+    axes = sheet(10.5, 5.1, "IA3: three vectors inhibit and amplify, feature by feature")
+    frame(axes, 0.25, 0.75, 6.15, 4.55, "attention")
+    scaled, output = box(axes, 2.6, 3.3, 4.2, 0.4, "scaled dot-product attention"), box(axes, 2.6, 4.0, 0.9, 0.38, "o_proj", "frozen")
+    chain(axes, "up", scaled, output)
+    chain(axes, "right", output, point(3.6, 4.0))
+    k_values, v_values = (0.6, -0.5, 0.1, -0.8, 0.75, 0.3, -0.2), (-0.3, 0.7, -0.75, 0.2, -0.1, 0.6, 0.4)
+    for name, at, values in (("k", 2.3, k_values), ("v", 4.2, v_values), ("q", 0.95, None)):
+        projection, top = box(axes, at, 1.75, 0.9, 0.38, f"{name}_proj", "frozen"), point(at, 3.1)
+        arrow(axes, (2.3, 1.0 if name == "k" else 1.27), (at, 1.27), projection.bottom)
+        if values:
+            times = joint(axes, at, 2.5, "x")
+            chain(axes, "up", projection, times, top)
+            chain(axes, "left", strip(axes, at + 0.98, 2.5, 1.0, values), times)
+            note(axes, at + 0.98, 2.08, f"$l_{name}$", 12, ha="center")
+        else:
+            chain(axes, "up", projection, top)
+        note(axes, at + 0.1, 2.9, f"$l_{name} \\odot {name}$" if values else "$q$", 10)
+
+    frame(axes, 6.45, 0.75, 10.25, 4.55, "feed-forward")
+    up, curve = box(axes, 7.4, 1.75, 1.1, 0.38, "up_proj", "frozen"), box(axes, 7.4, 2.5, 1.5, 0.38, "non-linearity")
+    times, down = joint(axes, 7.4, 3.25, "x"), box(axes, 7.4, 4.0, 1.1, 0.38, "down_proj", "frozen")
+    chain(axes, "up", point(7.4, 1.0), up, curve, times, down)
+    chain(axes, "left", strip(axes, 9.0, 3.25, 1.3, (0.5, -0.7, 0.2, 0.7, -0.15, -0.5, 0.35, -0.8, 0.6)), times)
+    chain(axes, "right", down, point(8.4, 4.0))
+    note(axes, 9.0, 2.83, "$l_{ff}$", 12, ha="center")
+    note(axes, 8.4, 2.1, "in LLaMA (SwiGLU):\nsilu(gate_proj $x$)\n$\\odot$ up_proj $x$")
+    for at in (2.42, 7.52):
+        note(axes, at, 0.98, "$x$", 11)
+    for at in (3.7, 8.5):
+        note(axes, at, 4.0, "to the residual sum")
+    note(axes, 0.25, 0.42, "Bars: a feature above the middle line is amplified (factor > 1), below it inhibited (< 1). "
+         "All factors are 1 at first: the base, bit for bit.")  # fmt: skip
+    return axes.figure
+
+
+def bottleneck_schematic():
+    """Bottleneck adapters (Houlsby et al. 2019, after their figure 2) in a block with its norms in front, and the parallel form."""
+    axes = sheet(11, 5.3, "Bottleneck adapters: behind each sublayer, or beside one")
+    y, left, parts = 3.75, 1.05, [point(0.55, 3.75)]
+    for sublayer, wide in (("attention", 1.1), ("feed-forward", 1.2)):
+        branch = left - 0.195
+        for name, width, kind in (("norm", 0.72, "frozen"), (sublayer, wide, "frozen"), ("bottleneck", 1.15, "trained")):
+            parts.append(box(axes, left + width / 2, y, width, 0.5, name, kind))
+            left += width + 0.33
+        parts.append(joint(axes, left + 0.16, y, "+"))
+        arrow(axes, (branch, y), (branch, y + 0.62), (left + 0.16, y + 0.62), parts[-1].top)
+        note(axes, (branch + left) / 2, y + 0.75, "residual", ha="center")
+        left += 0.65
+    chain(axes, "right", *parts, point(left, y))
+    note(axes, 0.35, y, "$x$", 11)
+    note(axes, 6.35, 3.2, "Our models have their norms in front of the sublayers;\nin the paper's BERT they stand behind the residual sum.")
+
+    frame(axes, 0.25, 0.3, 6.05, 2.95, "inside a bottleneck")
+    zoom(axes, [(parts[3].left[0], y - 0.25), (0.25, 2.95)], [(parts[3].right[0], y - 0.25), (6.05, 2.95)])
+    down, up = funnel(axes, 1.6, 1.45, 0.95, 1.4, 0.6, "down\n$D \\to m$"), funnel(axes, 4.1, 1.45, 0.95, 0.6, 1.4, "up\n$m \\to D$")
+    curve, plus = box(axes, 2.85, 1.45, 0.9, 0.52, "non-\nlinearity"), joint(axes, 5.15, 1.45, "+")
+    chain(axes, "right", point(0.45, 1.45), down, curve, up, plus, point(5.85, 1.45))
+    arrow(axes, (0.72, 1.45), (0.72, 2.4), (5.15, 2.4), plus.top)
+    note(axes, 2.94, 2.53, "skip", ha="center")
+    note(axes, 5.9, 0.52, "up starts at $0$: what is added is $0$, bit for bit", ha="right")
+
+    frame(axes, 6.35, 0.3, 10.75, 2.95, "the parallel form (He et al. 2022)")
+    norm, forward = box(axes, 7.25, 1.65, 0.72, 0.5, "norm", "frozen"), box(axes, 8.75, 1.65, 1.2, 0.5, "feed-forward", "frozen")
+    beside, plus = box(axes, 8.75, 1.02, 1.15, 0.42, "bottleneck", "trained"), joint(axes, 10.0, 1.65, "+")
+    chain(axes, "right", point(6.5, 1.65), norm, forward, plus, point(10.6, 1.65))
+    arrow(axes, (7.88, 1.65), (7.88, 1.02), beside.left)
+    arrow(axes, beside.right, (10.0, 1.02), plus.bottom)
+    arrow(axes, (6.68, 1.65), (6.68, 2.3), (10.0, 2.3), plus.top)
+    note(axes, 8.34, 2.43, "residual", ha="center")
+    note(axes, 9.45, 0.87, "$\\times$ scale")
+    note(axes, 10.6, 0.52, "reads what the feed-forward reads; without the inner skip", ha="right")
+    return axes.figure
+
+
+def prefix_and_prompt_schematic():
+    """Prompt tuning (Lester et al. 2021): vectors at the input, once. Prefix tuning (Li & Liang 2021): keys and values in each layer."""
+    axes = sheet(10.5, 5.1, "Prompt tuning at the input, prefix tuning in every layer")
+    frame(axes, 0.25, 0.7, 4.75, 4.5, "prompt tuning")
+    frame(axes, 5.05, 0.7, 10.25, 4.5, "prefix tuning")
+    rows = {"layer 1": 2.0, "layer 2": 2.7, "layer $L$": 3.65}
+    left = [box(axes, 2.5, y, 3.6, 0.44, f"{name}: sees $K + T$ positions", "frozen") for name, y in rows.items()]
+    right = [box(axes, 8.73, y, 2.5, 0.44, f"{name}: softmax over $K + T$", "frozen") for name, y in rows.items()]
+    for start, kind, layers in ((0.8, "trained", left), (2.15, "flow", left), (7.72, "flow", right)):
+        row = cells(axes, start, 1.3, 8 if kind == "flow" else 4, kind)
+        at = row.top[0]
+        note(axes, at, 1.0, "$T$ word embeddings" if kind == "flow" else "$K$ prompts", ha="center")
+        note(axes, at, 3.175, "⋮", 12, ha="center")
+        arrow(axes, row.top, (at, layers[0].bottom[1]))
+        arrow(axes, (at, layers[0].top[1]), (at, layers[1].bottom[1]))
+        if kind == "flow":
+            arrow(axes, (at, layers[2].top[1]), (at, 4.25))
+    for layer in right:
+        y = layer.left[1]
+        for up, what in ((0.13, "keys"), (-0.13, "values")):
+            note(axes, 5.87, y + up, f"$K$ {what}", ha="right")
+            cells(axes, 5.97, y + up, 4, "trained")
+        arrow(axes, (7.04, y - 0.24), (7.04, y + 0.24), head=False)  # a bracket around both rows
+        arrow(axes, (7.04, y), layer.left)
+    note(axes, 0.25, 0.4, "Both take their share of the words' softmax from the first step on: neither starts as the base. A gate of $0$ mends that.")
+    return axes.figure
+
+
+def lora_schematic():
+    """LoRA (Hu et al. 2021, equation 3): a path of rank r beside a frozen matrix. Heights and widths are in proportion."""
+    axes = sheet(10.5, 4.9, "LoRA: a low-rank path beside a frozen matrix")
+    frame(axes, 0.25, 0.3, 6.5, 4.35, "while training")
+    x, W = box(axes, 0.75, 2.2, 0.45, 0.4, "$x$"), box(axes, 2.6, 3.1, 1.5, 1.5, "$W$\nout $\\times$ in", "frozen")
+    A, B = box(axes, 2.6, 1.25, 1.5, 0.25, "$A$", "trained"), box(axes, 4.1, 1.25, 0.25, 1.5, "$B$", "trained")
+    times, plus = joint(axes, 5.0, 1.25, "x"), joint(axes, 5.6, 2.2, "+")
+    arrow(axes, x.right, (1.4, 2.2), (1.4, 3.1), W.left)
+    arrow(axes, (1.4, 2.2), (1.4, 1.25), A.left)
+    chain(axes, "right", A, B, times)
+    arrow(axes, W.right, (5.6, 3.1), plus.top)
+    arrow(axes, times.right, (5.6, 1.25), plus.bottom)
+    chain(axes, "right", plus, point(6.25, 2.2))
+    note(axes, 2.6, 0.9, "$r$ $\\times$ in, Kaiming uniform", ha="center")
+    note(axes, 4.35, 0.7, "out $\\times$ $r$,\n$0$ at first")
+    note(axes, 5.0, 1.58, "$\\alpha / r$", 11, ha="center")
+    note(axes, 4.4, 3.25, "$W x$", 11, ha="center")
+
+    frame(axes, 6.8, 0.3, 10.25, 4.35, "afterwards, folded into the weight")
+    box(axes, 7.5, 3.2, 0.96, 0.96, "$W$", "frozen")
+    note(axes, 8.36, 3.2, "$+\\ \\alpha / r\\ \\cdot$", 11, ha="center")
+    box(axes, 8.83, 3.2, 0.16, 0.96, kind="trained")
+    box(axes, 9.54, 3.2, 0.96, 0.16, kind="trained")
+    note(axes, 8.83, 2.55, "$B$", ha="center")
+    note(axes, 9.54, 2.95, "$A$", ha="center")
+    note(axes, 7.5, 2.4, "=", 13, ha="center")
+    box(axes, 7.5, 1.6, 0.96, 0.96, "$W'$")
+    note(axes, 8.15, 1.6, "one matrix of $W$'s shape,\nas fast as the base")
+    note(axes, 7.02, 0.7, "in = out = 4,096 and $r$ = 8: 65,536\ntrained beside 16,777,216 frozen")
+    return axes.figure
+
+
+SCHEMATICS = {
+    "llama_adapter": llama_adapter_schematic,
+    "prefix_cross_attention": prefix_cross_attention_schematic,
+    "prefix_and_prompt": prefix_and_prompt_schematic,
+    "ia3": ia3_schematic,
+    "bottleneck": bottleneck_schematic,
+    "lora": lora_schematic,
+}

@@ -1,0 +1,297 @@
+"""The lessons' exercises: `check("gated_prefix_attention", your_function)` runs your code and names the mistake in it.
+
+A topic is a module here, named as its lesson; its EXERCISES are what `check` knows by name. An exercise has the right
+answer, a catalogue of wrong ones that are easily written, and a probe, which calls an answer on random inputs with every
+gate open and yields what came of it, piece by piece. An answer is right when every piece equals the right answer's;
+otherwise it is held against every entry of the catalogue, and where none matches, what is wrong is described. The test
+suite plants the same catalogue in the models, where each entry must fail.
+"""
+
+import contextlib
+import difflib
+import importlib
+import linecache
+import math
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+TOPICS = ("base_models", "prefix_tuning", "llama_adapter", "ia3", "bottleneck", "lora")
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What an answer is held against.
+
+    call:     how the answer is called and what it returns, for messages: "rms_norm(x, weight, eps) -> (B, T, D)".
+    right:    the right answer.
+    mistakes: wrong ones, functions (or classes) called in the same way; the docstring's first line says what is wrong.
+    probe:    probe(answer, draw) yields pairs (what, tensor), where draw(*shape) gives random numbers, the same for every
+              answer; capital and small letters in the brackets of `what` name the tensor's axes: "the output (B, T, D)".
+    """
+
+    call: str
+    right: Callable
+    mistakes: tuple
+    probe: Callable
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prediction: truth() runs the thing and returns what happens (text, a number or a set of names); `why` explains.
+
+    wrong: what a mistaken answer reveals, {answer: sentence}.
+    """
+
+    truth: Callable
+    why: str
+    wrong: dict
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """passed; mistake: the catalogue's name of what went wrong, or blank, error, shape, dtype, random, sign, scale, place, value, or None."""
+
+    passed: bool
+    mistake: str | None
+    message: str
+
+    def _ipython_display_(self):
+        """Nothing: `check` has printed the message, and a notebook would print the verdict once more."""
+
+
+def exercises():
+    """All exercises and questions by name."""
+    topics = [importlib.import_module(f"{__name__}.{topic}") for topic in TOPICS]
+    return {name: exercise for topic in topics for name, exercise in topic.EXERCISES.items()}
+
+
+def check(name, answer):
+    """Prints a verdict on an answer to the exercise of that name, and returns it.
+
+    answer: a function (or class) as the exercise asks for it, or for a prediction its value.
+    Raises ValueError for a name that no exercise has.
+    """
+    known = exercises()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=3)
+        raise ValueError(f"there is no exercise {name!r}: {'perhaps ' + ' or '.join(near) if near else 'they are ' + ', '.join(known)}")
+    verdict = (judge_prediction if isinstance(known[name], Question) else judge)(known[name], answer)
+    verdict = Verdict(verdict.passed, verdict.mistake, f"{'✓' if verdict.passed else '✗'} {name}: {verdict.message}")
+    print(verdict.message)
+    return verdict
+
+
+# ── predictions ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def judge_prediction(question, answer):
+    if answer is None or answer is ...:
+        return Verdict(False, "blank", "not answered yet: put your prediction in the place of the dots, then run the cell again.")
+    truth = question.truth()
+    if isinstance(truth, float) and isinstance(answer, int | float):
+        passed = math.isclose(truth, answer, rel_tol=0.01, abs_tol=1e-9)
+    elif isinstance(truth, frozenset):
+        answer = frozenset([answer] if isinstance(answer, str) else answer)
+        passed = truth == answer
+    else:
+        passed = truth == answer
+    shown = ", ".join(sorted(map(str, truth))) or "nothing" if isinstance(truth, frozenset) else f"{truth:.4g}" if isinstance(truth, float) else str(truth)
+    if passed:
+        return Verdict(True, None, f"right, {shown}. {question.why}")
+    hint = next((sentence for value, sentence in question.wrong.items() if value == answer), None)
+    if hint is not None:
+        return Verdict(False, "prediction", hint)
+    return Verdict(False, "prediction", f"run, it gives: {shown}. {question.why}")
+
+
+# ── answers that run ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Wrong(Exception):
+    """What a probe raises when it cannot go on with an answer: Wrong(kind, sentence)."""
+
+
+def named(names, result):
+    """Pairs (name, tensor) of an answer that returns several tensors, for a probe to yield."""
+    if not isinstance(result, tuple | list) or len(result) != len(names):
+        raise Wrong("shape", f"needed are {len(names)} tensors, {' and '.join(names)}; it returned {describe(result)}")
+    return list(zip(names, result))
+
+
+def gradients(out, *inputs):
+    """The gradient of a fixed weighting of `out` with respect to each input; zeros where none flows."""
+    if not out.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    weighting = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    found = torch.autograd.grad((out * weighting).sum(), inputs, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(inputs, found)]
+
+
+def describe(value):
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}: {', '.join(map(describe, value))}"
+    return f"{value!r}" if value is None else f"a {type(value).__name__}"
+
+
+def observe(exercise, answer, salt=0):
+    """(pieces, error): what the probe yields for this answer, and how it ended early, as (kind, sentence), or None.
+
+    salt: the state of torch's random numbers at each call, which a deterministic answer does not notice.
+    """
+    calls, generator = [], torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def called(*arguments, **names):
+        torch.manual_seed(salt)
+        calls.append(", ".join(f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__ for value in arguments))
+        result = answer(*arguments, **names)
+        if result is None or result is ...:
+            raise NotImplementedError
+        return result
+
+    pieces = []
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for what, value in exercise.probe(called, draw):
+                if not isinstance(value, torch.Tensor):
+                    raise Wrong("shape", f"{what} should be a tensor; it is {describe(value)}")
+                pieces.append((what, value.detach()))
+    except NotImplementedError:
+        return pieces, ("blank", f"not written yet: it should be {exercise.call}. Fill in the dots, then run the cell again.")
+    except Wrong as wrong:
+        return pieces, wrong.args
+    except Exception as error:  # whatever a student's code may raise is part of the verdict
+        return pieces, ("error", f"it stopped with {type(error).__name__}: {error}{place_of(error)}. It was called with {calls[-1] if calls else 'nothing'}; needed is {exercise.call}.")
+    return pieces, None
+
+
+def place_of(error):
+    """The last line of the student's own code on the way to an error."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not re.search(r"[/\\](minillama|torch)[/\\]", frame.filename)]
+    line = linecache.getline(own[-1].filename, own[-1].lineno).strip() if own else ""
+    return f", at `{line}`" if line else ""
+
+
+def tolerance(tensor):
+    return 0.1 if tensor.dtype in (torch.bfloat16, torch.float16) else 1e-4  # there the dtype is what is looked at
+
+
+def close(a, b):
+    """Equal in shape, dtype and, to rounding, in value."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    a, b = a.double(), b.double()
+    return torch.equal(a.isnan(), b.isnan()) and bool((a - b).abs().nan_to_num().max() <= tolerance(a) * b.abs().nan_to_num().max() + 1e-12) if a.numel() else True
+
+
+def alike(first, second):
+    """Whether two observations are the same: every piece, and the way they ended."""
+    (pieces, error), (others, other) = first, second
+    ended = lambda e: e and (e[0], re.sub(r", at `.*?`|It was called.*", "", e[1]))  # noqa: E731  (where it stood does not matter)
+    return len(pieces) == len(others) and ended(error) == ended(other) and all(close(a, b) for (_, a), (_, b) in zip(pieces, others))
+
+
+def judge(exercise, answer):
+    """The verdict on an answer that runs."""
+    if not callable(answer):
+        return Verdict(False, "shape", f"the answer is {describe(answer)}; needed is a function, {exercise.call}.")
+    seen, right = observe(exercise, answer), observe(exercise, exercise.right)
+    if alike(seen, right):
+        if all(close(a, b) for (_, a), (_, b) in zip(seen[0], observe(exercise, answer, salt=1)[0])):
+            return Verdict(True, None, f"right. Equal to the reference: {', '.join(dict.fromkeys(what for what, _ in seen[0]))}.")
+    if seen[1] and seen[1][0] == "blank":
+        return Verdict(False, *seen[1])
+    for mistake in exercise.mistakes:
+        if alike(seen, observe(exercise, mistake)):
+            return Verdict(False, mistake.__name__, f"this equals a known mistake: {' '.join(mistake.__doc__.split())}.")
+    again = observe(exercise, answer, salt=1)
+    for (what, value), (_, other) in zip(seen[0], again[0]):
+        if not close(value, other):
+            return Verdict(False, "random", f"{what} changes from call to call on the same input: is a dropout left on, or something drawn anew?")
+    for (what, value), (_, wanted) in zip(seen[0], right[0]):
+        if not close(value, wanted):
+            return Verdict(False, *difference(what, value, wanted))
+    kind, sentence = seen[1] or right[1]
+    return Verdict(False, kind, sentence)
+
+
+def difference(what, value, wanted):
+    """(kind, sentence): how a piece differs from what it should be."""
+    axes = re.search(r"\(([A-Za-z0-9·, ]+)\)", what)
+    axes = [letter.strip() for letter in axes[1].split(",")] if axes else []
+    if value.shape != wanted.shape:
+        swapped = " The sizes are right and their order is not: look at your transposes." if sorted(value.shape) == sorted(wanted.shape) and value.dim() == wanted.dim() else ""
+        return "shape", f"{what} has shape {tuple(value.shape)}; needed is {tuple(wanted.shape)}.{swapped}"
+    if value.dtype != wanted.dtype:
+        return "dtype", f"{what} is {value.dtype}; needed is {wanted.dtype}, the dtype of the input."
+    if not value.is_floating_point():
+        return "value", f"{what} is {value.tolist()}; needed is {wanted.tolist()}."
+    a, b = value.double(), wanted.double()
+    if a.isnan().any():
+        return "value", f"{what} holds NaN: is a whole row of the softmax masked, or something divided by 0?"
+    if close(-value, wanted):
+        return "sign", f"{what} has the wrong sign, and is right otherwise."
+    if not a.any():
+        return "value", f"{what} is 0 everywhere; it should not be: does anything reach it?"
+    if b.any():
+        factor = (a * b).sum() / (b * b).sum()
+        if (a - factor * b).abs().max() <= tolerance(value) * a.abs().max():
+            return "scale", f"{what} is {factor:.4g} times what it should be, everywhere: look for a missing or a doubled factor."
+    wrong = (a - b).abs() > tolerance(value) * b.abs().max()
+    for axis in range(wrong.dim()):
+        name = axes[axis] if len(axes) == wrong.dim() else f"axis {axis}"
+        at = wrong.flatten() if wrong.dim() == 1 else wrong.transpose(0, axis).flatten(1).any(1)
+        if not at.all() and wrong.any():
+            bad = at.nonzero()[:, 0].tolist()
+            hint = {"T": " Tokens are apart here: look at the mask, the positions or the cache.", "B": " Rows are apart here: look at what mixes them.", "H": " Heads are apart here: look at their order."}.get(name, "")
+            return "place", f"{what} is right at {name} = {[i for i in range(len(at)) if i not in bad][:8]} and wrong at {name} = {bad[:8]}.{hint}"
+    return "value", f"{what} is wrong everywhere, by up to {float((a - b).abs().max()):.3g} where numbers go up to {float(b.abs().max()):.3g}; neither a sign, nor one factor, nor a known mistake explains it."
+
+
+# ── what probes share ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def filled(module, draw):
+    """The module frozen and with every number drawn: matrices by N(0, 1/fan_in), vectors by 1 + 0.3 · N(0, 1)."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(draw(*parameter.shape) / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.3 * draw(*parameter.shape))
+    return module.requires_grad_(False)
+
+
+def as_function(wrapper, *options, names):
+    """A wrapper class as a function of the module it wraps, the inputs, and its own parameters by these names.
+
+    The module is kept as long as the base stays the same, so that whatever it wrongly keeps shows in the next call.
+    """
+    made = {}
+
+    def function(base, *arguments):
+        inputs, own = arguments[: len(arguments) - len(names)], dict(zip(names, arguments[len(arguments) - len(names) :]))
+        if made.get("base") is not base:
+            made.update(base=base, module=wrapper(base, *[option(**own) if callable(option) else option for option in options]))
+        return torch.func.functional_call(made["module"], own, inputs)
+
+    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
+    return function
+
+
+@contextlib.contextmanager
+def planted(module, name, mistake):
+    """Within the block the module's name stands for the mistake."""
+    right = getattr(module, name)
+    setattr(module, name, mistake)
+    try:
+        yield
+    finally:
+        setattr(module, name, right)

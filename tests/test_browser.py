@@ -1,0 +1,77 @@
+"""Lesson 03 as a student meets it: JupyterLab in a real browser runs every cell, and the slider changes the answer."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from minillama.notebooks import LESSONS
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """The address of a JupyterLab on a copy of the lessons, so that its saving changes nothing here."""
+    shutil.copytree(LESSONS, tmp_path / "lessons")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [f"--port={port}", f"--ServerApp.root_dir={tmp_path}", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--allow-root"]
+    environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data")}
+    with open(tmp_path / "lab.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", *options], stdout=log, stderr=log, env=environment)
+        address = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(120):
+                try:
+                    urllib.request.urlopen(f"{address}/api", timeout=5)
+                    break
+                except OSError:
+                    assert server.poll() is None, (tmp_path / "lab.log").read_text()
+                    time.sleep(0.5)
+            yield address
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; on Debian: apt-get install chromium")
+def test_the_slider_changes_the_answer(lab):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.goto(f"{lab}/lab/tree/lessons/03_llama_adapter.ipynb")
+        page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context?.isReady", timeout=120_000)
+        page.wait_for_function("jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=120_000)
+        page.evaluate("jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+        page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')", None)
+        cells = "jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code' && w.model.sharedModel.getSource().trim())"
+        page.wait_for_function(f"{cells}.every(w => w.model.executionCount)", timeout=300_000)
+        outputs = page.evaluate(f"{cells}.map(w => w.model.outputs.toJSON()).flat()")
+        assert not [output for output in outputs if output["output_type"] == "error"], outputs
+        assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
+
+        place = page.evaluate("jupyterapp.shell.currentWidget.content.widgets.findIndex(w => w.model.sharedModel.getSource().includes('gate_slider'))")
+        page.evaluate("place => jupyterapp.shell.currentWidget.content.scrollToItem(place, 'start')", place)
+        handle, answer = page.locator(".jupyter-widgets .noUi-handle").first, page.locator(".jupyter-widgets.widget-html-content, .widget-html-content").first
+        handle.wait_for(timeout=30_000)
+        adapted = answer.inner_text()
+        handle.focus()
+        page.keyboard.press("Home")  # the gate at 0
+        page.wait_for_function("before => document.querySelector('.widget-html-content').innerText !== before", arg=adapted, timeout=30_000)
+        (question, right), (again, guess) = (re.search(r"^(.*) = (\S+)", text).groups() for text in (adapted, answer.inner_text()))
+        assert question == again and right != guess and "bit for bit" in answer.inner_text()
+        handle.focus()
+        page.keyboard.press("End")
+        page.wait_for_function("document.querySelector('.widget-html-content').innerText.includes('bit for bit') === false", timeout=30_000)
+        browser.close()

@@ -1,0 +1,177 @@
+"""The figures: nothing overlaps, nothing leaves the canvas, and a notebook shows them."""
+
+import itertools
+import xml.etree.ElementTree
+
+import matplotlib
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path
+
+from minillama import figures
+
+
+def faults(figure, dpi=200):
+    """What is wrong with a figure as it is drawn, in sentences; the tolerance is one pixel."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page, found = figure.bbox.padded(1), []
+
+    def inside(extent):
+        return page.x0 <= extent.x0 and page.y0 <= extent.y0 and extent.x1 <= page.x1 and extent.y1 <= page.y1
+
+    if not inside(figure.get_tightbbox(canvas.get_renderer()).transformed(figure.dpi_scale_trans)):
+        found.append("the figure leaves the canvas")
+    for axes in figure.axes:
+        texts = {text: text.get_window_extent() for text in axes.texts}
+        arrows = [(patch, drawn(patch)) for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
+        boxes = [(patch, drawn(patch)) for patch in axes.patches if not isinstance(patch, FancyArrowPatch)]
+        for patch, path in arrows + boxes:
+            if not inside(path.get_extents()):
+                found.append(f"{patch} leaves the canvas")
+        for (a, extent), (b, other) in itertools.combinations(texts.items(), 2):
+            if extent.padded(-1).overlaps(other.padded(-1)):
+                found.append(f"{a.get_text()!r} overlaps {b.get_text()!r}")
+        for text, extent in texts.items():
+            if not inside(extent):
+                found.append(f"{text.get_text()!r} leaves the canvas")
+            if text.get_fontsize() < 9:
+                found.append(f"{text.get_text()!r} is too small to read")
+            if any(path.intersects_bbox(extent.padded(-1), filled=False) for _, path in boxes):
+                found.append(f"{text.get_text()!r} crosses the edge of a box")
+            if any(path.intersects_bbox(extent.padded(-1), filled=False) for _, path in arrows):
+                found.append(f"{text.get_text()!r} is crossed by an arrow")
+        for (_, path), (b, other) in itertools.combinations(boxes, 2):
+            if path.intersects_path(other, filled=False):
+                found.append(f"{b} crosses the edge of another box")
+        for patch, path in boxes:  # a frame has no face and may be crossed
+            within = path.get_extents().padded(-3)
+            if patch.get_facecolor()[3] and any(line.intersects_bbox(within, filled=False) for _, line in arrows):
+                found.append(f"an arrow runs into {patch}")
+    return found
+
+
+def drawn(patch):
+    """A patch's outline in pixels, as straight lines."""
+    return Path.make_compound_path(*map(Path, patch.get_path().to_polygons(patch.get_transform(), closed_only=False)))
+
+
+@pytest.mark.parametrize("name", figures.SCHEMATICS)
+def test_schematic_is_tidy(name):
+    figure = figures.SCHEMATICS[name]()
+    assert len(figure.axes[0].texts) > 15 < len(figure.axes[0].patches)
+    assert 9 <= figure.get_figwidth() <= 11 and 3.5 <= figure.get_figheight() <= 5.5
+    assert faults(figure) == []
+
+
+def two_texts(axes):
+    figures.note(axes, 1, 1, "one text")
+    figures.note(axes, 1.3, 1.05, "another")
+
+
+def over_the_page(axes):
+    figures.note(axes, 3.5, 1, "a text that is too long")
+
+
+def too_long_for_its_box(axes):
+    figures.box(axes, 2, 1, 0.8, 0.4, "scaled attention")
+
+
+def larger_than_its_box(axes):
+    figures.box(axes, 2, 1, 0.1, 0.05, "attention")
+
+
+def struck_through(axes):
+    figures.note(axes, 1, 1, "a text")
+    figures.arrow(axes, (0.5, 1), (3, 1))
+
+
+def under_a_box(axes):
+    figures.box(axes, 2, 1, 0.8, 0.4)
+    figures.arrow(axes, (0.5, 1), (2, 1))
+
+
+def two_boxes(axes):
+    figures.box(axes, 2, 1, 0.8, 0.4)
+    figures.box(axes, 2.5, 1, 0.8, 0.4, kind="trained")
+
+
+def box_over_the_page(axes):
+    figures.box(axes, 3.9, 1, 0.8, 0.4)
+
+
+def tiny(axes):
+    figures.note(axes, 1, 1, "a text", size=8)
+
+
+@pytest.mark.parametrize(
+    "plant, fault",
+    [
+        (two_texts, "'one text' overlaps 'another'"),
+        (over_the_page, "too long' leaves the canvas"),
+        (too_long_for_its_box, "crosses the edge of a box"),
+        (larger_than_its_box, "crosses the edge of a box"),
+        (struck_through, "is crossed by an arrow"),
+        (under_a_box, "an arrow runs into"),
+        (two_boxes, "crosses the edge of another box"),
+        (box_over_the_page, "leaves the canvas"),
+        (tiny, "too small to read"),
+    ],
+)
+def test_a_planted_fault_is_found(plant, fault):
+    axes = figures.sheet(4, 2, "", kinds=())
+    figures.box(axes, 0.7, 0.4, 0.8, 0.4, "tidy")
+    assert faults(axes.figure) == []
+    plant(axes)
+    assert any(fault in sentence for sentence in faults(axes.figure))
+
+
+def history(gated):
+    records = [{"step": step, "loss": 3.0 / step, "accuracy": 1 - 1 / step} for step in range(1, 30)]
+    gates = {str(layer): [0.1, -0.2] for layer in range(4)}
+    return [record | {"gates": gates} for record in records] if gated else records
+
+
+def test_plots_stay_on_the_canvas():
+    methods = ("base", "llama_adapter_v2", "ia3", "full")
+    rows = [{"method": method, "parameters": 10**i, "matches": [0.1 * i, 0.1 * i + 0.05]} for i, method in enumerate(methods, 1)]
+    for gated in (False, True):
+        assert faults(figures.training_figure(history(gated), "A title"), dpi=100) == []
+    assert faults(figures.comparison_figure(rows, "A title"), dpi=100) == []
+
+
+def test_greyscale_tells_the_kinds_apart():
+    """By their edges and, the gate, by its darkness: colour is not needed."""
+    weights, kinds = (0.299, 0.587, 0.114), ("flow", "frozen", "trained", "gate")
+    grey = {kind: sum(w * part for w, part in zip(weights, to_rgb(figures.KINDS[kind]["facecolor"]))) for kind in kinds}
+    assert grey["gate"] < 0.4 and min(grey["flow"], grey["frozen"], grey["trained"]) > 0.65
+    assert figures.KINDS["trained"]["linewidth"] >= 2 * figures.KINDS["frozen"]["linewidth"]
+
+
+def test_use_sets_the_style_and_svg_is_the_same_each_time(tmp_path):
+    with matplotlib.rc_context():
+        figures.use()  # no notebook here: quiet
+        assert matplotlib.rcParams["axes.spines.top"] is False
+        for name in ("a.svg", "b.svg"):
+            figures.lora_schematic().savefig(tmp_path / name, metadata={"Date": None})
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_a_notebook_shows_svg():
+    """As the last expression of a cell, a figure made without pyplot becomes one SVG, without a date."""
+    shells = pytest.importorskip("IPython.core.interactiveshell")
+    pytest.importorskip("matplotlib_inline")
+    shell = shells.InteractiveShell.instance()
+    try:
+        with matplotlib.rc_context():
+            figures.use()
+            shown, _ = shell.display_formatter.format(figures.lora_schematic())
+            again, _ = shell.display_formatter.format(figures.lora_schematic())
+    finally:
+        shells.InteractiveShell.clear_instance()
+    assert "image/svg+xml" in shown and "image/png" not in shown and "dc:date" not in shown["image/svg+xml"]
+    assert shown["image/svg+xml"] == again["image/svg+xml"]
+    assert xml.etree.ElementTree.fromstring(shown["image/svg+xml"]).tag.endswith("svg")
