@@ -190,8 +190,10 @@ def close(a, b):
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    a, b = a.double(), b.double()
-    return torch.equal(a.isnan(), b.isnan()) and bool((a - b).abs().nan_to_num().max() <= tolerance(a) * b.abs().nan_to_num().max() + 1e-12) if a.numel() else True
+    limit, a, b = tolerance(a), a.double(), b.double()
+    if not a.numel() or not torch.equal(a.isnan(), b.isnan()):
+        return not a.numel()
+    return bool((a - b).abs().nan_to_num().max() <= limit * b.abs().nan_to_num().max() + 1e-12)
 
 
 def alike(first, second):
