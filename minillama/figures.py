@@ -2,6 +2,7 @@
 a gate is crimson; each also differs in shape or label, so that nothing rests on colour alone."""
 
 import io
+import re
 from collections import namedtuple
 
 import matplotlib
@@ -14,6 +15,7 @@ from matplotlib.path import Path
 from .files import replacing
 
 FROZEN, TRAINED, GATE, INK = "#7f9bb3", "#d9822b", "#b3224a", "#2b2b2b"
+PAGE = 690  # points: what a notebook shows beside its margins
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -41,10 +43,12 @@ def use():
 
 
 def svg(figure):
-    """A figure as SVG text that shrinks to the width of the page it stands on."""
+    """A figure as SVG text, shrunk to a page's width where it is wider."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return buffer.getvalue().replace("<svg ", '<svg style="max-width: 100%; height: auto" ', 1)
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', buffer.getvalue())
+    share = min(1, PAGE / float(size[1]))
+    return buffer.getvalue().replace(size[0], f'width="{share * float(size[1]):.1f}pt" height="{share * float(size[2]):.1f}pt"', 1)
 
 
 def save_figure(figure, path):

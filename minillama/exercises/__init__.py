@@ -9,6 +9,7 @@ suite plants the same catalogue in the models, where each entry must fail.
 
 import contextlib
 import difflib
+import functools
 import importlib
 import linecache
 import math
@@ -43,17 +44,18 @@ class Exercise:
 class Question:
     """A prediction: truth() runs the thing and returns what happens (text, a number or a set of names); `why` explains.
 
-    wrong: what a mistaken answer reveals, {answer: sentence}.
+    wrong: what a mistaken answer reveals, {answer: sentence}.  choices: the words an answer can be made of, where it is words.
     """
 
     truth: Callable
     why: str
     wrong: dict
+    choices: tuple = ()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed; mistake: the catalogue's name of what went wrong, or blank, error, shape, dtype, random, sign, scale, place, value, or None."""
+    """passed; mistake: the catalogue's name of what went wrong, or blank, error, shape, dtype, kept, random, swapped, sign, scale, place, value, or None."""
 
     passed: bool
     mistake: str | None
@@ -92,13 +94,13 @@ def judge_prediction(question, answer):
     if answer is None or answer is ...:
         return Verdict(False, "blank", "not answered yet: put your prediction in the place of the dots, then run the cell again.")
     truth = question.truth()
-    if isinstance(truth, float) and isinstance(answer, int | float):
-        passed = math.isclose(truth, answer, rel_tol=0.01, abs_tol=1e-9)
-    elif isinstance(truth, frozenset):
-        answer = frozenset([answer] if isinstance(answer, str) else answer)
-        passed = truth == answer
-    else:
-        passed = truth == answer
+    if isinstance(truth, frozenset):
+        answer = frozenset([answer] if isinstance(answer, str) else answer if isinstance(answer, set | frozenset | list | tuple) else [str(answer)])
+    words = answer if isinstance(answer, frozenset) else [answer]
+    if question.choices and not set(words) <= set(question.choices):
+        return Verdict(False, "blank", f"the answer is made of {', '.join(map(repr, question.choices))}; it has {', '.join(map(repr, words))}.")
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (truth, answer))
+    passed = math.isclose(truth, answer, rel_tol=0.01, abs_tol=1e-9) if numbers else truth == answer
     shown = ", ".join(sorted(map(str, truth))) or "nothing" if isinstance(truth, frozenset) else f"{truth:.4g}" if isinstance(truth, float) else str(truth)
     if passed:
         return Verdict(True, None, f"right, {shown}. {question.why}")
@@ -151,10 +153,12 @@ def observe(exercise, answer, salt=0):
 
     def called(*arguments, **names):
         torch.manual_seed(salt)
-        calls.append(", ".join(f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__ for value in arguments))
+        calls.append(arguments)
         result = answer(*arguments, **names)
         if result is None or result is ...:
             raise NotImplementedError
+        if isinstance(result, torch.nn.Module):
+            result.register_forward_pre_hook(lambda _, inputs: (torch.manual_seed(salt), calls.append(inputs))[0] and None)
         return result
 
     pieces = []
@@ -169,8 +173,12 @@ def observe(exercise, answer, salt=0):
     except Wrong as wrong:
         return pieces, wrong.args
     except Exception as error:  # whatever a student's code may raise is part of the verdict
-        return pieces, ("error", f"it stopped with {type(error).__name__}: {error}{place_of(error)}. It was called with {calls[-1] if calls else 'nothing'}; needed is {exercise.call}.")
+        given = ", ".join(f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__ for value in calls[-1]) if calls else "nothing"
+        return pieces, ("error", f"it stopped with {type(error).__name__}: {error}{place_of(error)}. It was called with {given}; needed is {exercise.call}.")
     return pieces, None
+
+
+expected = functools.cache(observe)  # of the right answer and of the catalogue, which do not change
 
 
 def place_of(error):
@@ -207,21 +215,23 @@ def judge(exercise, answer):
     """The verdict on an answer that runs."""
     if not callable(answer):
         return Verdict(False, "shape", f"the answer is {describe(answer)}; needed is a function, {exercise.call}.")
-    seen, right = observe(exercise, answer), observe(exercise, exercise.right)
+    seen, right = observe(exercise, answer), expected(exercise, exercise.right)
     if alike(seen, right):
         if all(close(a, b) for (_, a), (_, b) in zip(seen[0], observe(exercise, answer, salt=1)[0])):
             return Verdict(True, None, f"right. Equal to the reference: {', '.join(dict.fromkeys(what for what, _ in seen[0]))}.")
     if seen[1] and seen[1][0] == "blank":
         return Verdict(False, *seen[1])
     for mistake in exercise.mistakes:
-        if alike(seen, observe(exercise, mistake)):
+        if alike(seen, expected(exercise, mistake)):
             return Verdict(False, mistake.__name__, f"this equals a known mistake: {' '.join(mistake.__doc__.split())}.")
-    again = observe(exercise, answer, salt=1)
-    for (what, value), (_, other) in zip(seen[0], again[0]):
-        if not close(value, other):
-            return Verdict(False, "random", f"{what} changes from call to call on the same input: is a dropout left on, or something drawn anew?")
+    for salt, kind, reason in ((0, "kept", "something is kept from an earlier call"), (1, "random", "is a dropout left on, or something drawn anew?")):
+        for (what, value), (_, other) in zip(seen[0], observe(exercise, answer, salt)[0]):
+            if not close(value, other):
+                return Verdict(False, kind, f"{what} changes from call to call on the same input: {reason}.".replace("?.", "?"))
     for (what, value), (_, wanted) in zip(seen[0], right[0]):
         if not close(value, wanted):
+            if other := next((other for other, piece in right[0] if close(value, piece) and value.dim()), None):
+                return Verdict(False, "swapped", f"{what} is what {other} should be: are the two swapped?")
             return Verdict(False, *difference(what, value, wanted))
     kind, sentence = seen[1] or right[1]
     return Verdict(False, kind, sentence)

@@ -1,19 +1,26 @@
 """Lesson 05: bottleneck adapters, with the wrong versions that one writes easily."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
+import minillama
+
 from ..adapters import bottleneck
 from ..adapters.bottleneck import Adapted, Bottleneck
+from ..attention import RoPE
+from ..llama import Layer, LLaMAConfig
+from . import Exercise, Question, Wrong, filled, gradients, named
 
 right_attach = bottleneck.attach
 
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# What derives from Bottleneck or Adapted directly is planted in the models by tests/mistakes.py too.
 
 
 class UpNotZero(Bottleneck):
-    """the up-projection drawn near zero instead of zeroed"""
+    """the up-projection drawn near zero instead of zeroed: the model starts near the base and not as the base"""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -21,7 +28,7 @@ class UpNotZero(Bottleneck):
 
 
 class AllZero(Bottleneck):
-    """both matrices at 0: only the last bias ever learns"""
+    """both matrices at 0: then the features are 0 and so is the way back to them, and only the last bias ever learns; draw down at random"""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -29,7 +36,7 @@ class AllZero(Bottleneck):
 
 
 class NoActivation(Bottleneck):
-    """no non-linearity between down and up"""
+    """no non-linearity between down and up: two matrices in a row are one matrix of rank m; put GELU between them"""
 
     def forward(self, x):
         return F.linear(F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype)), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
@@ -44,28 +51,28 @@ class WrongActivation(Bottleneck):
 
 
 class ActivationLast(Bottleneck):
-    """the non-linearity behind up instead of between"""
+    """the non-linearity behind up instead of between down and up"""
 
     def forward(self, x):
         return F.gelu(NoActivation.forward(self, x))
 
 
 class NoBias(Bottleneck):
-    """biases left out"""
+    """biases left out: each of the two projections adds its own"""
 
     def forward(self, x):
         return F.linear(F.gelu(F.linear(x, self.down.weight.to(x.dtype))), self.up.weight.to(x.dtype))
 
 
 class NoInnerResidual(Adapted):
-    """the sublayer's output replaced by the bottleneck's, the inner skip connection left out"""
+    """the sublayer's output replaced by the bottleneck's, the inner skip connection left out: add the two"""
 
     def forward(self, x):
         return self.bottleneck(self.base(x))
 
 
 class ReadsInput(Adapted):
-    """the sequential bottleneck fed with the sublayer's input, as a parallel one is"""
+    """the sequential bottleneck fed with the sublayer's input, as a parallel one is; it reads the sublayer's output"""
 
     def forward(self, x):
         fed = F.pad(x, (0, max(0, self.out_features - x.shape[-1])))[..., : self.out_features]
@@ -73,7 +80,7 @@ class ReadsInput(Adapted):
 
 
 class AddedTwice(Adapted):
-    """the sublayer's output added once inside the bottleneck and once outside"""
+    """the sublayer's output added once inside the bottleneck and once outside: y + y + bottleneck(y); once is enough"""
 
     def forward(self, x):
         y = self.base(x)
@@ -93,7 +100,507 @@ def attach_to_mlp_only(model, size=16, reduction=None, place="houlsby", activati
     right_attach(model, size, reduction, "pfeiffer", "gelu", init, scale)
 
 
-# ── what is asked ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the network itself ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+NAMES = ("down_weight", "down_bias", "up_weight", "up_bias")
 
 
-EXERCISES = {}
+def as_bottleneck(network):
+    """A network class as a function of its input and its four tensors."""
+
+    def function(x, *tensors):
+        return torch.func.functional_call(network(x.shape[-1], len(tensors[1])), {name.replace("_", "."): tensor for name, tensor in zip(NAMES, tensors)}, (x,))
+
+    function.__name__, function.__doc__ = network.__name__, network.__doc__
+    return function
+
+
+right_bottleneck = as_bottleneck(Bottleneck)
+
+
+def skip_inside(x, down_weight, down_bias, up_weight, up_bias):
+    """x added here already; asked is what the network adds, and the sublayer's output comes to it outside"""
+    return x + right_bottleneck(x, down_weight, down_bias, up_weight, up_bias)
+
+
+def activated_twice(x, down_weight, down_bias, up_weight, up_bias):
+    """the non-linearity used twice, between down and up and behind up too; between them alone is right"""
+    return F.gelu(right_bottleneck(x, down_weight, down_bias, up_weight, up_bias))
+
+
+def activated_first(x, down_weight, down_bias, up_weight, up_bias):
+    """the non-linearity in front of down instead of between down and up"""
+    return F.linear(F.linear(F.gelu(x), down_weight.to(x.dtype), down_bias.to(x.dtype)), up_weight.to(x.dtype), up_bias.to(x.dtype))
+
+
+def up_bias_forgotten(x, down_weight, down_bias, up_weight, up_bias):
+    """the up-projection's bias left out"""
+    return right_bottleneck(x, down_weight, down_bias, up_weight, up_bias * 0)
+
+
+def down_bias_forgotten(x, down_weight, down_bias, up_weight, up_bias):
+    """the down-projection's bias left out"""
+    return right_bottleneck(x, down_weight, down_bias * 0, up_weight, up_bias)
+
+
+def tanh_gelu(x, down_weight, down_bias, up_weight, up_bias):
+    """GELU in its tanh approximation; asked is the exact one, F.gelu(x) with no further argument"""
+    narrow = F.gelu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)), approximate="tanh")
+    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
+
+
+def silu_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
+    """SiLU (swish) for GELU, as the AdapterHub library has it in its Houlsby configuration; asked is GELU"""
+    return F.linear(F.silu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype))), up_weight.to(x.dtype), up_bias.to(x.dtype))
+
+
+def computed_in_float32(x, down_weight, down_bias, up_weight, up_bias):
+    """x cast to the weights' float32 and left there, so that a bfloat16 model gets float32 back; cast the weights to x.dtype instead"""
+    return right_bottleneck(x.float(), down_weight, down_bias, up_weight, up_bias)
+
+
+def weights_not_cast(x, down_weight, down_bias, up_weight, up_bias):
+    """float32 weights not cast to the dtype of x: a bfloat16 model stops here; write down_weight.to(x.dtype), and so for all four"""
+    return F.linear(F.gelu(F.linear(x, down_weight, down_bias)), up_weight, up_bias)
+
+
+def features_detached(x, down_weight, down_bias, up_weight, up_bias):
+    """the narrow features detached from the graph: down never learns"""
+    narrow = F.gelu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype))).detach()
+    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
+
+
+def tensors_of(draw, width=10, size=4):
+    """down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D), all away from 0."""
+    return [draw(size, width) / width**0.5, draw(size), draw(width, size), draw(width)]
+
+
+def probe_bottleneck(answer, draw):
+    x, tensors = draw(2, 5, 10).requires_grad_(), [tensor.requires_grad_() for tensor in tensors_of(draw)]
+    out = answer(x, *tensors)
+    yield "the output (B, T, D)", out
+    for name, gradient in zip(("x (B, T, D)", "down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)"), gradients(out, x, *tensors)):
+        yield f"the gradient of {name}", gradient
+    yield "the output in bfloat16 (B, T, D)", answer(x.bfloat16(), *tensors)
+    zeros = [tensors[0], tensors[1], tensors[2] * 0, tensors[3] * 0]
+    yield "the output with up at 0 (B, T, D)", answer(x, *zeros)
+
+
+# ── where it starts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def start_of(network):
+    """What a network's four tensors start from, as a function of D and m."""
+
+    def function(D, m):
+        module = network(D, m)
+        return tuple(tensor.detach() for tensor in (module.down.weight, module.down.bias, module.up.weight, module.up.bias))
+
+    function.__name__, function.__doc__ = network.__name__, network.__doc__
+    return function
+
+
+def as_linear_draws_them(D, m):
+    """two nn.Linear as they come, nothing zeroed: the model begins as another model"""
+    down, up = nn.Linear(D, m), nn.Linear(m, D)
+    return down.weight.data, down.bias.data, up.weight.data, up.bias.data
+
+
+def up_bias_kept(D, m):
+    """up's weight zeroed and its bias not: the bias is added to every token"""
+    down, up = nn.Linear(D, m), nn.Linear(m, D)
+    return down.weight.data, down.bias.data * 0, up.weight.data * 0, up.bias.data
+
+
+def down_bias_kept(D, m):
+    """down's bias drawn at random: the identity still, for up is 0; but both biases are asked to start at 0"""
+    down = nn.Linear(D, m)
+    return down.weight.data, down.bias.data, torch.zeros(D, m), torch.zeros(D)
+
+
+def down_zero(D, m):
+    """down at 0 and up random, the wrong way round: it is the identity, but it learns by GELU's slope at 0 alone; with ReLU, whose slope there is taken as 0, only the last bias would ever learn"""
+    return torch.zeros(m, D), torch.zeros(m), torch.randn(D, m) / m**0.5, torch.zeros(D)
+
+
+def units_alike(D, m):
+    """every unit of down the same: each gets the same gradient for ever, and m units learn what one would; draw them at random"""
+    return torch.full((m, D), 0.01), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
+
+
+def down_too_large(D, m):
+    """down drawn from N(0, 1): its features then come out √D times as large as what goes in; a standard deviation of 0.01, or of 1/√D, is what one takes"""
+    return torch.randn(m, D), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
+
+
+def shapes_swapped(D, m):
+    """the two matrices in the shape (in, out); nn.Linear and F.linear keep them as (out, in): down (m, D), up (D, m)"""
+    return torch.randn(D, m) / D**0.5, torch.zeros(m), torch.zeros(m, D), torch.zeros(D)
+
+
+def probe_start(answer, draw):
+    D, m = 240, 12
+    shapes = ((m, D), (m,), (D, m), (D,))
+    tensors = []
+    for (what, value), shape in zip(named(("down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)"), answer(D, m)), shapes):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise Wrong("shape", f"{what} should be a tensor of float32")
+        if value.shape != shape:
+            raise Wrong("shape", f"{what} has shape {tuple(value.shape)}; needed is {shape} for D = 240 and m = 12")
+        tensors.append(value.detach().clone().requires_grad_())
+    x = draw(2, 5, D)
+    out = right_bottleneck(x, *tensors)
+    yield "whether a fresh bottleneck adds exactly 0 (1: it does)", (out == 0).all().long()
+    yield "which of down_weight, down_bias, up_weight, up_bias start at 0 (1: all of it)", torch.stack([(tensor == 0).all().long() for tensor in tensors])
+    yield "how many different units down has", torch.tensor(len(torch.unique(tensors[0].detach(), dim=0)))
+    yield "whether down's standard deviation lies between 0.0005 and 0.3, or is 0 (1: it does)", torch.tensor(int(tensors[0].std() == 0 or 0.0005 < tensors[0].std() < 0.3))
+    changed = torch.zeros(4, dtype=torch.long)
+    for _ in range(3):  # three steps of gradient descent towards anything
+        found = gradients(right_bottleneck(x, *tensors), *tensors)
+        tensors = [(tensor - 0.1 * gradient).detach().requires_grad_() for tensor, gradient in zip(tensors, found)]
+        changed |= torch.stack([(gradient != 0).any().long() for gradient in found])
+    yield "which of down_weight, down_bias, up_weight, up_bias learn within three steps (1: it does)", changed
+
+
+# ── around a sublayer ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_sublayer(wrapper):
+    """A wrapper class as a function of the sublayer, its input and the bottleneck."""
+
+    def function(sublayer, x, network):
+        return wrapper(sublayer, network)(x)
+
+    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
+    return function
+
+
+def input_for_output(sublayer, x, network):
+    """the input added instead of the sublayer's output: the inner skip goes around the bottleneck and not around both"""
+    return x + network(sublayer(x))
+
+
+def block_residual_too(sublayer, x, network):
+    """the block's residual added as well; the block itself adds it, behind this function: return y + bottleneck(y) and no more"""
+    y = sublayer(x)
+    return x + y + network(y)
+
+
+def in_front(sublayer, x, network):
+    """the bottleneck in front of the sublayer; it stands behind it and reads its output"""
+    return sublayer(x + network(x))
+
+
+def run_twice(sublayer, x, network):
+    """right in its numbers, but the sublayer runs twice: keep its output in a variable"""
+    return sublayer(x) + network(sublayer(x))
+
+
+def sublayer_detached(sublayer, x, network):
+    """the sublayer's output detached from the graph: the adapters below never learn; the base is frozen, its graph is needed all the same"""
+    y = sublayer(x).detach()
+    return y + network(y)
+
+
+def no_bottleneck(sublayer, x, network):
+    """the sublayer alone: the bottleneck's output is not added"""
+    return sublayer(x)
+
+
+def network_of(draw, width=8, size=3, activation="gelu"):
+    """A bottleneck with random numbers everywhere, which requires gradients; the number after `activation` is never 0."""
+    return filled(Bottleneck(width, size, activation), draw).requires_grad_(True)
+
+
+def probe_sublayer(answer, draw, *more):
+    sublayer, network, runs = filled(nn.Linear(8, 8), draw).eval(), network_of(draw), []
+    handle = sublayer.register_forward_hook(lambda *_: runs.append(1))
+    x = draw(2, 5, 8).requires_grad_()
+    out = answer(sublayer, x, network, *more)
+    yield "the output (B, T, D)", out
+    of_x, of_down, of_up = gradients(out, x, network.down.weight, network.up.weight)
+    yield "the gradient of x (B, T, D)", of_x
+    yield "the gradient of down's weight (m, D)", of_down
+    yield "the gradient of up's weight (D, m)", of_up
+    yield "how often the sublayer ran", torch.tensor(len(runs))
+    handle.remove()
+    with torch.no_grad():
+        network.up.weight.zero_(), network.up.bias.zero_()
+    yield "the output with up at 0: the sublayer's (B, T, D)", answer(sublayer, x, network, *more)
+    yield "the output in bfloat16 (B, T, D)", answer(sublayer.bfloat16(), x.bfloat16(), network, *more)
+
+
+def right_parallel(sublayer, x, network, scale):
+    return Adapted(sublayer, network, True, scale)(x)
+
+
+def parallel_reads_output(sublayer, x, network, scale):
+    """the bottleneck fed with the sublayer's output, which is the sequential form; beside it, it reads x"""
+    y = sublayer(x)
+    return y + scale * network(y)
+
+
+def scale_forgotten(sublayer, x, network, scale):
+    """the scale left out"""
+    return sublayer(x) + network(x)
+
+
+def scale_on_the_sum(sublayer, x, network, scale):
+    """the scale on the whole sum; it multiplies what the bottleneck adds and nothing else"""
+    return scale * (sublayer(x) + network(x))
+
+
+def scale_on_the_sublayer(sublayer, x, network, scale):
+    """the scale on the sublayer's output; it multiplies what the bottleneck adds"""
+    return scale * sublayer(x) + network(x)
+
+
+def scale_inside(sublayer, x, network, scale):
+    """the scale on the bottleneck's input; behind a non-linearity and biases that is another function: multiply its output"""
+    return sublayer(x) + network(scale * x)
+
+
+def parallel_with_skip(sublayer, x, network, scale):
+    """an inner skip in the parallel form: x is added by the block's own residual already"""
+    return sublayer(x) + scale * network(x) + x
+
+
+def parallel_detached(sublayer, x, network, scale):
+    """the bottleneck's input detached from the graph: the adapters below learn less than they should"""
+    return sublayer(x) + scale * network(x.detach())
+
+
+def probe_parallel(answer, draw):
+    yield from probe_sublayer(answer, draw, 4.0)
+
+
+# ── in a block ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_layer(attach):
+    """A way to attach as a function of one layer of a LLaMA, its input, positions, and the two bottlenecks it is given."""
+
+    def function(layer, x, positions, first, second):
+        parts = {id(module): (module, dict(module.named_children())) for module in (layer.self_attn, layer.mlp)}
+        attach(layer, len(first.down.bias))
+        for parent, name, network in ((layer.self_attn, "o_proj", first), (layer.mlp, "down_proj", second)):
+            if isinstance(getattr(parent, name), Adapted):
+                getattr(parent, name).bottleneck = network
+        out = layer(x, positions)
+        for parent, children in parts.values():
+            for name, child in children.items():
+                setattr(parent, name, child)
+        return out
+
+    function.__name__, function.__doc__ = attach.__name__, attach.__doc__
+    return function
+
+
+def sublayers(layer, positions):
+    """The two sublayers with their norms in front, as functions of the residual stream."""
+    return (
+        (lambda x: layer.self_attn(layer.input_layernorm(x), positions)),
+        (lambda x: layer.mlp(layer.post_attention_layernorm(x))),
+    )
+
+
+def attention_only(layer, x, positions, first, second):
+    """a bottleneck behind attention alone, where Houlsby's has one behind the feed-forward too"""
+    attention, forward = sublayers(layer, positions)
+    y = attention(x)
+    x = x + y + first(y)
+    return x + forward(x)
+
+
+def behind_the_residual(layer, x, positions, first, second):
+    """the bottlenecks behind the residual sum: each reads the whole stream instead of its sublayer's output; adapt the output before it is added"""
+    attention, forward = sublayers(layer, positions)
+    x = x + attention(x)
+    x = x + first(x)
+    x = x + forward(x)
+    return x + second(x)
+
+
+def in_front_of_the_sublayers(layer, x, positions, first, second):
+    """the bottlenecks in front of their sublayers, on the norm's output; they stand behind them"""
+    a = layer.input_layernorm(x)
+    x = x + layer.self_attn(a + first(a), positions)
+    b = layer.post_attention_layernorm(x)
+    return x + layer.mlp(b + second(b))
+
+
+def beside_the_sublayers(layer, x, positions, first, second):
+    """the parallel form: the bottlenecks read what their sublayers read; the sequential ones read what they return"""
+    a = layer.input_layernorm(x)
+    x = x + layer.self_attn(a, positions) + first(a)
+    b = layer.post_attention_layernorm(x)
+    return x + layer.mlp(b) + second(b)
+
+
+def bottlenecks_swapped(layer, x, positions, first, second):
+    """the two bottlenecks swapped: the first stands behind attention, the second behind the feed-forward"""
+    return right_layer(layer, x, positions, second, first)
+
+
+def residuals_replaced(layer, x, positions, first, second):
+    """the inner skips left out: what the sublayers return is lost, and only the bottlenecks' outputs reach the stream"""
+    attention, forward = sublayers(layer, positions)
+    x = x + first(attention(x))
+    return x + second(forward(x))
+
+
+def no_residual(layer, x, positions, first, second):
+    """the block's own residuals left out: x has to be added back around attention and around the feed-forward"""
+    attention, forward = sublayers(layer, positions)
+    y = attention(x)
+    z = forward(y + first(y))
+    return z + second(z)
+
+
+def norms_forgotten(layer, x, positions, first, second):
+    """the norms in front of the sublayers left out"""
+    y = layer.self_attn(x, positions)
+    x = x + y + first(y)
+    z = layer.mlp(x)
+    return x + z + second(z)
+
+
+def first_norm_twice(layer, x, positions, first, second):
+    """the attention's norm used for the feed-forward too, which has its own: post_attention_layernorm"""
+    y = layer.self_attn(layer.input_layernorm(x), positions)
+    x = x + y + first(y)
+    z = layer.mlp(layer.input_layernorm(x))
+    return x + z + second(z)
+
+
+def not_adapted(layer, x, positions, first, second):
+    """the layer as it is, without its bottlenecks"""
+    return layer(x, positions)
+
+
+right_layer = as_layer(right_attach)
+
+
+def probe_layer(answer, draw):
+    config = LLaMAConfig(16, 24, 40, 1, 4, 2, attention_bias=True, mlp_bias=True)
+    layer, first, second = filled(Layer(config, RoPE(6)), draw), network_of(draw, 24), network_of(draw, 24, 5)
+    x, positions = draw(2, 5, 24).requires_grad_(), torch.arange(3, 8)
+    out = answer(layer, x, positions, first, second)
+    yield "the output (B, T, D)", out
+    for what, gradient in zip(("x (B, T, D)", "the first bottleneck's up (D, m)", "the second bottleneck's up (D, m)"), gradients(out, x, first.up.weight, second.up.weight)):
+        yield f"the gradient of {what}", gradient
+    with torch.no_grad():
+        for network in (first, second):
+            network.up.weight.zero_(), network.up.bias.zero_()
+    yield "the output with both ups at 0: the layer's (B, T, D)", answer(layer, x, positions, first, second)
+
+
+# ── how many ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parameters(D, m, L, places):
+    return L * places * (2 * m * D + D + m)
+
+
+def no_biases(D, m, L, places):
+    """the biases not counted: m for down and D for up"""
+    return L * places * 2 * m * D
+
+
+def one_bias(D, m, L, places):
+    """one of the two biases not counted: down has m, up has D"""
+    return L * places * (2 * m * D + D)
+
+
+def one_place(D, m, L, places):
+    """one bottleneck a layer counted, whatever `places` says"""
+    return L * (2 * m * D + D + m)
+
+
+def one_matrix(D, m, L, places):
+    """one matrix counted; there are two, down and up"""
+    return L * places * (m * D + D + m)
+
+
+def biases_swapped(D, m, L, places):
+    """2·m for the biases; down's has m numbers and up's has D"""
+    return L * places * (2 * m * D + 2 * m)
+
+
+def probe_parameters(answer, draw):
+    for arguments in ((128, 16, 4, 2), (768, 64, 12, 1)):
+        value = answer(*arguments)
+        if isinstance(value, torch.Tensor | float) and float(value) == int(value):
+            value = int(value)
+        if not isinstance(value, int):
+            raise Wrong("shape", f"needed is a whole number; it returned {value!r}")
+        yield f"the number for D = {arguments[0]}, m = {arguments[1]}, L = {arguments[2]}, places = {arguments[3]}", torch.tensor(value)
+
+
+def learned(steps, start="zero", activation="gelu"):
+    """Which of a fresh adapter's tensors have moved after so many steps of gradient descent, as names."""
+
+    def truth():
+        torch.manual_seed(0)
+        model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "bottleneck", size=3, activation=activation)
+        ids, own = torch.randint(0, 31, (2, 6)), minillama.adapters.adapter_parameters(model)
+        if start == "all zero":
+            for p in own.values():
+                nn.init.zeros_(p)
+        before = {name: p.detach().clone() for name, p in own.items()}
+        for _ in range(steps):
+            model.zero_grad()
+            minillama.answer_loss(model, ids, ids).backward()
+            for p in own.values():
+                p.data -= 0.1 * p.grad
+        return frozenset(".".join(name.split(".")[-2:]) for name, p in own.items() if not torch.equal(p, before[name]))
+
+    return truth
+
+
+UP, EVERY = frozenset(["up.weight", "up.bias"]), frozenset(["down.weight", "down.bias", "up.weight", "up.bias"])
+
+EXERCISES = {
+    "bottleneck": Exercise(
+        "bottleneck(x, down_weight, down_bias, up_weight, up_bias) -> (B, T, D)", right_bottleneck,
+        (*(as_bottleneck(mistake) for mistake in (NoActivation, WrongActivation, ActivationLast, NoBias)),
+         skip_inside, activated_twice, activated_first, up_bias_forgotten, down_bias_forgotten, tanh_gelu, silu_for_gelu,
+         computed_in_float32, weights_not_cast, features_detached), probe_bottleneck,
+    ),
+    "bottleneck_start": Exercise(
+        "bottleneck_start(D, m) -> down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D)", start_of(Bottleneck),
+        (start_of(UpNotZero), start_of(AllZero), as_linear_draws_them, up_bias_kept, down_bias_kept, down_zero, units_alike, down_too_large, shapes_swapped),
+        probe_start,
+    ),
+    "bottleneck_moves_first": Question(
+        learned(1), "The loss reaches down through up, and up is 0: the gradient of all that lies before it carries that factor.",
+        {EVERY: "look again at what the gradient of down passes on its way: up's weight, and it is 0.",
+         frozenset(["down.weight", "down.bias"]): "the other way round: what lies behind the zero matrix feels the loss, what lies before it does not.",
+         frozenset(["up.weight"]): "nearly: is there anything that stands between up's bias and the loss?",
+         frozenset(["up.bias"]): "not quite: the gradient of up's weight is the loss's, times the narrow features, and these are not 0."},
+    ),
+    "bottleneck_moves_second": Question(learned(2), "After one step up is no longer 0, and down feels the loss.", {UP: "up is no longer 0: does down's gradient still vanish?"}),
+    "bottleneck_all_zero": Question(
+        learned(20, "all zero"), "The features are GELU(0) = 0, so up's weight gets no gradient; up stays 0, so down gets none either. What is left adds one fixed vector to every token.",
+        {EVERY: "follow one step: with down at 0 the features are 0, and the gradient of up's weight has them as a factor.",
+         UP: "the gradient of up's weight has the narrow features as a factor: what are they when down is 0?",
+         frozenset(): "one of the four reaches the loss without passing a zero."},
+    ),
+    "adapted_sublayer": Exercise(
+        "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", as_sublayer(Adapted),
+        (*(as_sublayer(mistake) for mistake in (NoInnerResidual, ReadsInput, AddedTwice, BottleneckDropoutInEval)),
+         input_for_output, block_residual_too, in_front, run_twice, sublayer_detached, no_bottleneck), probe_sublayer,
+    ),
+    "parallel_sublayer": Exercise(
+        "parallel_sublayer(sublayer, x, bottleneck, scale) -> (B, T, D)", right_parallel,
+        (parallel_reads_output, scale_forgotten, scale_on_the_sum, scale_on_the_sublayer, scale_inside, parallel_with_skip, parallel_detached), probe_parallel,
+    ),
+    "houlsby_layer": Exercise(
+        "houlsby_layer(layer, x, positions, first, second) -> (B, T, D)", right_layer,
+        (as_layer(attach_to_mlp_only), attention_only, behind_the_residual, in_front_of_the_sublayers, beside_the_sublayers, bottlenecks_swapped,
+         residuals_replaced, no_residual, norms_forgotten, first_norm_twice, not_adapted), probe_layer,
+    ),
+    "bottleneck_parameters": Exercise(
+        "bottleneck_parameters(D, m, L, places) -> a whole number", parameters, (no_biases, one_bias, one_place, one_matrix, biases_swapped), probe_parameters,
+    ),
+}  # fmt: skip

@@ -204,8 +204,69 @@ class ZeroPrompt(Prefix):
         return [z * 0 if (self.prompt == 0).all() else z for z in super().prefix(dtype)]
 
 
+class NoGate(Prefix):
+    """the prompts' part added whole, without its gate"""
+
+    def opened(self, y):
+        return torch.ones_like(self.gate).to(y.dtype) + 0 * self.gate.to(y.dtype)
+
+
+class JointSoftmax(Prefix):
+    """one softmax over prompts and words together, as in prefix tuning, so that the prompts take a share from the words"""
+
+    def attend(self, q, k, v, mask=None, cache=None):
+        pk, pv = self.prefix(q.dtype)
+        pk, pv = (z.repeat_interleave(self.num_heads // z.shape[0], 0).expand(len(q), -1, -1, -1) for z in (pk, pv))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        k, v = (z.repeat_interleave(self.num_heads // z.shape[1], 1) for z in (k, v))
+        T, S = q.shape[2], k.shape[2]
+        future = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)
+        scores = q @ torch.cat((pk, k), 2).mT / self.head_dim**0.5
+        weights = scores.masked_fill(F.pad(future, (pk.shape[2], 0)), -torch.inf).softmax(-1)
+        on_prompts, on_words = weights[..., : pk.shape[2]], weights[..., pk.shape[2] :]
+        return on_words @ v + self.opened(q) * (on_prompts @ pv)
+
+
+class SoftmaxOverWords(Prefix):
+    """the prompts' softmax taken along the words instead of along the prompts"""
+
+    def attention(self, q, k, v):
+        k, v = (z.repeat_interleave(self.num_heads // z.shape[0], 0) for z in (k, v))
+        return (q @ k.mT / self.head_dim**0.5).softmax(-2) @ v
+
+
+class ScaledByHeadWidth(Prefix):
+    """scores divided by d instead of √d"""
+
+    def attention(self, q, k, v):
+        return super().attention(q / self.head_dim**0.5, k, v)
+
+
+class KeysAndValuesSwapped(Prefix):
+    """the prompts' keys and values swapped"""
+
+    def prefix(self, dtype):
+        k, v = super().prefix(dtype)
+        return v, k
+
+
+class GateOnTheSum(Prefix):
+    """the gate on the whole sum, so that a closed gate silences the words too"""
+
+    def attend(self, q, k, v, mask=None, cache=None):
+        return self.opened(q) * (self.base.attend(q, k, v, mask, cache) + self.attention(q, *self.prefix(q.dtype)))
+
+
+class WordsForgotten(Prefix):
+    """the words' own attention left out"""
+
+    def attend(self, q, k, v, mask=None, cache=None):
+        return 0 * self.base.attend(q, k, v, mask, cache) + self.opened(q) * self.attention(q, *self.prefix(q.dtype))
+
+
 class OpenGate(Prefix):
-    """a gate that starts at one"""
+    """a gate that does not start at 0, so that the model does not start as the base"""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -283,6 +344,16 @@ def keys_repeated(attention, prompt):
     return tuple(z.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0) for z in attention.keys_values(prompt))
 
 
+def bias_dropped(attention, prompt):
+    """the projection's bias left out: call k_proj(prompt), or add its bias to prompt @ weight.T"""
+    return tuple(attention.heads(prompt @ projection.weight.T) for projection in (attention.k_proj, attention.v_proj))
+
+
+def heads_innermost(attention, prompt):
+    """the features cut as (d, G) instead of (G, d): the features of one head lie side by side"""
+    return tuple(z.unflatten(-1, (attention.head_dim, -1)).permute(2, 0, 1) for z in (attention.k_proj(prompt), attention.v_proj(prompt)))
+
+
 def probe_keys_values(answer, draw):
     attention, prompt = attention_of(draw), draw(3, 40).requires_grad_()
     k, v = pieces = [piece for _, piece in named(("the keys (G, K, d)", "the values (G, K, d)"), answer(attention, prompt))]
@@ -307,11 +378,26 @@ def probe_start(answer, draw):
     for what, value in ("prompt", prompt), ("gate", gate):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise Wrong("shape", f"the {what} should be a tensor of float32")
-    yield "the gate (H, 1, 1)", gate
-    if prompt.shape != (50, 240):
-        raise Wrong("shape", f"the prompt (K, D) has shape {tuple(prompt.shape)}; needed is (50, 240) for K = 50 and D = 240")
-    yield "the prompt's standard deviation, to one digit", prompt.std().mul(10).round() / 10
-    yield "the prompt's mean, to one digit", prompt.mean().mul(10).round().abs() / 10
+    for what, value, shape in ("prompt (K, D)", prompt, (50, 240)), ("gate (H, 1, 1)", gate, (6, 1, 1)):
+        if value.shape != shape:
+            raise Wrong("shape", f"the {what} has shape {tuple(value.shape)}; needed is {shape} for K = 50, D = 240, H = 6")
+    yield "the number of gates that are not 0", gate.count_nonzero()
+    yield "the prompt's standard deviation", spread(prompt)
+
+
+def spread(prompt):
+    """The standard deviation of random numbers, exactly 1 where it is that of N(0, 1) to a tenth, else to two digits."""
+    return torch.ones(()) if abs(prompt.detach().std() - 1) < 0.1 else prompt.detach().std().mul(100).round() / 100
+
+
+def small_prompt(K, D, H):
+    """a prompt drawn small, from N(0, 0.02²), where the paper's code and its peers draw from N(0, 1)"""
+    return 0.02 * torch.randn(K, D), torch.zeros(H, 1, 1)
+
+
+def wrong_one_zero(K, D, H):
+    """the prompt at 0 and the gate not: the other one is to be 0"""
+    return torch.zeros(K, D), torch.ones(H, 1, 1)
 
 
 def probe_prefix(answer, draw):
@@ -377,6 +463,59 @@ class LengthFromTheHeads(Circulating):
         return self.gate.to(q.dtype) * llama_adapter.prefix_attention(q[:, :, :words], k, v)[:, :, :words].reshape(len(q), words, q.shape[1], -1).transpose(1, 2)
 
 
+class ProjectedByItself(Circulating):
+    """the term sent through the output projection by itself, so that its bias is added twice; add the term before one projection"""
+
+    def forward(self, x, positions=None):
+        return self.base(x, positions) + self.base.output(self.term(self.base.project(x, positions)[0]))
+
+
+class Squashed(Circulating):
+    """a tanh on the gate, which was asked for without"""
+
+    def term(self, q):
+        return super().term(q) * (self.gate.tanh() / self.gate.where(self.gate != 0, torch.ones(()))).to(q.dtype)
+
+
+class RepeatedInTurn(Circulating):
+    """grouped key heads repeated as a b a b a b instead of a a a b b b: repeat_interleave, not repeat"""
+
+    def term(self, q):
+        k, v = (z.repeat(q.shape[1] // z.shape[0], 1, 1) for z in self.base.keys_values(self.prompt))
+        return self.gate * llama_adapter.prefix_attention(q, k, v)
+
+
+class NotScaled(Circulating):
+    """scores not divided by √d"""
+
+    def term(self, q):
+        return super().term(q * self.base.head_dim**0.5)
+
+
+class Exchanged(Circulating):
+    """the prompts' keys and values swapped"""
+
+    def term(self, q):
+        k, v = self.base.keys_values(self.prompt)
+        return self.gate * llama_adapter.prefix_attention(q, v, k)
+
+
+class StartsOpen(Circulating):
+    """a gate that does not start at 0"""
+
+    def __init__(self, attention, prompt_length):
+        super().__init__(attention, prompt_length)
+        nn.init.ones_(self.gate)
+
+
+class BaseTrained(Circulating):
+    """the base's weights trained along: they stay frozen"""
+
+    def __init__(self, attention, prompt_length):
+        super().__init__(attention, prompt_length)
+        self.base.requires_grad_(True)
+
+
 class BatchFixed(Circulating):
     """a batch size fixed at construction, so that another batch does not fit"""
 
@@ -396,13 +535,17 @@ class LeftBehind(Circulating):
 
 def probe_circulating(answer, draw):
     attention, positions, x = attention_of(draw), torch.arange(5), draw(2, 5, 40)
-    module = answer(attention, 3)
+    module = answer(attention, 50)
     own = {name: p for name, p in module.named_parameters() if not any(p is theirs for theirs in attention.parameters())} if isinstance(module, nn.Module) else {}
-    prompts, gates = [name for name, p in own.items() if tuple(p.shape) == (3, 40)], [name for name, p in own.items() if p.numel() == 1]
+    prompts, gates = [name for name, p in own.items() if tuple(p.shape) == (50, 40)], [name for name, p in own.items() if p.numel() == 1]
     if len(prompts) != 1 or len(gates) != 1 or len(own) != 2:
-        raise Wrong("shape", f"needed is a module with two trained parameters of its own, a prompt of shape (3, 40) and a gate of one number; it has { {name: tuple(p.shape) for name, p in own.items()} or 'none'}")
+        raise Wrong("shape", f"needed is a module with two trained parameters of its own, a prompt of shape (50, 40) for prompt_length 50 and width 40, and a gate of one number; it has { {name: tuple(p.shape) for name, p in own.items()} or 'none'}")
+    yield "the gate at the start (1)", own[gates[0]].detach().flatten()
+    yield "the prompt's standard deviation at the start", spread(own[prompts[0]])
+    yield "the base's weights that train (none should)", torch.tensor(sum(p.requires_grad for p in attention.parameters()))
+    attention.requires_grad_(False)
     yield "the fresh module's output: the base's (B, T, D)", module(x, positions)
-    values = {prompts[0]: draw(3, 40).requires_grad_(), gates[0]: draw(1).view(own[gates[0]].shape).requires_grad_()}
+    values = {prompts[0]: draw(50, 40).requires_grad_(), gates[0]: draw(1).view(own[gates[0]].shape).requires_grad_()}
     out = torch.func.functional_call(module, values, (x, positions))
     yield "the output with an open gate (B, T, D)", out
     yield "the prompt's gradient (K, D)", gradients(out, values[prompts[0]])[0]
@@ -479,6 +622,81 @@ class GateBehindProjection(Flow):
         return self.c_proj(self.join(self.words(q, k, v))) + self.gate * self.c_proj(self.join(self.prefix(q, pk, pv)))
 
 
+class MixedHeads(Flow):
+    """the features viewed as (heads, T, d) at once, which mixes tokens and heads; view them as (T, heads, d), then transpose"""
+
+    def heads(self, z):
+        return z.reshape(*z.shape[:-2], self.num_heads, z.shape[-2], -1)
+
+
+class JoinedWrongly(Flow):
+    """the heads joined without moving them behind the tokens again first: transpose(1, 2), then flatten(2)"""
+
+    def join(self, y):
+        return y.reshape(y.shape[0], y.shape[2], -1)
+
+
+class OtherOrder(Flow):
+    """key, query and value for query, key and value: c_attn holds them in this last order"""
+
+    def forward(self, x):
+        k, q, v = map(self.heads, self.c_attn(x).chunk(3, -1))
+        pk, _, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
+        return self.c_proj(self.join(self.words(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
+
+
+class QueryForKey(Flow):
+    """the prompt's query taken for its key"""
+
+    def forward(self, x):
+        q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
+        pk, _, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
+        return self.c_proj(self.join(self.words(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
+
+
+class SquashedGate(Flow):
+    """a tanh on the gate, which was asked for without"""
+
+    def forward(self, x):
+        q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
+        _, pk, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
+        return self.c_proj(self.join(self.words(q, k, v)) + self.gate.tanh() * self.join(self.prefix(q, pk, pv)))
+
+
+class GateForgotten(Flow):
+    """the gate left out: it never multiplies the prefix part"""
+
+    def forward(self, x):
+        q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
+        _, pk, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
+        return self.c_proj(self.join(self.words(q, k, v)) + self.join(self.prefix(q, pk, pv)))
+
+
+class GateAtOne(Flow):
+    """a gate that does not start at 0"""
+
+    def __init__(self, width, num_heads, prompt_length):
+        super().__init__(width, num_heads, prompt_length)
+        nn.init.ones_(self.gate)
+
+
+class PromptAtZero(Flow):
+    """a prompt that starts at 0 behind a gate at 0: neither ever gets a gradient"""
+
+    def __init__(self, width, num_heads, prompt_length):
+        super().__init__(width, num_heads, prompt_length)
+        nn.init.zeros_(self.prompt)
+
+
+class PromptDetached(Flow):
+    """the prompt cut off from the graph, so that it never learns"""
+
+    def forward(self, x):
+        q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
+        _, pk, pv = map(self.heads, self.c_attn(self.prompt.detach()).chunk(3, -1))
+        return self.c_proj(self.join(self.words(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
+
+
 class NotCausal(Flow):
     """no causal mask between the words: each sees those behind it"""
 
@@ -487,21 +705,71 @@ class NotCausal(Flow):
 
 
 def probe_flow(answer, draw):
-    module = answer(24, 4, 3)
+    module = answer(24, 4, 50)
     if not isinstance(module, nn.Module):
         raise Wrong("shape", f"needed is a module; it is a {type(module).__name__}")
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    own = dict(sorted(((name.removesuffix(".weight").rpartition(".")[2], name) for name in shapes)))
-    if set(own) != {"prompt", "gate", "c_attn", "c_proj"} and set(own) != {"prompt", "gating_factors", "c_attn", "c_proj"}:
-        raise Wrong("shape", f"needed are the parameters prompt (K, D), gate (1, D), c_attn and c_proj without biases; it has {shapes}")
+    shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in module.named_parameters()}
+    needed = {"prompt": (50, 24), "gate": (1, 24), "c_attn": (72, 24)}
+    if set(shapes) != {*needed, "c_proj"} or any(shapes[name] != shape for name, shape in needed.items()):
+        raise Wrong("shape", f"needed are the parameters {needed} and c_proj, without biases, for width 24 and prompt_length 50; it has {shapes}")
     module.eval()
-    values = {name: draw(*shapes[name]) * (1 if "c_" not in short else 24**-0.5) for short, name in own.items()}
+    own = {name.removesuffix(".weight"): (name, p) for name, p in module.named_parameters()}
+    yield "the number of gates that are not 0 at the start", own["gate"][1].count_nonzero()
+    yield "the prompt's standard deviation at the start", spread(own["prompt"][1])
+    values = {name: (draw(*p.shape) * (24**-0.5 if short.startswith("c_") else 1)).requires_grad_() for short, (name, p) in sorted(own.items())}
     x = draw(2, 5, 24)
     out = torch.func.functional_call(module, values, (x,))
     yield "the output (B, T, D)", out
-    gate = next(name for short, name in own.items() if short.startswith("gat"))
-    closed = torch.func.functional_call(module, {**values, gate: values[gate] * 0}, (x,))
-    yield "the output at gate 0 (B, T, D)", closed
+    names = [own[short][0] for short in ("prompt", "gate", "c_attn", "c_proj")]
+    for short, gradient in zip(("prompt", "gate", "c_attn", "c_proj"), gradients(out, *[values[name] for name in names])):
+        yield f"the gradient of {short} (K, D)" if short == "prompt" else f"the gradient of {short}", gradient
+    yield "the output at gate 0 (B, T, D)", torch.func.functional_call(module, {**values, names[1]: values[names[1]] * 0}, (x,))
+
+
+def scale_plus_one(linear, x, scale, shift):
+    """1 + s for s: the scale starts at 1, not at 0"""
+    return (1 + scale).to(x.dtype) * (linear(x) + shift.to(x.dtype))
+
+
+def own_bias_unscaled(linear, x, scale, shift):
+    """s · (W x + b) + b₀: the layer's own bias left out of the scaling"""
+    return scale.to(x.dtype) * (x @ linear.weight.T + shift.to(x.dtype)) + linear.bias
+
+
+def own_bias_dropped(linear, x, scale, shift):
+    """the layer's own bias left out"""
+    return scale.to(x.dtype) * (x @ linear.weight.T + shift.to(x.dtype))
+
+
+def merge_shift_unscaled(linear, scale, shift):
+    """s · b₀ + b: the shift left out of the scaling"""
+    return linear.weight * scale[:, None], linear.bias * scale + shift
+
+
+def merge_in_place(linear, scale, shift):
+    """the base's own weight and bias overwritten: make new ones"""
+    with torch.no_grad():
+        linear.weight.mul_(scale[:, None]), linear.bias.add_(shift).mul_(scale)
+    return linear.weight, linear.bias
+
+
+def base_norm_trained(norm):
+    return NormsOfTheBaseTrained(norm).requires_grad_(True)
+
+
+base_norm_trained.__doc__ = NormsOfTheBaseTrained.__doc__
+
+
+def copy_stays_frozen(norm):
+    """a copy as frozen as the original: call requires_grad_(True) on it"""
+    return TrainedNorm(norm).requires_grad_(False)
+
+
+class AlwaysTrained(TrainedNorm):
+    """`active` not looked at: with it False the frozen norm is to answer"""
+
+    def forward(self, x):
+        return self.trained(x)
 
 
 def probe_scaled(answer, draw):
@@ -510,16 +778,16 @@ def probe_scaled(answer, draw):
     out = answer(linear, x, scale, shift)
     yield "the output (B, T, D)", out
     for what, gradient in zip(("scale", "shift"), gradients(out, scale, shift)):
-        yield f"the gradient of {what} (D)", gradient
+        yield f"the gradient of {what} (out)", gradient
     yield "the output in bfloat16 (B, T, D)", answer(linear.bfloat16(), x.bfloat16(), scale, shift)
 
 
 def probe_merge(answer, draw):
     linear, scale, shift = filled(nn.Linear(10, 7), draw), draw(7), draw(7)
-    before = linear.weight.clone()
-    for what, value in named(("the merged weight (out, in)", "the merged bias (out)"), answer(linear, scale, shift)):
-        yield what, value
-    yield "the base's own weight, untouched (out, in)", linear.weight if not torch.equal(linear.weight, before) else before
+    pieces = named(("the merged weight (out, in)", "the merged bias (out)"), answer(linear, scale, shift))
+    yield "the base's own weight, untouched (out, in)", linear.weight
+    yield "the base's own bias, untouched (out)", linear.bias
+    yield from pieces
 
 
 def probe_norm(answer, draw):
@@ -537,6 +805,7 @@ def probe_norm(answer, draw):
     yield "the trained module's output (B, T, D)", module(x)
     module.active = False
     yield "the output with `active` False: the base's (B, T, D)", module(x)
+    yield "the frozen norm's own output, as before (B, T, D)", norm(x)
 
 
 def merged_by(wrapper):
@@ -576,10 +845,10 @@ own_length = lambda prompt, gate: len(prompt)  # noqa: E731
 EXERCISES = {
     "prefix_keys_values": Exercise(
         "prefix_keys_values(attention, prompt) -> keys (G, K, d), values (G, K, d)", right_keys_values,
-        (keys_rotated, heads_cut_wrongly, heads_not_moved, heads_not_cut, values_from_keys, keys_repeated), probe_keys_values,
+        (keys_rotated, heads_cut_wrongly, heads_not_moved, heads_not_cut, heads_innermost, bias_dropped, values_from_keys, keys_repeated), probe_keys_values,
     ),
     "initial_values": Exercise(
-        "initial_values(K, D, H) -> prompt (K, D), gate (H, 1, 1)", start_of(AdaptedAttention), (start_of(ZeroPrompt), start_of(OpenGate)), probe_start,
+        "initial_values(K, D, H) -> prompt (K, D), gate (H, 1, 1)", start_of(AdaptedAttention), (start_of(ZeroPrompt), start_of(OpenGate), small_prompt, wrong_one_zero), probe_start,
     ),
     "gated_prefix_attention": Exercise(
         "gated_prefix_attention(attention, x, positions, prompt, gate) -> (B, T, D)", as_function(AdaptedAttention, own_length, names=("prompt", "gate")),
@@ -594,19 +863,20 @@ EXERCISES = {
     ),
     "scaled_linear": Exercise(
         "scaled_linear(linear, x, scale, shift) -> (B, T, out)", as_function(ScaledLinear, names=("scale", "shift")),
-        (as_function(ShiftUnscaled, names=("scale", "shift")),), probe_scaled,
+        (as_function(ShiftUnscaled, names=("scale", "shift")), scale_plus_one, own_bias_unscaled, own_bias_dropped), probe_scaled,
     ),
     "scaled_merge": Exercise(
-        "scaled_merge(linear, scale, shift) -> weight (out, in), bias (out)", merged_by(ScaledLinear), (merged_by(MergeForgetsShift),), probe_merge,
+        "scaled_merge(linear, scale, shift) -> weight (out, in), bias (out)", merged_by(ScaledLinear), (merged_by(MergeForgetsShift), merge_shift_unscaled, merge_in_place), probe_merge,
     ),
     "trained_norm": Exercise(
-        "a class: TrainedNorm(norm), a module with `active`, called as module(x) -> (B, T, D)", TrainedNorm, (NormsOfTheBaseTrained,), probe_norm,
+        "a class: TrainedNorm(norm), a module with `active`, called as module(x) -> (B, T, D)", TrainedNorm, (base_norm_trained, copy_stays_frozen, AlwaysTrained), probe_norm,
     ),
     "moves_first": Question(
         moved(1), "At gate 0 the prompt's gradient carries the factor tanh(0) = 0, the gate's does not.",
         {frozenset(["gate", "prompt"]): "look again at what multiplies the prompt's gradient: the gate, and it is 0.",
          frozenset(["prompt"]): "the other way round: the prompt's gradient carries the gate as a factor, and it is 0.",
          frozenset(): "one of the two does move: the gate's gradient does not carry the gate."},
+        ("gate", "prompt"),
     ),
-    "moves_second": Question(moved(2), "After one step the gate is open, and the prompt feels the loss.", {frozenset(["gate"]): "the gate is no longer 0: does the prompt's gradient still vanish?"}),
+    "moves_second": Question(moved(2), "After one step the gate is open, and the prompt feels the loss.", {frozenset(["gate"]): "the gate is no longer 0: does the prompt's gradient still vanish?"}, ("gate", "prompt")),
 }  # fmt: skip

@@ -2,11 +2,15 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+import minillama
 
 from ..adapters import llama_adapter
 from ..adapters.prefix_tuning import PrefixAttention
 from ..adapters.prompt_tuning import PromptEmbedding
-
+from ..attention import Attention, Cache, LayerCache, RoPE, embed, rotate
+from . import Exercise, Question, filled, gradients, named
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -110,4 +114,420 @@ class PromptAlwaysOn(PromptEmbedding):
 # ── what is asked ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-EXERCISES = {}
+# ── a soft prompt ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Embedded(nn.Module):
+    """A wrapped embedding and what enters the first layer, as one module."""
+
+    def __init__(self, wrapper, base, prompt_length):
+        super().__init__()
+        self.inner = wrapper(base, prompt_length)
+
+    def forward(self, ids, past, active):
+        cache, self.inner.active = Cache(), active
+        cache.length = past
+        return embed(self.inner, ids, None, cache)[0]
+
+
+def embedding_of(wrapper):
+    """A wrapper of the embedding as the function that the exercise asks for."""
+
+    def function(embedding, ids, prompt, past=0, active=True):
+        return torch.func.functional_call(Embedded(wrapper, embedding, len(prompt)), {"inner.prompt": prompt}, (ids, past, active))
+
+    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
+    return function
+
+
+def prompt_at_every_step(embedding, ids, prompt, past=0, active=True):
+    """the prompt put before later words too; words that follow cached ones (past > 0) have it in the cache already"""
+    return right_soft_prompt(embedding, ids, prompt, 0, active)
+
+
+def prompt_behind_the_words(embedding, ids, prompt, past=0, active=True):
+    """the prompt put behind the words, where a causal model never looks; it belongs before them"""
+    x = embedding(ids)
+    return torch.cat((x, prompt.to(x.dtype).expand(len(x), -1, -1)), 1) if active and not past else x
+
+
+def prompt_over_the_words(embedding, ids, prompt, past=0, active=True):
+    """the first K words overwritten by the prompt; it stands before all of them, and K + T vectors come out"""
+    x = embedding(ids)
+    return torch.cat((prompt.to(x.dtype).expand(len(x), -1, -1), x[:, len(prompt) :]), 1) if active and not past else x
+
+
+def prompt_in_its_own_dtype(embedding, ids, prompt, past=0, active=True):
+    """the float32 prompt not cast: the whole input of a bfloat16 model becomes float32; use prompt.to(x.dtype)"""
+    x = embedding(ids)
+    return torch.cat((prompt.expand(len(x), -1, -1), x.to(prompt.dtype)), 1) if active and not past else x
+
+
+def prompt_as_tokens_of_a_row(embedding, ids, prompt, past=0, active=True):
+    """the prompt given to the first row of the batch and zeros to the others; expand it over the batch"""
+    x = embedding(ids)
+    rows = torch.arange(len(x), device=x.device)[:, None, None] == 0
+    return torch.cat((prompt.to(x.dtype) * rows, x), 1) if active and not past else x
+
+
+right_soft_prompt = embedding_of(PromptEmbedding)
+
+
+def probe_soft_prompt(answer, draw):
+    embedding, ids = filled(nn.Embedding(11, 8), draw), (draw(2, 5).abs() * 40).long() % 11
+    prompt = draw(3, 8).requires_grad_()
+    x = answer(embedding, ids, prompt)
+    yield "what enters the first layer, S = K + T (B, S, D)", x
+    yield "the prompt's gradient (K, D)", gradients(x, prompt)[0]
+    yield "later words, behind 4 in the cache (B, T, D)", answer(embedding, ids, prompt, 4)
+    yield "the words with the prompt not active (B, T, D)", answer(embedding, ids, prompt, 0, False)
+    yield "what enters a bfloat16 model (B, S, D)", answer(embedding.bfloat16(), ids, prompt)
+
+
+# ── a prefix in every layer ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def right_turn_back(rope, keys):
+    return rotate(keys, *rope(torch.full((keys.shape[1],), -keys.shape[1])))
+
+
+def not_turned(rope, keys):
+    """the keys used as they are: the words, which the model counts from 0, would stand among the prefix"""
+    return keys + 0
+
+
+def turned_forwards(rope, keys):
+    """the keys turned on by K positions instead of back: they would stand behind the first words"""
+    return rotate(keys, *rope(torch.full((keys.shape[1],), keys.shape[1])))
+
+
+def turned_to_own_places(rope, keys):
+    """each key turned to a place of its own, -K, …, -1; they hold their places among themselves already: all go back by the same K"""
+    return rotate(keys, *rope(torch.arange(-keys.shape[1], 0)))
+
+
+def turned_from_zero(rope, keys):
+    """the keys turned by 0, 1, …, K - 1 as if they were fresh words; they are used as they are, only K positions back"""
+    return rotate(keys, *rope(torch.arange(keys.shape[1])))
+
+
+def turned_by_one(rope, keys):
+    """the keys turned back by 1 instead of K"""
+    return rotate(keys, *rope(torch.full((keys.shape[1],), -1)))
+
+
+def neighbours_paired(rope, keys):
+    """features turned in pairs (0, 1), (2, 3), …; our checkpoints pair feature i with feature i + d/2, as `rotate` does"""
+    apart = lambda x: torch.cat((x[..., ::2], x[..., 1::2]), -1)  # noqa: E731
+    return torch.stack(right_turn_back(rope, apart(keys)).chunk(2, -1), -1).flatten(-2)
+
+
+def probe_turn_back(answer, draw):
+    keys = draw(2, 3, 8).requires_grad_()
+    turned = answer(RoPE(8), keys)
+    yield "the turned keys (G, K, d)", turned
+    yield "the keys' gradient (G, K, d)", gradients(turned, keys)[0]
+    yield "a longer prefix's turned keys (G, K, d)", answer(RoPE(8), draw(2, 5, 8))
+
+
+def layer_of(wrapper):
+    """A wrapper of the attention as the function that the exercise asks for; the module is kept as long as the layer stays the
+    same, so that whatever it wrongly keeps shows in the next call."""
+    made = {}
+
+    def function(attention, x, positions, keys, values, cache=None):
+        if made.get("attention") is not attention:
+            made.update(attention=attention, module=wrapper(attention, keys.shape[1]))
+        return torch.func.functional_call(made["module"], {"keys": keys, "values": values}, (x, positions, None, cache))
+
+    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
+    return function
+
+
+def joined(attention, x, positions, keys, values, cache, turn=right_turn_back, behind=False):
+    """Right, in pieces that the mistakes below replace."""
+    q, k, v = attention.project(x, positions)
+    if cache is not None:
+        k, v = cache.append(k, v)
+    pk, pv = (z.to(x.dtype).expand(len(x), -1, -1, -1) for z in (turn(attention.rope, keys), values))
+    k, v = (torch.cat((b, a) if behind else (a, b), 2) for a, b in ((pk, k), (pv, v)))
+    return attention.output(attention.attend(q, k, v))
+
+
+def prefix_behind_the_words(attention, x, positions, keys, values, cache=None):
+    """the prefix put behind the words in the list of keys, where the causal mask hides words and shows later ones; it goes before them"""
+    return joined(attention, x, positions, keys, values, cache, behind=True)
+
+
+def keys_turned_forwards(attention, x, positions, keys, values, cache=None):
+    """the prefix's keys turned on by K positions instead of back"""
+    return joined(attention, x, positions, keys, values, cache, turned_forwards)
+
+
+def keys_turned_to_own_places(attention, x, positions, keys, values, cache=None):
+    """each key of the prefix turned to a place of its own, -K, …, -1; all go back by the same K positions"""
+    return joined(attention, x, positions, keys, values, cache, turned_to_own_places)
+
+
+def turned_and_moved(attention, x, positions, keys, values, cache=None):
+    """the keys turned back by K and the words moved on by K as well: the gap is there twice; do one of the two"""
+    return joined(attention, x, positions + keys.shape[1], keys, values, cache)
+
+
+def values_turned_too(attention, x, positions, keys, values, cache=None):
+    """the prefix's values turned like its keys; RoPE is for queries and keys alone"""
+    return joined(attention, x, positions, keys, right_turn_back(attention.rope, values), cache)
+
+
+def cache_forgotten(attention, x, positions, keys, values, cache=None):
+    """the cache not used: later words do not see the earlier ones; cache.append(k, v) adds the new ones and returns all"""
+    return joined(attention, x, positions, keys, values, None)
+
+
+def prefix_detached(attention, x, positions, keys, values, cache=None):
+    """the prefix detached from the graph: it never learns"""
+    return joined(attention, x, positions, keys.detach(), values.detach(), cache)
+
+
+def probe_prefix_attention(answer, draw):
+    attention = filled(Attention(40, 6, 2, 8, RoPE(8), bias=True), draw)  # grouped queries, biases, H·d wider than D: nothing can hide
+    x, positions = draw(2, 6, 40), torch.arange(6)
+    keys, values = draw(2, 3, 8).requires_grad_(), draw(2, 3, 8).requires_grad_()
+    out = answer(attention, x, positions, keys, values)
+    yield "the output (B, T, D)", out
+    for what, gradient in zip(("keys", "values"), gradients(out, keys, values)):
+        yield f"the gradient of the {what} (G, K, d)", gradient
+    yield "the output after the prefix has changed (B, T, D)", answer(attention, x, positions, keys + 1, values - 1)
+    cache = LayerCache()
+    steps = [answer(attention, x[:, a:b], positions[a:b], keys, values, cache) for a, b in ((0, 3), (3, 5), (5, 6))]
+    for step, size in zip(steps, (3, 2, 1)):
+        yield f"the output for the next {size} of the words, with a cache (B, T, D)", step
+    yield "the output in bfloat16 (B, T, D)", answer(attention.bfloat16(), x.bfloat16(), positions, keys, values)
+
+
+# ── the share, and the softmax as two ───────────────────────────────────────────────────────────────────────────────────
+
+
+def scores_of(q, k, prefix_keys, causal=True, scale=None):
+    """Scores on the prefix (B, H, T, K) and on the words (B, H, T, T), those of words yet to come at -∞."""
+    scale = scale or q.shape[-1] ** 0.5
+    on_words = q @ k.mT / scale
+    if causal:
+        on_words = on_words.masked_fill(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1), -torch.inf)
+    return q @ prefix_keys.mT / scale, on_words
+
+
+def right_share(q, k, prefix_keys, **options):
+    return torch.cat(scores_of(q, k, prefix_keys, **options), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
+
+
+def later_words_counted(q, k, prefix_keys):
+    """no causal mask: words yet to come are counted among those the prefix takes from; word t sees words 0 to t"""
+    return right_share(q, k, prefix_keys, causal=False)
+
+
+def prefix_under_the_mask(q, k, prefix_keys):
+    """the causal mask laid over prefix and words together, so that the first words see a part of the prefix only; every word sees all of it"""
+    scores = torch.cat(scores_of(q, k, prefix_keys, causal=False), -1)
+    T, S = scores.shape[-2:]
+    return scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)[..., : S - T].sum(-1)
+
+
+def share_unscaled(q, k, prefix_keys):
+    """scores not divided by √d"""
+    return right_share(q, k, prefix_keys, scale=1.0)
+
+
+def share_by_model_width(q, k, prefix_keys):
+    """scores divided by √(H·d), the model's width; the heads' own √d is right"""
+    return right_share(q, k, prefix_keys, scale=(q.shape[1] * q.shape[-1]) ** 0.5)
+
+
+def share_of_the_words(q, k, prefix_keys):
+    """the words' share, 1 - λ, instead of the prefix's"""
+    return 1 - right_share(q, k, prefix_keys)
+
+
+def odds(q, k, prefix_keys):
+    """the prefix's sum divided by the words' sum, λ / (1 - λ); a share divides by the sum of both"""
+    on_prefix, on_words = scores_of(q, k, prefix_keys)
+    return (on_prefix.logsumexp(-1) - on_words.logsumexp(-1)).exp()
+
+
+def mean_of_the_weights(q, k, prefix_keys):
+    """the mean of the prefix's weights instead of their sum"""
+    return right_share(q, k, prefix_keys) / prefix_keys.shape[1]
+
+
+def largest_weight(q, k, prefix_keys):
+    """the largest of the prefix's weights instead of their sum"""
+    return torch.cat(scores_of(q, k, prefix_keys), -1).softmax(-1)[..., : prefix_keys.shape[1]].amax(-1)
+
+
+def share_by_counting(q, k, prefix_keys):
+    """K / (K + n) for a word that sees n words: right for equal scores only"""
+    K = prefix_keys.shape[1]
+    return (K / (K + torch.arange(1, q.shape[2] + 1))).expand(q.shape[:-1])
+
+
+def share_averaged_over_heads(q, k, prefix_keys):
+    """one share for all heads, their mean; each head has its own"""
+    return right_share(q, k, prefix_keys).mean(1)
+
+
+def share_that_overflows(q, k, prefix_keys):
+    """exp of the scores themselves, which becomes infinite above 88; softmax and logsumexp take the largest score off first"""
+    on_prefix, on_words = (scores.exp().sum(-1) for scores in scores_of(q, k, prefix_keys))
+    return on_prefix / (on_prefix + on_words)
+
+
+def probe_share(answer, draw):
+    q, k, prefix_keys = draw(2, 4, 5, 8), draw(2, 4, 5, 8), draw(4, 3, 8).requires_grad_()
+    share = answer(q, k, prefix_keys)
+    yield "the share (B, H, T)", share
+    yield "the gradient of the prefix's keys (H, K, d)", gradients(share, prefix_keys)[0]
+    yield "the share where scores go up to hundreds (B, H, T)", answer(30 * q, k, 10 * prefix_keys)
+
+
+def right_split(q, k, v, prefix_keys, prefix_values, **options):
+    on_prefix, on_words = scores_of(q, k, prefix_keys, **options)
+    return right_share(q, k, prefix_keys, **options), on_words.softmax(-1) @ v, on_prefix.softmax(-1) @ prefix_values
+
+
+def parts_weighted_already(q, k, v, prefix_keys, prefix_values):
+    """parts of the one softmax, which carry their share already; each part is an average of its own, its weights sum to 1"""
+    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, (1 - share[..., None]) * words, share[..., None] * prefix
+
+
+def share_turned_round(q, k, v, prefix_keys, prefix_values):
+    """the words' share, 1 - λ, in the place of the prefix's"""
+    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return 1 - share, words, prefix
+
+
+def parts_in_the_wrong_order(q, k, v, prefix_keys, prefix_values):
+    """the prefix's part before the words'; asked are share, words, prefix"""
+    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, prefix, words
+
+
+def share_of_a_count(q, k, v, prefix_keys, prefix_values):
+    """a share that does not look at the scores, K / (K + n)"""
+    return share_by_counting(q, k, prefix_keys), *right_split(q, k, v, prefix_keys, prefix_values)[1:]
+
+
+def words_not_causal(q, k, v, prefix_keys, prefix_values):
+    """no causal mask: words see those yet to come"""
+    return right_split(q, k, v, prefix_keys, prefix_values, causal=False)
+
+
+def plain_mean_of_values(q, k, v, prefix_keys, prefix_values):
+    """the plain mean of the prefix's values; its own softmax weighs them"""
+    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, words, prefix_values.mean(-2, keepdim=True).expand(prefix.shape)
+
+
+def whole_in_the_place_of_words(q, k, v, prefix_keys, prefix_values):
+    """the whole output, prefix included, in the place of the words' part; that is attention over the words alone, the frozen layer's"""
+    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, torch.lerp(words, prefix, share[..., None]), prefix
+
+
+def split_unscaled(q, k, v, prefix_keys, prefix_values):
+    """scores not divided by √d"""
+    return right_split(q, k, v, prefix_keys, prefix_values, scale=1.0)
+
+
+def probe_split(answer, draw):
+    q, k, v = draw(2, 4, 5, 8), draw(2, 4, 5, 8), draw(2, 4, 5, 8)
+    prefix_keys, prefix_values = draw(4, 3, 8), draw(4, 3, 8)
+    names = ("the share (B, H, T)", "the words' part (B, H, T, d)", "the prefix's part (B, H, T, d)")
+    pieces = named(names, answer(q, k, v, prefix_keys, prefix_values))
+    yield from pieces
+    share, words, prefix = (piece for _, piece in pieces)
+    yield "the blend (1 - share) · words + share · prefix (B, H, T, d)", (1 - share[..., None]) * words + share[..., None] * prefix
+
+
+# ── predictions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def zero_share(word):
+    """What 10 zero keys take of the softmax of a word that sees this many words, itself among them, each with score 0."""
+
+    def truth():
+        q, k = torch.zeros(1, 1, word, 8), torch.zeros(1, 1, word, 8)
+        return right_share(q, k, torch.zeros(1, 10, 8))[0, 0, -1].item()
+
+    return truth
+
+
+def zero_prefix_makes():
+    """What twenty tokens of zero keys and values do to the output of attention, where ten stood."""
+    torch.manual_seed(0)
+    attention = Attention(16, 2, rope=RoPE(8)).requires_grad_(False)
+    x = torch.randn(1, 6, 16)
+    ten, twenty = (joined(attention, x, torch.arange(6), *torch.zeros(2, 2, K, 8), None).norm().item() for K in (10, 20))
+    return "same" if abs(twenty - ten) < 1e-6 * ten else "smaller" if twenty < ten else "larger"
+
+
+def tokens_after_zeros():
+    """How many different tokens a prefix of ten has after five steps from zeros."""
+    torch.manual_seed(0)
+    model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "prefix_tuning", prefix_length=10)
+    own = list(minillama.adapters.adapter_parameters(model).values())
+    with torch.no_grad():
+        for p in own:
+            p.zero_()
+    ids, optimizer = torch.randint(0, 31, (2, 6)), torch.optim.AdamW(own, lr=0.1)
+    for _ in range(5):
+        model.zero_grad()
+        minillama.answer_loss(model, ids, ids).backward()
+        optimizer.step()
+    tokens = torch.cat([p.detach().transpose(0, 1).flatten(1) for p in own], 1)  # (K, everything of a token)
+    return len({tuple(row) for row in tokens.mul(1e4).round().tolist()})
+
+
+EXERCISES = {
+    "soft_prompt": Exercise(
+        "soft_prompt(embedding, ids, prompt, past=0, active=True) -> (B, K + T, D), or (B, T, D) where past > 0 or not active", right_soft_prompt,
+        (*map(embedding_of, PromptEmbedding.__subclasses__()), prompt_at_every_step, prompt_behind_the_words, prompt_over_the_words, prompt_in_its_own_dtype,
+         prompt_as_tokens_of_a_row), probe_soft_prompt,
+    ),
+    "turn_back": Exercise(
+        "turn_back(rope, keys) -> (G, K, d)", right_turn_back,
+        (not_turned, turned_forwards, turned_to_own_places, turned_from_zero, turned_by_one, neighbours_paired), probe_turn_back,
+    ),
+    "prefix_attention": Exercise(
+        "prefix_attention(attention, x, positions, keys, values, cache=None) -> (B, T, D)", layer_of(PrefixAttention),
+        (*map(layer_of, PrefixAttention.__subclasses__()), prefix_behind_the_words, keys_turned_forwards, keys_turned_to_own_places, turned_and_moved,
+         values_turned_too, cache_forgotten, prefix_detached), probe_prefix_attention,
+    ),
+    "prefix_share": Exercise(
+        "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share,
+        (later_words_counted, prefix_under_the_mask, share_unscaled, share_by_model_width, share_of_the_words, odds, mean_of_the_weights, largest_weight,
+         share_by_counting, share_averaged_over_heads, share_that_overflows), probe_share,
+    ),
+    "split_softmax": Exercise(
+        "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), words (B, H, T, d), prefix (B, H, T, d)", right_split,
+        (parts_weighted_already, share_turned_round, parts_in_the_wrong_order, share_of_a_count, words_not_causal, plain_mean_of_values,
+         whole_in_the_place_of_words, split_unscaled), probe_split,
+    ),
+    "share_of_ten": Question(
+        zero_share(10), "Each of the 20 scores is 0, each weight e^0 / (20 · e^0); ten of them are the prefix's.",
+        {0: "a score of 0 is not a weight of 0: e^0 is 1, as for every word.", 1: "the words have score 0 too: nobody is ahead."},
+    ),
+    "share_of_the_first": Question(
+        zero_share(1), "The first word sees itself and the ten: 10 / (10 + 1). The fewer words there are, the more a prefix takes.",
+        {0: "a score of 0 is not a weight of 0: e^0 is 1.", 0.5: "the words behind the first one are hidden from it: it sees itself alone.", 1: "the word sees itself too."},
+    ),
+    "longer_zero_prefix": Question(
+        zero_prefix_makes, "Zero values add nothing, but their keys take: the words' part is multiplied by 1 - λ, and λ grows with K.",
+        {"same": "the values add nothing; but what do the keys take from the words' weights?",
+         "larger": "nothing is added, since the values are 0; what happens to the words' weights?"},
+    ),
+    "tokens_after_zeros": Question(
+        tokens_after_zeros, "Ten equal tokens get ten equal gradients and stay equal: trained from zeros, a prefix of ten is one token counted ten times.",
+        {10: "what could make two tokens differ? They start equal, and each word weighs them equally."},
+    ),
+}  # fmt: skip
