@@ -46,3 +46,147 @@ def attention_figure(prompts, words, characters, rows, title):
                 axes.axhline(i - 0.5, color=INK, linewidth=0.8)
             figure.colorbar(image, ax=axes, fraction=0.06, pad=0.01, aspect=30)
     return figure
+
+
+def share_figure(panels, characters, rows, title):
+    """The share of each softmax that a prefix takes: heat maps side by side, {heading: (R, T)}, a character of the text below each
+    column; rows: R labels, empty ones skipped, a line above each that is not."""
+    starts = [i for i, label in enumerate(rows) if label]
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(11, 3.9), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (heading, shares) in zip(every, panels.items()):
+            image = axes.imshow(100 * shares, aspect="auto", cmap="Oranges", vmin=0, vmax=100)
+            axes.set(title=f"{heading}: {100 * shares.mean():.0f} % on average", xlabel="the word that looks", xticks=range(len(characters)))
+            axes.set_xticklabels(characters, fontsize=7.5)
+            axes.set(yticks=[i + 0.5 * (len(rows) / len(starts) - 1) for i in starts], yticklabels=[rows[i] for i in starts])
+            axes.title.set_fontsize(10.5)
+            for i in starts[1:]:
+                axes.axhline(i - 0.5, color=INK, linewidth=0.8)
+        figure.colorbar(image, ax=every[-1], fraction=0.06, pad=0.02, aspect=30, label="share of the prefix (%)")
+    return figure
+
+
+def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2f}"):
+    """A heat map with the number in each cell; values: a list of rows, None where a cell stays empty; scale: what the colours say.
+    write None: no numbers, for maps with many cells."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        wide = len(columns) > 8
+        figure = Figure(figsize=(11 if wide else 2.6 + 1.1 * len(columns), 1.5 + (0.26 if write is None else 0.45) * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        numbers = [[float("nan") if value is None else value for value in row] for row in values]
+        image = axes.imshow(numbers, aspect="auto", cmap="YlOrRd", vmin=0)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+        top = image.get_clim()[1]
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if write is not None and value is not None:
+                    axes.text(j, i, write.format(value), ha="center", va="center", color="white" if value > 0.6 * top else INK)
+        figure.colorbar(image, ax=axes, label=scale, fraction=0.06, pad=0.02)
+    return figure
+
+
+def block_schematic():
+    """A LLaMA from ids to logits (Touvron et al. 2023), one of its layers, and what stands in the layer's two sublayers."""
+    from .figures import arrow, box, chain, frame, joint, note, point, sheet, zoom
+
+    axes = sheet(11, 5.4, "LLaMA: from ids to logits", kinds=())
+    box(axes, 8.35, 5.08, 0.3, 0.2, kind="frozen")
+    box(axes, 9.75, 5.08, 0.3, 0.2)
+    note(axes, 8.58, 5.08, "has weights", 10)
+    note(axes, 9.98, 5.08, "has none", 10)
+
+    names = {"ids": 0.5, "embed_tokens": 1.08, "layer 1": 1.72, "layer $L$": 2.64, "norm": 3.28, "lm_head": 3.86, "logits": 4.44}
+    ends = dict(width=0.75, height=0.36, kind="flow")
+    stack = [box(axes, 1.05, y, text=name, **(ends if name in ("ids", "logits") else {**ends, "width": 1.45, "kind": "frozen"})) for name, y in names.items()]
+    chain(axes, "up", *stack[:3])
+    chain(axes, "up", *stack[3:])
+    note(axes, 1.05, 2.18, "⋮", 12, ha="center")
+
+    frame(axes, 2.35, 0.3, 5.35, 4.7, "a layer")
+    zoom(axes, [(1.775, 2.82), (2.35, 4.7)], [(1.775, 2.46), (2.35, 0.3)])
+    first, second = joint(axes, 3.3, 2.3, "+"), joint(axes, 3.3, 4.05, "+")
+    chain(axes, "up", point(3.3, 0.5), first, second, point(3.3, 4.62))
+    branches = []
+    for below, plus, name in ((0.72, first, "self_attn"), (2.62, second, "mlp")):
+        norm, sublayer = box(axes, 4.4, below + 0.4, 1.2, 0.36, "RMSNorm", "frozen"), box(axes, 4.4, below + 1.0, 1.2, 0.36, name, "frozen")
+        arrow(axes, (3.3, below), (4.4, below), norm.bottom)
+        chain(axes, "up", norm, sublayer)
+        arrow(axes, sublayer.top, (4.4, plus.right[1]), plus.right)
+        branches.append(sublayer)
+    note(axes, 3.02, 0.52, "$x$", 11)
+    note(axes, 3.45, 4.42, "the residual stream")
+
+    frame(axes, 5.85, 2.95, 10.75, 4.7, "mlp: SwiGLU")
+    zoom(axes, [(5.0, 3.8), (5.85, 4.7)], [(5.0, 3.44), (5.85, 2.95)])
+    gate, up = box(axes, 7.0, 4.05, 1.1, 0.36, "gate_proj", "frozen"), box(axes, 7.0, 3.35, 1.1, 0.36, "up_proj", "frozen")
+    silu, times, down = box(axes, 8.2, 4.05, 0.7, 0.36, "SiLU"), joint(axes, 9.05, 4.05, "x"), box(axes, 9.95, 4.05, 1.1, 0.36, "down_proj", "frozen")
+    chain(axes, "right", gate, silu, times, down, point(10.7, 4.05))
+    arrow(axes, up.right, (9.05, 3.35), times.bottom)
+    arrow(axes, (6.0, 4.05), gate.left)
+    arrow(axes, (6.2, 4.05), (6.2, 3.35), up.left)
+
+    frame(axes, 5.85, 0.3, 10.75, 2.7, "self_attn: three verbs")
+    zoom(axes, [(5.0, 1.9), (5.85, 2.7)], [(5.0, 1.54), (5.85, 0.3)])
+    attend = box(axes, 9.0, 1.57, 0.95, 1.5, "softmax\n$(q k^{\\top}\\!/\\sqrt{d})$\n$\\cdot\\ v$", size=10)
+    output = box(axes, 10.15, 1.57, 0.75, 0.36, "o_proj", "frozen")
+    for y, name in ((2.1, "q"), (1.57, "k"), (1.04, "v")):
+        projection = box(axes, 6.85, y, 0.85, 0.36, f"{name}_proj", "frozen")
+        if y == 1.57:
+            arrow(axes, (6.0, y), projection.left)
+        else:
+            arrow(axes, (6.2, 1.57), (6.2, y), projection.left)
+        turned = box(axes, 7.85, y, 0.65, 0.36, "RoPE") if name != "v" else projection
+        if name != "v":
+            chain(axes, "right", projection, turned)
+        arrow(axes, turned.right, (attend.left[0], y))
+    chain(axes, "right", attend, output, point(10.7, 1.57))
+    for x, verb in ((7.3, "project"), (9.0, "attend"), (10.15, "output")):
+        note(axes, x, 0.56, verb, 10.5, ha="center", style="italic")
+    return axes.figure
+
+
+def rotation_figure(speeds, scores):
+    """How RoPE turns pairs of features. speeds: {title: radians a position}, drawn at positions 0 to 7; scores: {label: (distances,
+    scores)}, drawn as curves."""
+    import math
+
+    shades, dashes = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":")
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(11, 3.3), layout="constrained")
+        *circles, right = figure.subplots(1, len(speeds) + 1, width_ratios=[1] * len(speeds) + [1.7])
+        for axes, (title, speed) in zip(circles, speeds.items()):
+            axes.add_patch(matplotlib.patches.Circle((0, 0), 1, fill=False, edgecolor="#bbbbbb"))
+            for position in reversed(range(8)):
+                x, y = math.cos(position * speed), math.sin(position * speed)
+                color = matplotlib.colormaps["YlOrRd_r"](position / 10)
+                axes.plot((0, x), (0, y), color=color, linewidth=1.6)
+                axes.plot(x, y, marker="o", markersize=4, color=color)
+                if 8 * speed > 2:
+                    axes.text(1.18 * x, 1.18 * y, str(position), ha="center", va="center", fontsize=9)
+            axes.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[], yticks=[], title=title)
+            axes.spines[:].set_visible(False)
+        for i, (label, (distances, values)) in enumerate(scores.items()):
+            right.plot(distances, values, color=shades[i % 4], linestyle=dashes[i % 4], linewidth=1.3, label=label)
+        right.axhline(0, color=INK, linewidth=0.8)
+        right.set(xlabel="distance from key to query (tokens)", ylabel="score, 1 at distance 0", title="The score of a query and a key that match")
+        right.legend()
+    return figure
+
+
+def maps_figure(maps, rows, columns, title, xlabel, ylabel, shared=True):
+    """Heat maps of numbers from 0 to 1 side by side. maps: {title: (R, C)}; rows, columns: a label for each, empty ones allowed."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        every = figure.subplots(1, len(maps), squeeze=False, sharey=shared)[0]
+        for axes, (heading, values) in zip(every, maps.items()):
+            image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+            axes.set(title=heading, xlabel=xlabel, xticks=range(len(columns)), yticks=range(len(rows)))
+            axes.set_xticklabels(columns, fontsize=8 if len(columns) * len(maps) > 60 else 10)
+            axes.set_yticklabels(rows, fontsize=8 if len(rows) > 16 else 10)
+            axes.tick_params(length=0)
+        every[0].set_ylabel(ylabel)
+        figure.colorbar(image, ax=every, fraction=0.03, pad=0.01)
+    return figure

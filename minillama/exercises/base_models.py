@@ -68,7 +68,8 @@ def root_forgotten(x, weight, eps):
 
 
 def squares_in_half_precision(x, weight, eps):
-    """the squares taken in the input's own dtype: in float16 they overflow beyond 255, in bfloat16 they lose digits; use x.float() and cast back at the end"""
+    """the squares taken in the input's own dtype: in float16 they overflow beyond 255, in bfloat16 they lose digits;
+    use x.float() and cast back at the end"""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
@@ -84,8 +85,8 @@ def size_detached(x, weight, eps):
 
 
 NORMS = (
-    mean_subtracted, eps_outside_the_root, eps_forgotten, weight_forgotten, weight_plus_one, mean_over_tokens, mean_over_everything,
-    sum_for_mean, root_forgotten, squares_in_half_precision, left_in_float32, size_detached,
+    mean_subtracted, eps_outside_the_root, eps_forgotten, weight_forgotten, weight_plus_one, mean_over_tokens,
+    mean_over_everything, sum_for_mean, root_forgotten, squares_in_half_precision, left_in_float32, size_detached,
 )  # fmt: skip
 
 
@@ -103,10 +104,6 @@ def probe_rms_norm(answer, draw):
 # ── RoPE ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def right_rope(x, positions, theta):
-    return rotate(x, *RoPE(x.shape[-1], theta)(positions))
-
-
 def angles(positions, d, theta):
     return positions[:, None].float() * theta ** -(torch.arange(0, d, 2).float() / d)  # (T, d/2)
 
@@ -115,6 +112,10 @@ def turned(x, angle, sign=1):
     """x with feature i turned against feature i + d/2 by these angles (…, d/2)."""
     (a, b), cos, sin = x.chunk(2, -1), angle.cos().to(x.dtype), sign * angle.sin().to(x.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def right_rope(x, positions, theta):
+    return turned(x, angles(positions, x.shape[-1], theta))
 
 
 def pairs_interleaved(x, positions, theta):
@@ -137,12 +138,6 @@ def positions_from_one(x, positions, theta):
 def own_positions(x, positions, theta):
     """the tokens counted anew from 0, the given positions ignored"""
     return right_rope(x, torch.arange(x.shape[-2]), theta)
-
-
-def positions_along_the_heads(x, positions, theta):
-    """positions laid along the heads' axis: x is (B, H, T, d), the tokens are its third axis"""
-    angle = angles(torch.arange(x.shape[1]), x.shape[-1], theta)
-    return turned(x, angle[:, None])
 
 
 def exponent_halved(x, positions, theta):
@@ -209,8 +204,9 @@ def rope_left_in_float32(x, positions, theta):
 
 
 ROPES = (
-    pairs_interleaved, turned_backwards, positions_from_one, own_positions, positions_along_the_heads, exponent_halved, exponent_doubled, exponent_positive,
-    pairs_from_one, one_speed, second_half_left, second_from_new_first, sine_and_cosine_swapped, added, angles_in_half_precision, rope_left_in_float32,
+    pairs_interleaved, turned_backwards, positions_from_one, own_positions, exponent_halved, exponent_doubled,
+    exponent_positive, pairs_from_one, one_speed, second_half_left, second_from_new_first, sine_and_cosine_swapped,
+    added, angles_in_half_precision, rope_left_in_float32,
 )  # fmt: skip
 
 
@@ -263,11 +259,9 @@ def scaled_by_d(q, k, v):
     return right_attention(q / q.shape[-1] ** 0.5, k, v)
 
 
-@by_scores
-def scaled_after_softmax(scores, seen):
+def scaled_after_softmax(q, k, v):
     """the division by √d behind the softmax; it belongs to the scores, before it"""
-    d = 8 if scores.shape[1] != 6 else scores.shape[1] + 2
-    return (scores * d**0.5).masked_fill(~seen, -torch.inf).softmax(-1) / d**0.5
+    return unscaled(q, k, v) / q.shape[-1] ** 0.5
 
 
 @by_scores
@@ -284,7 +278,8 @@ def sees_one_ahead(scores, seen):
 
 @by_scores
 def blind_to_itself(scores, seen):
-    """a mask off by one: a token does not see itself, and the first, which sees nothing, becomes NaN; mask from the first diagonal above the main one"""
+    """a mask off by one: a token does not see itself, and the first, which sees nothing, becomes NaN; mask from the first
+    diagonal above the main one"""
     return scores.masked_fill(torch.ones_like(seen).triu(0), -torch.inf).softmax(-1)
 
 
@@ -346,8 +341,9 @@ def keys_averaged(q, k, v):
 
 
 ATTENTIONS = (
-    scaled_by_width, unscaled, scaled_by_d, scaled_after_softmax, no_mask, sees_one_ahead, blind_to_itself, blind_to_itself_but_finite, mask_upside_down,
-    masked_with_zero, masked_after_softmax, softmax_over_queries, softmax_over_heads, heads_alternating, first_group_for_all, values_alternating, keys_averaged,
+    scaled_by_width, unscaled, scaled_by_d, scaled_after_softmax, no_mask, sees_one_ahead, blind_to_itself,
+    blind_to_itself_but_finite, mask_upside_down, masked_with_zero, masked_after_softmax, softmax_over_queries,
+    softmax_over_heads, heads_alternating, first_group_for_all, values_alternating, keys_averaged,
 )  # fmt: skip
 
 
@@ -420,7 +416,8 @@ def residual_inside(x, gate, up, down):
 
 
 SWIGLUS = (
-    activation_on_the_other_branch, activation_on_both, activation_on_the_product, plain_glu, geglu, reglu, bilinear, branches_added, no_second_branch, residual_inside,
+    activation_on_the_other_branch, activation_on_both, activation_on_the_product, plain_glu, geglu, reglu, bilinear,
+    branches_added, no_second_branch, residual_inside,
 )  # fmt: skip
 
 
@@ -453,7 +450,8 @@ def cut_along_the_inputs(weight, bias):
 
 
 def cut_along_the_inputs_and_transposed(weight, bias):
-    """the memory read as (3, D, D) before transposing, which cuts along the inputs; the outputs are the columns: chunk(3, dim=1), then transpose each"""
+    """the memory read as (3, D, D) before transposing, which cuts along the inputs; the outputs are the columns:
+    chunk(3, dim=1), then transpose each"""
     return weight.reshape(3, weight.shape[0], -1).mT, bias.unflatten(0, (3, -1))
 
 
@@ -507,9 +505,9 @@ def behind(past, k, v):
     return (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
 
 
-def places(x, past, first=0):
+def places(x, past):
     """The positions of the new tokens behind the cached ones."""
-    return torch.arange(x.shape[1]) + (first if past is None else past[0].shape[2])
+    return torch.arange(x.shape[1]) + (0 if past is None else past[0].shape[2])
 
 
 def right_cached(attention, x, past):
@@ -531,16 +529,23 @@ def positions_restart(attention, x, past):
     return attention.output(attention.attend(q, k, v)), (k, v)
 
 
+def not_turned(attention, x, past):
+    """no positions given to `project`, so that nothing is turned; without them RoPE has nothing to turn by"""
+    q, k, v = attention.project(x)
+    k, v = behind(past, k, v)
+    return attention.output(attention.attend(q, k, v)), (k, v)
+
+
 def positions_leave_a_gap(attention, x, past):
     """the new tokens' positions one too late: behind S cached tokens, at 0 … S − 1, the first new one stands at S"""
-    q, k, v = attention.project(x, places(x, past) + (past is not None))
+    q, k, v = attention.project(x, places(x, past) + int(past is not None))
     k, v = behind(past, k, v)
     return attention.output(attention.attend(q, k, v)), (k, v)
 
 
 def positions_one_too_early(attention, x, past):
     """the new tokens' positions one too early: behind S cached tokens, at 0 … S − 1, the first new one stands at S"""
-    q, k, v = attention.project(x, places(x, past) - (past is not None))
+    q, k, v = attention.project(x, places(x, past) - int(past is not None))
     k, v = behind(past, k, v)
     return attention.output(attention.attend(q, k, v)), (k, v)
 
@@ -599,7 +604,8 @@ def new_see_each_other(attention, x, past):
 
 
 def mask_from_the_corner(attention, x, past):
-    """a (T, S + T) mask begun in its upper left corner, which is what is_causal=True gives: new token i then sees the first i + 1 only; it sees the first S + i + 1, tril(S)"""
+    """a (T, S + T) mask begun in its upper left corner, which is what is_causal=True gives: new token i then sees the first
+    i + 1 only; it should see the first S + i + 1, tril(S)"""
     q, k, v = attention.project(x, places(x, past))
     k, v = behind(past, k, v)
     return with_mask(attention, q, k, v, seen(q, k)), (k, v)
@@ -622,8 +628,9 @@ def heads_repeated_in_the_cache(attention, x, past):
 
 
 CACHES = (
-    positions_restart, positions_leave_a_gap, positions_one_too_early, new_before_old, turned_twice, kept_unturned, only_the_new_kept, new_not_kept, old_not_seen,
-    new_see_each_other, mask_from_the_corner, mask_hides_the_new, heads_repeated_in_the_cache,
+    positions_restart, not_turned, positions_leave_a_gap, positions_one_too_early, new_before_old, turned_twice,
+    kept_unturned, only_the_new_kept, new_not_kept, old_not_seen, new_see_each_other, mask_from_the_corner,
+    mask_hides_the_new, heads_repeated_in_the_cache,
 )  # fmt: skip
 
 
@@ -679,7 +686,6 @@ EXERCISES = {
         {30 * 3 * 64: "that is the keys; the values are kept as well.",
          2 * 30 * 9 * 64: "queries are not kept, and their heads share keys and values: count the G key heads, not the H query heads.",
          30 * 9 * 64: "queries are not kept: count the G key heads, not the H query heads, and both keys and values.",
-         30 * 576: "what is kept is not the stream's D numbers but G heads of d, once as keys and once as values.",
          2 * 3 * 64: "that is one layer; each layer keeps its own."},
     ),
     "shifted_llama": Question(

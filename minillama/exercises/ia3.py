@@ -1,24 +1,31 @@
 """Lesson 04: IA3, with the wrong versions that one writes easily."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..adapters.ia3 import IA3Linear
-
+from ..adapters import ia3
+from ..adapters.ia3 import SIDES, IA3Linear
+from ..attention import RoPE, rotate
+from ..gpt2 import GPT2, GPT2Config
+from ..llama import Layer as LLaMALayer
+from ..llama import LLaMA, LLaMAConfig
+from . import Exercise, Question, close, filled, gradients, named, planted
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class OutputOfDown(IA3Linear):
-    """l_ff on the output of down_proj instead of its input"""
+    """l_ff, side "input", on the output of down_proj instead of its input; it multiplies the hidden features before down_proj mixes them"""
 
     def forward(self, x):
         return self.base(x) * self.scale[: self.out_features] if self.side == "input" else super().forward(x)
 
 
 class ZeroScale(IA3Linear):
-    """vectors that start at 0: everything inhibited"""
+    """vectors that start at 0: keys, values and hidden features all silenced; x · 1 is x, so they start at 1"""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -26,7 +33,7 @@ class ZeroScale(IA3Linear):
 
 
 class OnePlusScale(IA3Linear):
-    """1 + l instead of l, from l = 0"""
+    """1 + l instead of l, from l = 0; IA3's vector is itself the factor and starts at 1"""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -37,7 +44,7 @@ class OnePlusScale(IA3Linear):
 
 
 class BiasUnscaled(IA3Linear):
-    """l · (W x) + b: the bias left out of the scaling"""
+    """l · (W x) + b: the bias left out of the scaling; l multiplies all that leaves the projection, l · (W x + b)"""
 
     harmless_for = ("llama",)
 
@@ -48,7 +55,7 @@ class BiasUnscaled(IA3Linear):
 
 
 class MergeForgetsBias(IA3Linear):
-    """a merge that scales the weight and not the bias"""
+    """a merge that scales the weight and not the bias; l · (W x + b) = (l W) x + l b"""
 
     harmless_for = ("llama",)
 
@@ -60,7 +67,7 @@ class MergeForgetsBias(IA3Linear):
 
 
 class MergeWrongAxis(IA3Linear):
-    """a merge that scales rows for columns"""
+    """a merge that scales rows for columns; a row of the weight makes an output feature (scale[:, None]), a column meets an input feature (scale)"""
 
     def merged(self):
         linear = super().merged()
@@ -71,7 +78,7 @@ class MergeWrongAxis(IA3Linear):
 
 
 class MergeInPlace(IA3Linear):
-    """a merge that writes into the base's own weight, which a scale of 0 destroys"""
+    """a merge that writes into the base's own weight, which a scale of 0 destroys; make a new weight"""
 
     def merged(self):
         linear = super().merged()
@@ -80,7 +87,7 @@ class MergeInPlace(IA3Linear):
 
 
 class SoftmaxScale(IA3Linear):
-    """the vector squashed before it multiplies"""
+    """the vector squashed before it multiplies; it is a plain factor, which may grow beyond 2 or fall below 0"""
 
     def forward(self, x):
         scale = (2 * torch.sigmoid(self.scale - 1)).to(x.dtype)
@@ -88,7 +95,7 @@ class SoftmaxScale(IA3Linear):
 
 
 def attach_before_activation(model, outputs=("k_proj", "v_proj"), inputs=("down_proj",)):
-    """l_ff before the non-linearity (on LLaMA: on the branch that goes through it)"""
+    """l_ff before the non-linearity (on LLaMA: on the branch that goes through it); it multiplies the hidden activation, behind it"""
     for layer in model.layers:
         layer.self_attn.k_proj, layer.self_attn.v_proj = IA3Linear(layer.self_attn.k_proj), IA3Linear(layer.self_attn.v_proj)
         name = "gate_proj" if hasattr(layer.mlp, "gate_proj") else "up_proj"
@@ -96,7 +103,7 @@ def attach_before_activation(model, outputs=("k_proj", "v_proj"), inputs=("down_
 
 
 def attach_to_queries(model, outputs=("k_proj", "v_proj"), inputs=("down_proj",)):
-    """queries scaled where keys should be"""
+    """queries scaled where keys should be; with RoPE between projection and score the two differ"""
     for layer in model.layers:
         layer.self_attn.q_proj, layer.self_attn.v_proj = IA3Linear(layer.self_attn.q_proj), IA3Linear(layer.self_attn.v_proj)
         layer.mlp.down_proj = IA3Linear(layer.mlp.down_proj, "input")
@@ -108,4 +115,528 @@ attach_to_queries.harmless_for = ("gpt2",)  # (l · q) kᵀ = q (l · k)ᵀ wher
 # ── what is asked ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-EXERCISES = {}
+def right_linear(linear, x, scale, side):
+    scale = scale.to(x.dtype)
+    return linear(x) * scale if side == "output" else linear(x * scale)
+
+
+def linear_by(wrapper):
+    """A wrapper as a function (linear, x, scale, side)."""
+
+    def function(linear, x, scale, side):
+        return torch.func.functional_call(wrapper(linear, side), {"scale": scale}, (x,))
+
+    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
+    return function
+
+
+def sides_swapped(linear, x, scale, side):
+    """the sides swapped: "output" multiplies what comes out of the projection, "input" what goes into it"""
+    return right_linear(linear, x, scale, "input" if side == "output" else "output")
+
+
+def always_the_input(linear, x, scale, side):
+    """the input multiplied on both sides; with side "output" it is what comes out of the projection that is multiplied"""
+    return linear(x * scale.to(x.dtype))
+
+
+def scale_added(linear, x, scale, side):
+    """the vector added; IA3 multiplies"""
+    return linear(x) + scale.to(x.dtype) if side == "output" else linear(x + scale.to(x.dtype))
+
+
+def weight_not_transposed(linear, x, scale, side):
+    """x @ weight; torch's Linear keeps its weight as (out, in) and computes x @ weight.T"""
+    scale = scale.to(x.dtype)
+    return (x @ linear.weight + linear.bias) * scale if side == "output" else (x * scale) @ linear.weight + linear.bias
+
+
+def vector_squashed(linear, x, scale, side):
+    """the vector squashed by tanh; IA3's may grow beyond 1 and fall below 0, and 1 must stay 1"""
+    return right_linear(linear, x, torch.tanh(scale), side)
+
+
+def scaled_twice(linear, x, scale, side):
+    """input and output both multiplied; the side says which of the two"""
+    return linear(x * scale.to(x.dtype)) * scale.to(x.dtype)
+
+
+def not_cast(linear, x, scale, side):
+    """the float32 vector multiplied as it is, so that a bfloat16 model's activations become float32: cast it to the dtype of x first"""
+    return linear(x) * scale if side == "output" else linear(x * scale)
+
+
+def detached_vector(linear, x, scale, side):
+    """the vector detached from the graph: it never gets a gradient, and nothing is learned"""
+    return right_linear(linear, x, scale.detach(), side)
+
+
+def probe_linear(answer, draw):
+    square, x, scale = filled(nn.Linear(10, 10), draw), draw(2, 5, 10), draw(10)  # as many in as out: what is on the wrong side runs too
+    outs = [answer(square, x, scale, side) for side in SIDES]
+    for side, out in zip(SIDES, outs):
+        yield f'the output with side "{side}" (B, T, out)', out
+    if not all(close(out, right_linear(square, x, scale, side)) for side, out in zip(SIDES, outs)):
+        return
+    linear = filled(nn.Linear(10, 7), draw)
+    for side, features in (("output", 7), ("input", 10)):
+        scale = draw(features).requires_grad_()
+        out = answer(linear, x, scale, side)
+        yield f'the output of 10 features in and 7 out, side "{side}" (B, T, out)', out
+        yield f'the gradient of scale with side "{side}" (features)', gradients(out, scale)[0]
+        yield f'the output at a scale of 1, side "{side}": the base\'s (B, T, out)', answer(linear, x, torch.ones(features), side)
+        yield f'the output in bfloat16, side "{side}" (B, T, out)', answer(filled(nn.Linear(10, 7), draw).bfloat16(), x.bfloat16(), scale, side)
+        linear = filled(nn.Linear(10, 7), draw)
+
+
+def right_start(linear, side):
+    return IA3Linear(linear, side).scale.detach()
+
+
+def start_by(wrapper):
+    """What a wrapper's vector starts from, as a function (linear, side)."""
+
+    def function(linear, side):
+        return wrapper(linear, side).scale.detach()
+
+    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
+    return function
+
+
+def start_near_one(linear, side):
+    """1 with a little noise, N(1, 0.02): near the base, not the base; exact ones cost nothing"""
+    return 1 + 0.02 * torch.randn(linear.out_features if side == "output" else linear.in_features)
+
+
+def start_normal(linear, side):
+    """N(0, 1), as a weight would start: the model is wrecked before the first step; x · 1 is x, so start at 1"""
+    return torch.randn(linear.out_features if side == "output" else linear.in_features)
+
+
+def start_other_side(linear, side):
+    """as many numbers as the other side has features: out_features for "output", in_features for "input\""""
+    return torch.ones(linear.in_features if side == "output" else linear.out_features)
+
+
+def start_one_number(linear, side):
+    """a single number for the whole projection; IA3 has one for each feature"""
+    return torch.ones(1)
+
+
+def start_in_the_bases_dtype(linear, side):
+    """ones in the base's bfloat16, whose next number above 1 is 1.0078: small steps are rounded away; keep the vector in float32"""
+    return torch.ones(linear.out_features if side == "output" else linear.in_features, dtype=linear.weight.dtype)
+
+
+def probe_start(answer, draw):
+    linear = filled(nn.Linear(10, 7), draw).bfloat16()
+    for side in SIDES:
+        scale = answer(linear, side)
+        yield f'the vector for side "{side}" (features)', scale
+
+
+def right_merge(linear, scale, side):
+    module = IA3Linear(linear, side)
+    module.scale.data.copy_(scale)
+    merged = module.merged()
+    return merged.weight.detach(), merged.bias.detach()
+
+
+def merge_by(wrapper):
+    """A wrapper's merge as a function (linear, scale, side) that returns weight and bias."""
+
+    def function(linear, scale, side):
+        module = wrapper(linear, side)
+        module.scale.data.copy_(scale)
+        merged = module.merged()
+        return merged.weight.detach(), merged.bias.detach()
+
+    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
+    return function
+
+
+def merge_scales_both_biases(linear, scale, side):
+    """the bias scaled on the input side too; W (l · x) + b has its b outside"""
+    weight, _ = right_merge(linear, scale, side)
+    return weight, linear.bias * scale
+
+
+def merge_columns_always(linear, scale, side):
+    """columns scaled on both sides; a row of the weight makes an output feature, so side "output" scales rows: scale[:, None]"""
+    return linear.weight * scale, linear.bias * scale if side == "output" else linear.bias
+
+
+def merge_rows_always(linear, scale, side):
+    """rows scaled on both sides; a column of the weight meets an input feature, so side "input" scales columns"""
+    return linear.weight * scale[:, None], linear.bias * scale if side == "output" else linear.bias
+
+
+def merge_side_ignored(linear, scale, side):
+    """rows scaled on both sides, and the bias on neither; side "output" scales rows and bias, side "input" columns and no bias"""
+    return linear.weight * scale[:, None], linear.bias
+
+
+def merge_biases_swapped(linear, scale, side):
+    """the bias scaled on the wrong side: l · (W x + b) holds it, W (l · x) + b does not"""
+    weight, _ = right_merge(linear, scale, side)
+    return weight, linear.bias if side == "output" else linear.bias * scale
+
+
+def merge_transposed(linear, scale, side):
+    """the weight transposed, (in, out); torch's Linear keeps (out, in)"""
+    weight, bias = right_merge(linear, scale, side)
+    return weight.T, bias
+
+
+def merge_by_multiplying_in_place(linear, scale, side):
+    """the base's own weight and bias multiplied in place: the adapter is off and the base is gone, and dividing again does not bring back a row that met a 0"""
+    linear.weight *= scale[:, None] if side == "output" else scale
+    if side == "output":
+        linear.bias *= scale
+    return linear.weight, linear.bias
+
+
+def probe_merge(answer, draw):
+    names, fits = ("the merged weight (out, in)", "the merged bias (out)"), True
+    for side in SIDES:
+        linear, scale = filled(nn.Linear(9, 9), draw), draw(9)  # as many in as out: what is on the wrong axis runs too
+        wanted, own = right_merge(linear, scale, side), [p.clone() for p in (linear.weight, linear.bias)]
+        with torch.no_grad():
+            pieces = named(names, answer(linear, scale, side))
+        for (what, value), right in zip(pieces, wanted):
+            yield f'{what}, side "{side}"', value
+            fits = fits and close(value, right)
+        changed = sum(int((value != before).sum()) for value, before in zip((linear.weight, linear.bias), own))
+        yield f'how many numbers of the base\'s own weight and bias a merge on side "{side}" changed', torch.tensor(changed)
+        fits = fits and not changed
+    if not fits:
+        return
+    for side, features in (("output", 7), ("input", 10)):
+        for what, value in named(names, answer(filled(nn.Linear(10, 7), draw), draw(features), side)):
+            yield f'{what} of 10 features in and 7 out, side "{side}"', value
+
+
+def layer_of(draw, kv_heads, inner):
+    """A frozen LLaMA block of width 24 with 3 heads of width 8, biases everywhere."""
+    config = LLaMAConfig(31, 24, inner, 1, 3, kv_heads, attention_bias=True, mlp_bias=True)
+    return filled(LLaMALayer(config, RoPE(8)), draw)
+
+
+def by_attaching(attach, wrapper=IA3Linear):
+    """A function (layer, x, positions, l_k, l_v, l_ff) that attaches wrappers to a block and sets their vectors."""
+
+    def function(layer, x, positions, l_k, l_v, l_ff):
+        block = nn.Module()
+        block.layers = nn.ModuleList([copy.deepcopy(layer)])
+        with planted(ia3, "IA3Linear", wrapper):
+            attach(block)
+        vectors = {"q_proj": l_k, "k_proj": l_k, "v_proj": l_v}
+        own = {f"{name}.scale": vectors.get(name.rpartition(".")[2], l_ff) for name, module in block.layers[0].named_modules() if hasattr(module, "scale")}
+        return torch.func.functional_call(block.layers[0], own, (x, positions))
+
+    named_by = attach if wrapper is IA3Linear else wrapper
+    function.__name__, function.__doc__ = named_by.__name__, named_by.__doc__
+    return function
+
+
+right_layer = by_attaching(ia3.attach)
+
+
+class Block:
+    """The block written out, in pieces that the mistakes below replace; l_k, l_v, l_ff in the dtype of x."""
+
+    def __init__(self, layer, l_k, l_v, l_ff):
+        self.layer, self.attention, self.mlp, self.l_k, self.l_v, self.l_ff = layer, layer.self_attn, layer.mlp, l_k, l_v, l_ff
+
+    def keys(self, x, positions):
+        k = self.attention.heads(self.l_k * self.attention.k_proj(x))
+        return rotate(k, *self.attention.rope(positions))
+
+    def values(self, x):
+        return self.attention.heads(self.l_v * self.attention.v_proj(x))
+
+    def hidden(self, x):
+        return self.l_ff * F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+
+    def forward(self, x, positions):
+        normed = self.layer.input_layernorm(x)
+        q, _, _ = self.attention.project(normed, positions)
+        x = x + self.attention.output(self.attention.attend(q, self.keys(normed, positions), self.values(normed)))
+        return x + self.mlp.down_proj(self.hidden(self.layer.post_attention_layernorm(x)))
+
+    @classmethod
+    def function(cls):
+        def function(layer, x, positions, l_k, l_v, l_ff):
+            return cls(layer, *(vector.to(x.dtype) for vector in (l_k, l_v, l_ff))).forward(x, positions)
+
+        function.__name__, function.__doc__ = cls.__name__, cls.__doc__
+        return function
+
+
+class ScaledAfterRoPE(Block):
+    """l_k on the keys after their rotation; it belongs on the output of k_proj, before RoPE, where it can be merged into W_k"""
+
+    def keys(self, x, positions):
+        k = rotate(self.attention.heads(self.attention.k_proj(x)), *self.attention.rope(positions))
+        return k * self.l_k.view(self.attention.num_kv_heads, 1, -1)
+
+
+class KeysNotRotated(Block):
+    """keys scaled but no longer rotated by RoPE, while the queries are; rotate(k, *attention.rope(positions)) after the scaling"""
+
+    def keys(self, x, positions):
+        return self.attention.heads(self.l_k * self.attention.k_proj(x))
+
+
+class NoPositions(Block):
+    """no rotary positions at all: queries and keys both left unrotated; project(x, positions) and rotate(k, …) turn them"""
+
+    def forward(self, x, positions):
+        plain = copy.copy(self)
+        plain.keys = lambda x, positions: self.attention.heads(self.l_k * self.attention.k_proj(x))
+        return Block.forward(plain, x, None)
+
+
+class VectorsSwapped(Block):
+    """l_k and l_v the wrong way round: l_k belongs to the keys, l_v to the values"""
+
+    def __init__(self, layer, l_k, l_v, l_ff):
+        super().__init__(layer, l_v, l_k, l_ff)
+
+
+class InputsOfKeysAndValues(Block):
+    """l_k and l_v on what goes into k_proj and v_proj; they multiply what comes out"""
+
+    def keys(self, x, positions):
+        return rotate(self.attention.heads(self.attention.k_proj(self.l_k * x)), *self.attention.rope(positions))
+
+    def values(self, x):
+        return self.attention.heads(self.attention.v_proj(self.l_v * x))
+
+
+class BothBranches(Block):
+    """l_ff on both branches of the SwiGLU; it multiplies the hidden activation once, after the branches have met or on up_proj's branch alone"""
+
+    def hidden(self, x):
+        return F.silu(self.l_ff * self.mlp.gate_proj(x)) * (self.l_ff * self.mlp.up_proj(x))
+
+
+class GateWithoutSiLU(Block):
+    """the SiLU on the wrong branch; the hidden activation is silu(gate_proj(x)) · up_proj(x)"""
+
+    def hidden(self, x):
+        return self.l_ff * self.mlp.gate_proj(x) * F.silu(self.mlp.up_proj(x))
+
+
+class FeedForwardLeftAlone(Block):
+    """l_ff used nowhere: the feed-forward is still the base's"""
+
+    def hidden(self, x):
+        return F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+
+
+class NormsLeftOut(Block):
+    """the sublayers fed without their norms, input_layernorm and post_attention_layernorm"""
+
+    def forward(self, x, positions):
+        q, _, _ = self.attention.project(x, positions)
+        x = x + self.attention.output(self.attention.attend(q, self.keys(x, positions), self.values(x)))
+        return x + self.mlp.down_proj(self.hidden(x))
+
+
+class ResidualsLeftOut(Block):
+    """the residual sums left out: each sublayer's output is added to what went in"""
+
+    def forward(self, x, positions):
+        normed = self.layer.input_layernorm(x)
+        q, _, _ = self.attention.project(normed, positions)
+        x = self.attention.output(self.attention.attend(q, self.keys(normed, positions), self.values(normed)))
+        return self.mlp.down_proj(self.hidden(self.layer.post_attention_layernorm(x)))
+
+
+class BesideEachOther(Block):
+    """attention and feed-forward both fed with x; the feed-forward reads the sum of x and attention's output"""
+
+    def forward(self, x, positions):
+        normed = self.layer.input_layernorm(x)
+        q, _, _ = self.attention.project(normed, positions)
+        y = self.attention.output(self.attention.attend(q, self.keys(normed, positions), self.values(normed)))
+        return x + y + self.mlp.down_proj(self.hidden(self.layer.post_attention_layernorm(x)))
+
+
+def layer_detached(layer, x, positions, l_k, l_v, l_ff):
+    """the vectors detached from the graph: none of them ever gets a gradient"""
+    return right_layer(layer, x, positions, l_k.detach(), l_v.detach(), l_ff.detach())
+
+
+def layer_in_float32(layer, x, positions, l_k, l_v, l_ff):
+    """float32 vectors multiplied as they are, so that a bfloat16 layer meets float32 activations: cast each to the dtype of x first"""
+    return Block(layer, l_k, l_v, l_ff).forward(x, positions)
+
+
+def probe_layer(answer, draw):
+    layer, positions = layer_of(draw, 3, 24), torch.arange(4, 9)  # all widths alike: a vector in the wrong place runs too
+    x, vectors = draw(2, 5, 24), [draw(24) for _ in range(3)]
+    out = answer(layer, x, positions, *vectors)
+    yield "the output (B, T, D)", out
+    if not isinstance(out, torch.Tensor) or not close(out, right_layer(layer, x, positions, *vectors)):
+        return
+    layer = layer_of(draw, 1, 40)
+    vectors = [draw(size).requires_grad_() for size in (8, 8, 40)]
+    out = answer(layer, x, positions, *vectors)
+    yield "the output with one key head for three query heads (B, T, D)", out
+    for what, gradient in zip(("l_k (G·d)", "l_v (G·d)", "l_ff (F)"), gradients(out, *vectors)):
+        yield f"the gradient of {what}", gradient
+    yield "the base's weights that train (none should)", torch.tensor(sum(p.requires_grad for p in layer.parameters()))
+    yield "the output at vectors of 1: the base's (B, T, D)", answer(layer, x, positions, *(torch.ones_like(vector) for vector in vectors))
+    yield "the output in bfloat16 (B, T, D)", answer(layer.bfloat16(), x.bfloat16(), positions, *vectors)
+
+
+def right_mixed(linear, x, scales, rows, side):
+    scale = scales[rows][:, None].to(x.dtype)  # (B, 1, features)
+    return linear(x) * scale if side == "output" else linear(x * scale)
+
+
+def mixed_along_tokens(linear, x, scales, rows, side):
+    """the vectors laid along the tokens: scales[rows] is (B, features) and meets (B, T, features), whose rows it needs an axis for: scales[rows][:, None]"""
+    scale = scales[rows].to(x.dtype)
+    return linear(x) * scale if side == "output" else linear(x * scale)
+
+
+def mixed_first_for_all(linear, x, scales, rows, side):
+    """the first row's vector used for the whole batch"""
+    return right_linear(linear, x, scales[rows[0]], side)
+
+
+def mixed_in_order(linear, x, scales, rows, side):
+    """row b given the vector number b; which one it uses stands in rows[b]"""
+    return right_mixed(linear, x, scales, torch.arange(len(x)), side)
+
+
+def mixed_mean(linear, x, scales, rows, side):
+    """the mean of the batch's vectors used for every row"""
+    return right_linear(linear, x, scales[rows].mean(0), side)
+
+
+def mixed_sorted(linear, x, scales, rows, side):
+    """the rows grouped by their vector and not put back in order"""
+    order = rows.argsort(stable=True)
+    return right_mixed(linear, x[order], scales, rows[order], side)
+
+
+def mixed_swapped(linear, x, scales, rows, side):
+    """the sides swapped: "output" multiplies what comes out of the projection, "input" what goes into it"""
+    return right_mixed(linear, x, scales, rows, "input" if side == "output" else "output")
+
+
+def mixed_always_the_output(linear, x, scales, rows, side):
+    """what comes out multiplied on both sides; with side "input" it is what goes into the projection that is multiplied"""
+    return right_mixed(linear, x, scales, rows, "output")
+
+
+def mixed_not_cast(linear, x, scales, rows, side):
+    """the float32 vectors multiplied as they are, so that a bfloat16 model's activations become float32: cast them to the dtype of x first"""
+    scale = scales[rows][:, None]
+    return linear(x) * scale if side == "output" else linear(x * scale)
+
+
+def probe_mixed(answer, draw):
+    square, scales, rows = filled(nn.Linear(6, 6), draw), draw(5, 6), torch.tensor([2, 0, 2, 4])
+    x = draw(4, 4, 6)  # as many tokens as rows: vectors along the wrong axis run too
+    outs = [answer(square, x, scales, rows, side) for side in SIDES]
+    for side, out in zip(SIDES, outs):
+        yield f'the output with side "{side}" (B, T, out)', out
+    if not all(close(out, right_mixed(square, x, scales, rows, side)) for side, out in zip(SIDES, outs)):
+        return
+    for side, features in (("output", 7), ("input", 10)):
+        linear, x, scales = filled(nn.Linear(10, 7), draw), draw(4, 3, 10), draw(5, features).requires_grad_()
+        out = answer(linear, x, scales, rows, side)
+        yield f'the output of 10 features in and 7 out, side "{side}" (B, T, out)', out
+        yield f'the gradient of scales with side "{side}" (N, features)', gradients(out, scales)[0]
+        yield f'the output in bfloat16, side "{side}" (B, T, out)', answer(linear.bfloat16(), x.bfloat16(), scales, rows, side)
+
+
+def moved_to_queries(model_class, config, paired=False):
+    """Whether a model answers the same, to rounding, when l_k stands on the queries instead of the keys."""
+
+    def truth():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = model_class(config).double()
+            draw = lambda *shape: torch.randn(shape, dtype=torch.float64)  # noqa: E731
+            filled(model, draw)
+            ids, width = torch.randint(0, config.vocab_size, (2, 6)), config.hidden_size
+            vectors = [draw(width) for _ in model.layers]
+            if paired:  # features i and i + d/2 of a head turn together, and share their factor
+                half = width // config.num_attention_heads // 2
+                vectors = [vector.view(-1, 2, half)[:, :1].expand(-1, 2, -1).reshape(-1) for vector in vectors]
+            logits = []
+            for name in ("k_proj", "q_proj"):
+                scaled = copy.deepcopy(model)
+                ia3.attach(scaled, outputs=(name,), inputs=())
+                for layer, vector in zip(scaled.layers, vectors):
+                    getattr(layer.self_attn, name).scale.data = vector.clone()
+                logits.append(scaled(ids))
+        return "the same" if torch.allclose(*logits, atol=1e-5) else "different"
+
+    return truth
+
+
+def trained_numbers():
+    """How many numbers IA3 trains on a LLaMA of SmolLM2-360M's shape."""
+    with torch.device("meta"):
+        model = LLaMA(LLaMAConfig(49152, 960, 2560, 32, 15, 5)).requires_grad_(False)
+        ia3.attach(model)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+SMALL = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+
+EXERCISES = {
+    "ia3_linear": Exercise(
+        "ia3_linear(linear, x, scale, side) -> (B, T, out), side \"output\" or \"input\"", right_linear,
+        (*(linear_by(mistake) for mistake in (OutputOfDown, OnePlusScale, BiasUnscaled, SoftmaxScale)),
+         sides_swapped, always_the_input, scale_added, weight_not_transposed, vector_squashed, scaled_twice, not_cast, detached_vector), probe_linear,
+    ),
+    "ia3_start": Exercise(
+        "ia3_start(linear, side) -> the vector (features) that training begins with", right_start,
+        (start_by(ZeroScale), start_near_one, start_normal, start_other_side, start_one_number, start_in_the_bases_dtype), probe_start,
+    ),
+    "ia3_merge": Exercise(
+        "ia3_merge(linear, scale, side) -> weight (out, in), bias (out)", right_merge,
+        (*(merge_by(mistake) for mistake in (MergeForgetsBias, MergeWrongAxis, MergeInPlace)),
+         merge_scales_both_biases, merge_columns_always, merge_rows_always, merge_side_ignored, merge_biases_swapped, merge_transposed, merge_by_multiplying_in_place), probe_merge,
+    ),
+    "ia3_layer": Exercise(
+        "ia3_layer(layer, x, positions, l_k, l_v, l_ff) -> (B, T, D)", right_layer,
+        (by_attaching(attach_before_activation), by_attaching(attach_to_queries),
+         *(by_attaching(ia3.attach, mistake) for mistake in (OutputOfDown, OnePlusScale, BiasUnscaled, SoftmaxScale)),
+         *(mistake.function() for mistake in Block.__subclasses__()), layer_detached, layer_in_float32), probe_layer,
+    ),
+    "ia3_mixed": Exercise(
+        "ia3_mixed(linear, x, scales, rows, side) -> (B, T, out); scales (N, features), rows (B,)", right_mixed,
+        (mixed_along_tokens, mixed_first_for_all, mixed_in_order, mixed_mean, mixed_sorted, mixed_swapped, mixed_always_the_output, mixed_not_cast), probe_mixed,
+    ),
+    "ia3_queries_gpt2": Question(
+        moved_to_queries(GPT2, GPT2Config(**SMALL)), "A score is Σ qᵢ kᵢ: lᵢ may stand with either. A GPT-2 adds its positions at the embedding, so nothing comes between.",
+        {"different": "write out one score, Σ lᵢ qᵢ kᵢ, and look where lᵢ may stand; what comes between a GPT-2's projection and its score?"},
+    ),
+    "ia3_queries_llama": Question(
+        moved_to_queries(LLaMA, LLaMAConfig(**SMALL)), "RoPE turns feature i into feature i + d/2 between the scaling and the score, by another angle for query and key: l no longer meets the same features.",
+        {"the same": "that holds where the scaled features meet in the score as they are; RoPE turns them first, a query by its position and a key by its own."},
+    ),
+    "ia3_queries_paired": Question(
+        moved_to_queries(LLaMA, LLaMAConfig(**SMALL), paired=True), "RoPE turns the pair (i, i + d/2) in its plane. One factor for both lengthens the pair, and lengthening and turning may change places.",
+        {"different": "look at one pair in its plane: it is turned by an angle and lengthened by one factor; does the order of the two matter?"},
+    ),
+    "ia3_parameters": Question(
+        trained_numbers, "L · (2 · G · d + F) = 32 · (2 · 5 · 64 + 2,560).",
+        {32 * (2 * 960 + 2560): "keys and values are G · d = 320 wide here, not D: five key heads serve fifteen query heads.",
+         32 * (3 * 960): "l_ff is as long as the hidden activation, F = 2,560, and keys and values are G · d = 320 wide.",
+         32 * (2 * 320 + 960): "l_ff multiplies what goes into down_proj, F = 2,560 features, not the D that come out.",
+         32 * (960 + 2 * 320 + 2560): "the queries have no vector: keys, values and the hidden activation have.",
+         32 * (2 * 320 + 2 * 2560): "one l_ff a layer: it multiplies the hidden activation once, where gate_proj and up_proj have met.",
+         32 * (2 * 5 + 2560): "a vector has one number a feature, G · d of them for the keys, not one a head.",
+         2 * 320 + 2560: "that is one layer; there are 32."},
+    ),
+}  # fmt: skip

@@ -289,6 +289,29 @@ def prefix_detached(attention, x, positions, keys, values, cache=None):
     return joined(attention, x, positions, keys.detach(), values.detach(), cache)
 
 
+def prefix_left_out(attention, x, positions, keys, values, cache=None):
+    """no prefix at all: the frozen layer's own output"""
+    return attention(x, positions, None, cache) + 0 * (keys.sum() + values.sum()).to(x.dtype)
+
+
+def keys_for_values(attention, x, positions, keys, values, cache=None):
+    """keys and values of the prefix in each other's place"""
+    q, k, v = attention.project(x, positions)
+    if cache is not None:
+        k, v = cache.append(k, v)
+    pk, pv = (z.to(x.dtype).expand(len(x), -1, -1, -1) for z in (right_turn_back(attention.rope, keys), values))
+    return attention.output(attention.attend(q, torch.cat((pv, k), 2), torch.cat((pk, v), 2)))
+
+
+def words_cached_twice(attention, x, positions, keys, values, cache=None):
+    """the words appended to the cache, and then prefix and words handed to `attend` together with the cache, which appends them once more"""
+    q, k, v = attention.project(x, positions)
+    if cache is not None:
+        k, v = cache.append(k, v)
+    pk, pv = (z.to(x.dtype).expand(len(x), -1, -1, -1) for z in (right_turn_back(attention.rope, keys), values))
+    return attention.output(attention.attend(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), None, cache))
+
+
 def probe_prefix_attention(answer, draw):
     attention = filled(Attention(40, 6, 2, 8, RoPE(8), bias=True), draw)  # grouped queries, biases, H·d wider than D: nothing can hide
     x, positions = draw(2, 6, 40), torch.arange(6)
@@ -331,6 +354,20 @@ def prefix_under_the_mask(q, k, prefix_keys):
     scores = torch.cat(scores_of(q, k, prefix_keys, causal=False), -1)
     T, S = scores.shape[-2:]
     return scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)[..., : S - T].sum(-1)
+
+
+def word_hidden_from_itself(q, k, prefix_keys):
+    """the mask one word too strict: word t does not see itself; it sees words 0 to t (torch.triu(1) marks what is hidden)"""
+    on_prefix, _ = scores_of(q, k, prefix_keys)
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu()
+    on_words = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
+    return torch.cat((on_prefix, on_words), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
+
+
+def hidden_with_zero(q, k, prefix_keys):
+    """hidden words given the score 0, which still weighs e^0 = 1; a hidden word has the score -∞"""
+    on_prefix, on_words = scores_of(q, k, prefix_keys)
+    return torch.cat((on_prefix, on_words.masked_fill(on_words == -torch.inf, 0)), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
 
 
 def share_unscaled(q, k, prefix_keys):
@@ -501,11 +538,11 @@ EXERCISES = {
     "prefix_attention": Exercise(
         "prefix_attention(attention, x, positions, keys, values, cache=None) -> (B, T, D)", layer_of(PrefixAttention),
         (*map(layer_of, PrefixAttention.__subclasses__()), prefix_behind_the_words, keys_turned_forwards, keys_turned_to_own_places, turned_and_moved,
-         values_turned_too, cache_forgotten, prefix_detached), probe_prefix_attention,
+         values_turned_too, keys_for_values, prefix_left_out, cache_forgotten, words_cached_twice, prefix_detached), probe_prefix_attention,
     ),
     "prefix_share": Exercise(
         "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share,
-        (later_words_counted, prefix_under_the_mask, share_unscaled, share_by_model_width, share_of_the_words, odds, mean_of_the_weights, largest_weight,
+        (later_words_counted, word_hidden_from_itself, hidden_with_zero, prefix_under_the_mask, share_unscaled, share_by_model_width, share_of_the_words, odds, mean_of_the_weights, largest_weight,
          share_by_counting, share_averaged_over_heads, share_that_overflows), probe_share,
     ),
     "split_softmax": Exercise(

@@ -1,0 +1,138 @@
+"""Right answers to lesson 04's exercises, written differently from the reference: the checker must pass every one."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from minillama.adapters.ia3 import IA3Linear, attach
+from minillama.attention import rotate
+
+
+def linear_by_einsum(linear, x, scale, side):
+    scale = scale.to(x.dtype)
+    if side == "output":
+        return torch.einsum("bto,o->bto", linear(x), scale)
+    return torch.einsum("oi,i,bti->bto", linear.weight, scale, x) + linear.bias
+
+
+def linear_by_diagonal(linear, x, scale, side):
+    scale = torch.diag(scale.to(x.dtype))
+    return linear(x) @ scale if side == "output" else linear(x @ scale)
+
+
+def linear_by_folding(linear, x, scale, side):
+    scale = scale.to(x.dtype)
+    if side == "output":
+        return F.linear(x, linear.weight * scale[:, None], linear.bias * scale)
+    return F.linear(x, linear.weight * scale, linear.bias)
+
+
+def start_from_the_weight(linear, side):
+    return torch.ones_like(linear.weight[:, 0] if side == "output" else linear.weight[0], dtype=torch.float32)
+
+
+def start_as_a_parameter(linear, side):
+    return torch.nn.Parameter(torch.full((linear.weight.shape[0 if side == "output" else 1],), 1.0))
+
+
+def start_by_exponential(linear, side):
+    return torch.zeros(linear.out_features if side == "output" else linear.in_features).exp()
+
+
+def merge_by_diagonal(linear, scale, side):
+    if side == "output":
+        return torch.diag(scale) @ linear.weight, scale * linear.bias
+    return linear.weight @ torch.diag(scale), linear.bias.clone()
+
+
+def merge_by_asking(linear, scale, side):
+    """What the layer does to 0 is the bias, what it does to each unit vector is a column."""
+    run = lambda x: linear(x) * scale if side == "output" else linear(x * scale)  # noqa: E731
+    bias = run(torch.zeros(linear.in_features))
+    return (run(torch.eye(linear.in_features)) - bias).T, bias
+
+
+def merge_row_by_row(linear, scale, side):
+    if side == "output":
+        return torch.stack([row * number for row, number in zip(linear.weight, scale)]), torch.stack([b * number for b, number in zip(linear.bias, scale)])
+    return torch.stack([row * scale for row in linear.weight]), linear.bias
+
+
+def layer_by_hand(layer, x, positions, l_k, l_v, l_ff):
+    l_k, l_v, l_ff = (vector.to(x.dtype) for vector in (l_k, l_v, l_ff))
+    attention, mlp = layer.self_attn, layer.mlp
+    h = layer.input_layernorm(x)
+    q, k, v = (attention.heads(z) for z in (attention.q_proj(h), l_k * attention.k_proj(h), l_v * attention.v_proj(h)))
+    cos, sin = attention.rope(positions)
+    x = x + attention.output(attention.attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
+    h = layer.post_attention_layernorm(x)
+    return x + mlp.down_proj(l_ff * F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+
+
+def layer_values_behind_the_softmax(layer, x, positions, l_k, l_v, l_ff):
+    """l_v multiplies each head's output, since the softmax mixes tokens and no features; l_ff sits on the linear branch."""
+    l_k, l_v, l_ff = (vector.to(x.dtype) for vector in (l_k, l_v, l_ff))
+    attention, mlp = layer.self_attn, layer.mlp
+    h = layer.input_layernorm(x)
+    q, _, v = attention.project(h, positions)
+    k = rotate(attention.heads(attention.k_proj(h) * l_k), *attention.rope(positions))
+    y = attention.attend(q, k, v)  # (B, H, T, d)
+    of_heads = l_v.view(attention.num_kv_heads, 1, -1).repeat_interleave(attention.num_heads // attention.num_kv_heads, 0)
+    x = x + attention.output(y * of_heads)
+    h = layer.post_attention_layernorm(x)
+    return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * (mlp.up_proj(h) * l_ff))
+
+
+def layer_head_by_head(layer, x, positions, l_k, l_v, l_ff):
+    attention, d = layer.self_attn, layer.self_attn.head_dim
+    h, turn = layer.input_layernorm(x), attention.rope(positions)
+    q, k, v = attention.q_proj(h), attention.k_proj(h) * l_k.type_as(x), attention.v_proj(h) * l_v.type_as(x)
+    future, heads = torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), []
+    for head in range(attention.num_heads):
+        own, shared = slice(head * d, head * d + d), head // (attention.num_heads // attention.num_kv_heads)
+        shared = slice(shared * d, shared * d + d)
+        scores = (rotate(q[..., own], *turn) @ rotate(k[..., shared], *turn).mT / d**0.5).masked_fill(future, -torch.inf)
+        heads.append(scores.float().softmax(-1).to(x.dtype) @ v[..., shared])
+    x = x + attention.o_proj(torch.cat(heads, -1))
+    h = layer.post_attention_layernorm(x)
+    hidden = F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h)
+    return x + layer.mlp.down_proj(hidden * l_ff.type_as(x))
+
+
+def layer_by_wrapping(layer, x, positions, l_k, l_v, l_ff):
+    """The module itself, put around a copy's projections."""
+    block = torch.nn.Module()
+    block.layer = copy.deepcopy(layer)
+    attach(block)
+    assert isinstance(block.layer.mlp.down_proj, IA3Linear)
+    own = {"self_attn.k_proj.scale": l_k, "self_attn.v_proj.scale": l_v, "mlp.down_proj.scale": l_ff}
+    return torch.func.functional_call(block.layer, own, (x, positions))
+
+
+def mixed_row_by_row(linear, x, scales, rows, side):
+    scales = scales.to(x.dtype)
+    return torch.stack([linear(z) * scales[r] if side == "output" else linear(z * scales[r]) for z, r in zip(x, rows.tolist())])
+
+
+def mixed_by_einsum(linear, x, scales, rows, side):
+    chosen = F.one_hot(rows, len(scales)).to(x.dtype) @ scales.to(x.dtype)  # (B, features)
+    return torch.einsum("bto,bo->bto", linear(x), chosen) if side == "output" else linear(torch.einsum("bti,bi->bti", x, chosen))
+
+
+def mixed_by_groups(linear, x, scales, rows, side):
+    out = x.new_zeros(*x.shape[:2], linear.out_features)
+    for r in rows.unique():
+        chosen = rows == r
+        scale = scales[r].to(x.dtype)
+        out[chosen] = linear(x[chosen]) * scale if side == "output" else linear(x[chosen] * scale)
+    return out
+
+
+ALTERNATIVES = {
+    "ia3_linear": [linear_by_einsum, linear_by_diagonal, linear_by_folding],
+    "ia3_start": [start_from_the_weight, start_as_a_parameter, start_by_exponential],
+    "ia3_merge": [merge_by_diagonal, merge_by_asking, merge_row_by_row],
+    "ia3_layer": [layer_by_hand, layer_values_behind_the_softmax, layer_head_by_head, layer_by_wrapping],
+    "ia3_mixed": [mixed_row_by_row, mixed_by_einsum, mixed_by_groups],
+}
