@@ -73,7 +73,8 @@ def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2
     write None: no numbers, for maps with many cells."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         wide = len(columns) > 8
-        figure = Figure(figsize=(11 if wide else 2.6 + 1.1 * len(columns), 1.5 + (0.26 if write is None else 0.45) * len(rows)), layout="constrained")
+        height = 1.5 + (0.26 if write is None else 0.45) * len(rows)
+        figure = Figure(figsize=(11 if wide else 2.6 + 1.1 * len(columns), max(2.8, height)), layout="constrained")
         axes = figure.subplots()
         numbers = [[float("nan") if value is None else value for value in row] for row in values]
         image = axes.imshow(numbers, aspect="auto", cmap="YlOrRd", vmin=0)
@@ -189,4 +190,31 @@ def maps_figure(maps, rows, columns, title, xlabel, ylabel, shared=True):
             axes.tick_params(length=0)
         every[0].set_ylabel(ylabel)
         figure.colorbar(image, ax=every, fraction=0.03, pad=0.01)
+    return figure
+
+
+def scale_figure(scales, title):
+    """Learned factors around 1, each vector sorted: a row of panels for each layer, a column for each kind, widths as their
+    lengths; amplified above 1, inhibited below, turned round below 0. scales: {layer: {kind: (features,)}}."""
+    kinds = list(next(iter(scales.values())))
+    widths = [max(25, len(next(iter(scales.values()))[kind]) ** 0.75) for kind in kinds]
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(11, 0.5 + 1.45 * len(scales)), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        grid = figure.subplots(len(scales), len(kinds), width_ratios=widths, sharey=True, squeeze=False)
+        for row, (layer, vectors) in zip(grid, scales.items()):
+            row[0].set_ylabel(f"layer {layer}\nfactor")
+            for axes, kind in zip(row, kinds):
+                values = sorted(vectors[kind].tolist())
+                edges = [i - 0.5 for i in range(len(values) + 1)]
+                for color, part in ((TRAINED, [max(v, 1) for v in values]), (FROZEN, [min(max(v, 0), 1) for v in values])):
+                    axes.stairs(part, edges, baseline=1, fill=True, color=color)
+                axes.stairs([min(v, 0) for v in values], edges, baseline=0, fill=True, color=GATE)
+                axes.stairs(values, edges, baseline=None, color=INK, linewidth=0.8)
+                axes.axhline(1, color=INK, linewidth=0.8), axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+                axes.set(xticks=(), xlim=(-0.5, len(values) - 0.5))
+                if row is grid[0]:
+                    axes.set_title(kind)
+                if row is grid[-1]:
+                    axes.set_xlabel(f"{len(values)} features, sorted")
     return figure

@@ -80,7 +80,7 @@ def last_token_lost(out):
         (wrong(lambda out: out.double()), "dtype", "is torch.float64; needed is torch.float32"),
         (wrong(lambda out: out / 0), "value", "never mind"),
         (wrong(lambda out: 0 * out), "value", "is 0 everywhere"),
-        (wrong(last_token_lost), "place", "is right at T = [0, 1, 2, 3] and wrong at T = [4]. Tokens are apart here"),
+        (wrong(last_token_lost), "place", "is right at T = [0, 1, 2, 3] and wrong at T = [4]. It depends on the token"),
         (wrong(lambda out: torch.nn.functional.dropout(out, 0.5)), "random", "changes from call to call"),
         (wrong(lambda out: out + out**2), "value", "neither a sign, nor one factor, nor a known mistake"),
         (wrong(lambda out: (out, out)), "shape", "should be a tensor; it is a tuple of 2"),

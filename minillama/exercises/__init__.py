@@ -94,6 +94,11 @@ def judge_prediction(question, answer):
     if answer is None or answer is ...:
         return Verdict(False, "blank", "not answered yet: put your prediction in the place of the dots, then run the cell again.")
     truth = question.truth()
+    answer = answer.item() if isinstance(answer, torch.Tensor) and answer.numel() == 1 else answer
+    if isinstance(answer, str):  # "0.5" for 0.5, "Smaller" for "smaller"
+        answer = answer.strip().lower() if isinstance(truth, str) and truth.islower() else answer
+        with contextlib.suppress(ValueError):
+            answer = float(answer) if isinstance(truth, int | float) and not isinstance(truth, bool) else answer
     if isinstance(truth, frozenset):
         answer = frozenset([answer] if isinstance(answer, str) else answer if isinstance(answer, set | frozenset | list | tuple) else [str(answer)])
     words = answer if isinstance(answer, frozenset) else [answer]
@@ -146,7 +151,7 @@ def observe(exercise, answer, salt=0):
 
     salt: the state of torch's random numbers at each call, which a deterministic answer does not notice.
     """
-    calls, generator = [], torch.Generator().manual_seed(0)
+    pieces, calls, generator = [], [], torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator)
@@ -156,12 +161,13 @@ def observe(exercise, answer, salt=0):
         calls.append(arguments)
         result = answer(*arguments, **names)
         if result is None or result is ...:
+            if pieces or getattr(getattr(answer, "__code__", None), "co_names", ()):
+                raise Wrong("error", f"it returned nothing when called with {shapes(arguments)}: is a `return` missing? Needed is {exercise.call}.")
             raise NotImplementedError
         if isinstance(result, torch.nn.Module):
             result.register_forward_pre_hook(lambda _, inputs: (torch.manual_seed(salt), calls.append(inputs))[0] and None)
         return result
 
-    pieces = []
     try:
         with torch.random.fork_rng(devices=[]):
             for what, value in exercise.probe(called, draw):
@@ -173,9 +179,14 @@ def observe(exercise, answer, salt=0):
     except Wrong as wrong:
         return pieces, wrong.args
     except Exception as error:  # whatever a student's code may raise is part of the verdict
-        given = ", ".join(f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__ for value in calls[-1]) if calls else "nothing"
+        given = shapes(calls[-1]) if calls else "nothing"
         return pieces, ("error", f"it stopped with {type(error).__name__}: {error}{place_of(error)}. It was called with {given}; needed is {exercise.call}.")
     return pieces, None
+
+
+def shapes(arguments):
+    """What a call was given, short: tensors by their shapes, others by their values or types."""
+    return ", ".join(f"{tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"{x}" if isinstance(x, int | float) else type(x).__name__ for x in arguments)
 
 
 expected = functools.cache(observe)  # of the right answer and of the catalogue, which do not change
@@ -230,8 +241,9 @@ def judge(exercise, answer):
                 return Verdict(False, kind, f"{what} changes from call to call on the same input: {reason}.".replace("?.", "?"))
     for (what, value), (_, wanted) in zip(seen[0], right[0]):
         if not close(value, wanted):
-            if other := next((other for other, piece in right[0] if close(value, piece) and value.dim()), None):
-                return Verdict(False, "swapped", f"{what} is what {other} should be: are the two swapped?")
+            for (other, its), (_, its_right) in zip(seen[0], right[0]):
+                if value.dim() and close(value, its_right) and close(its, wanted):
+                    return Verdict(False, "swapped", f"{what} and {other} are in each other's place.")
             return Verdict(False, *difference(what, value, wanted))
     kind, sentence = seen[1] or right[1]
     return Verdict(False, kind, sentence)
@@ -265,7 +277,7 @@ def difference(what, value, wanted):
         at = wrong.flatten() if wrong.dim() == 1 else wrong.transpose(0, axis).flatten(1).any(1)
         if not at.all() and wrong.any():
             bad = at.nonzero()[:, 0].tolist()
-            hint = {"T": " Tokens are apart here: look at the mask, the positions or the cache.", "B": " Rows are apart here: look at what mixes them.", "H": " Heads are apart here: look at their order."}.get(name, "")
+            hint = {"T": " It depends on the token: look at the mask, the positions or the cache.", "B": " It depends on the row: look at what differs between them.", "H": " It depends on the head: look at their order."}.get(name, "")
             return "place", f"{what} is right at {name} = {[i for i in range(len(at)) if i not in bad][:8]} and wrong at {name} = {bad[:8]}.{hint}"
     return "value", f"{what} is wrong everywhere, by up to {float((a - b).abs().max()):.3g} where numbers go up to {float(b.abs().max()):.3g}; neither a sign, nor one factor, nor a known mistake explains it."
 

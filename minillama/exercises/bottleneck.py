@@ -28,7 +28,8 @@ class UpNotZero(Bottleneck):
 
 
 class AllZero(Bottleneck):
-    """both matrices at 0: then the features are 0 and so is the way back to them, and only the last bias ever learns; draw down at random"""
+    """both matrices at 0: then the features are 0 and so is the way back to them, and only the last bias ever learns; draw
+    down at random"""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -39,7 +40,8 @@ class NoActivation(Bottleneck):
     """no non-linearity between down and up: two matrices in a row are one matrix of rank m; put GELU between them"""
 
     def forward(self, x):
-        return F.linear(F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype)), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
+        narrow = F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
+        return F.linear(narrow, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
 class WrongActivation(Bottleneck):
@@ -109,7 +111,8 @@ def as_bottleneck(network):
     """A network class as a function of its input and its four tensors."""
 
     def function(x, *tensors):
-        return torch.func.functional_call(network(x.shape[-1], len(tensors[1])), {name.replace("_", "."): tensor for name, tensor in zip(NAMES, tensors)}, (x,))
+        own = {name.replace("_", "."): tensor for name, tensor in zip(NAMES, tensors)}
+        return torch.func.functional_call(network(x.shape[-1], len(tensors[1])), own, (x,))
 
     function.__name__, function.__doc__ = network.__name__, network.__doc__
     return function
@@ -155,7 +158,8 @@ def silu_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
 
 
 def computed_in_float32(x, down_weight, down_bias, up_weight, up_bias):
-    """x cast to the weights' float32 and left there, so that a bfloat16 model gets float32 back; cast the weights to x.dtype instead"""
+    """x cast to the weights' float32 and left there, so that a bfloat16 model gets float32 back; cast the weights to
+    x.dtype instead"""
     return right_bottleneck(x.float(), down_weight, down_bias, up_weight, up_bias)
 
 
@@ -170,6 +174,27 @@ def features_detached(x, down_weight, down_bias, up_weight, up_bias):
     return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
 
 
+def matrices_not_cast(x, down_weight, down_bias, up_weight, up_bias):
+    """float32 weights not cast to the dtype of x: a bfloat16 model stops here; write down_weight.to(x.dtype), and so for all four"""
+    return F.gelu(x @ down_weight.T + down_bias) @ up_weight.T + up_bias
+
+
+def sigmoid_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
+    """a sigmoid for GELU: it squashes what should be bent"""
+    return F.linear(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).sigmoid(), up_weight.to(x.dtype), up_bias.to(x.dtype))
+
+
+def tanh_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
+    """tanh for GELU: it squashes what should be bent"""
+    return F.linear(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).tanh(), up_weight.to(x.dtype), up_bias.to(x.dtype))
+
+
+def input_detached(x, down_weight, down_bias, up_weight, up_bias):
+    """the input detached from the graph: the adapters below learn less than they should"""
+    return right_bottleneck(x.detach(), down_weight, down_bias, up_weight, up_bias)
+
+
+
 def tensors_of(draw, width=10, size=4):
     """down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D), all away from 0."""
     return [draw(size, width) / width**0.5, draw(size), draw(width, size), draw(width)]
@@ -179,11 +204,11 @@ def probe_bottleneck(answer, draw):
     x, tensors = draw(2, 5, 10).requires_grad_(), [tensor.requires_grad_() for tensor in tensors_of(draw)]
     out = answer(x, *tensors)
     yield "the output (B, T, D)", out
-    for name, gradient in zip(("x (B, T, D)", "down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)"), gradients(out, x, *tensors)):
+    names = ("x (B, T, D)", "down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)")
+    for name, gradient in zip(names, gradients(out, x, *tensors)):
         yield f"the gradient of {name}", gradient
     yield "the output in bfloat16 (B, T, D)", answer(x.bfloat16(), *tensors)
-    zeros = [tensors[0], tensors[1], tensors[2] * 0, tensors[3] * 0]
-    yield "the output with up at 0 (B, T, D)", answer(x, *zeros)
+    yield "the output with up_weight at 0: up_bias for every token (B, T, D)", answer(x, tensors[0], tensors[1], tensors[2] * 0, tensors[3])
 
 
 # ── where it starts ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -219,7 +244,8 @@ def down_bias_kept(D, m):
 
 
 def down_zero(D, m):
-    """down at 0 and up random, the wrong way round: it is the identity, but it learns by GELU's slope at 0 alone; with ReLU, whose slope there is taken as 0, only the last bias would ever learn"""
+    """down at 0 and up random, the wrong way round: it is the identity, but it learns by GELU's slope at 0 alone; with ReLU,
+    whose slope there is taken as 0, only the last bias would ever learn"""
     return torch.zeros(m, D), torch.zeros(m), torch.randn(D, m) / m**0.5, torch.zeros(D)
 
 
@@ -229,8 +255,16 @@ def units_alike(D, m):
 
 
 def down_too_large(D, m):
-    """down drawn from N(0, 1): its features then come out √D times as large as what goes in; a standard deviation of 0.01, or of 1/√D, is what one takes"""
+    """down drawn from N(0, 1): its features then come out √D times as large as what goes in; a standard deviation of 0.01,
+    or of 1/√D, is what one takes"""
     return torch.randn(m, D), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
+
+
+def down_too_small(D, m):
+    """down so near 0 that its features vanish, and with them up's gradient; a standard deviation of 0.01, or of 1/√D, is
+    what one takes"""
+    return 1e-6 * torch.randn(m, D), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
+
 
 
 def shapes_swapped(D, m):
@@ -250,16 +284,17 @@ def probe_start(answer, draw):
         tensors.append(value.detach().clone().requires_grad_())
     x = draw(2, 5, D)
     out = right_bottleneck(x, *tensors)
-    yield "whether a fresh bottleneck adds exactly 0 (1: it does)", (out == 0).all().long()
-    yield "which of down_weight, down_bias, up_weight, up_bias start at 0 (1: all of it)", torch.stack([(tensor == 0).all().long() for tensor in tensors])
+    yield "whether a fresh bottleneck adds exactly 0 (1: yes)", (out == 0).all().long()
+    yield "which of the four start at 0 (1: yes)", torch.stack([(tensor == 0).all().long() for tensor in tensors])
     yield "how many different units down has", torch.tensor(len(torch.unique(tensors[0].detach(), dim=0)))
-    yield "whether down's standard deviation lies between 0.0005 and 0.3, or is 0 (1: it does)", torch.tensor(int(tensors[0].std() == 0 or 0.0005 < tensors[0].std() < 0.3))
+    std = tensors[0].std().item()
+    yield "down's scale (-1: too small, 0: fit, 1: too large)", torch.tensor(int(std > 0.3) - int(0 < std < 0.0005))
     changed = torch.zeros(4, dtype=torch.long)
     for _ in range(3):  # three steps of gradient descent towards anything
         found = gradients(right_bottleneck(x, *tensors), *tensors)
         tensors = [(tensor - 0.1 * gradient).detach().requires_grad_() for tensor, gradient in zip(tensors, found)]
         changed |= torch.stack([(gradient != 0).any().long() for gradient in found])
-    yield "which of down_weight, down_bias, up_weight, up_bias learn within three steps (1: it does)", changed
+    yield "which of the four learn within three steps (1: yes)", changed
 
 
 # ── around a sublayer ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -289,6 +324,29 @@ def block_residual_too(sublayer, x, network):
 def in_front(sublayer, x, network):
     """the bottleneck in front of the sublayer; it stands behind it and reads its output"""
     return sublayer(x + network(x))
+
+
+def in_front_alone(sublayer, x, network):
+    """the bottleneck in front of the sublayer and no skip around it; it stands behind: y + bottleneck(y)"""
+    return sublayer(network(x))
+
+
+def bottleneck_alone(sublayer, x, network):
+    """the sublayer left out: bottleneck(x) alone"""
+    return network(x)
+
+
+def reads_the_sum(sublayer, x, network):
+    """the bottleneck fed with the residual sum x + y; it reads the sublayer's output y, before the residual is added"""
+    y = sublayer(x)
+    return y + network(x + y)
+
+
+def bottleneck_detached(sublayer, x, network):
+    """the bottleneck's output detached from the graph: it never learns"""
+    y = sublayer(x)
+    return y + network(y).detach()
+
 
 
 def run_twice(sublayer, x, network):
@@ -363,6 +421,17 @@ def scale_inside(sublayer, x, network, scale):
 def parallel_with_skip(sublayer, x, network, scale):
     """an inner skip in the parallel form: x is added by the block's own residual already"""
     return sublayer(x) + scale * network(x) + x
+
+
+def divided_by_the_scale(sublayer, x, network, scale):
+    """divided by the scale instead of multiplied"""
+    return sublayer(x) + network(x) / scale
+
+
+def parallel_in_front(sublayer, x, network, scale):
+    """the bottleneck in front of the sublayer; beside it, the sublayer reads x as it is"""
+    return sublayer(x + scale * network(x))
+
 
 
 def parallel_detached(sublayer, x, network, scale):
@@ -473,6 +542,49 @@ def first_norm_twice(layer, x, positions, first, second):
     return x + z + second(z)
 
 
+def first_used_twice(layer, x, positions, first, second):
+    """the first bottleneck used for the feed-forward too, which has its own: second"""
+    return right_layer(layer, x, positions, first, first)
+
+
+def attention_not_passed_on(layer, x, positions, first, second):
+    """what attention adds not passed on: the sum behind attention is the stream that the second residual adds to"""
+    attention, forward = sublayers(layer, positions)
+    y = attention(x)
+    z = forward(x + y + first(y))
+    return x + z + second(z)
+
+
+def last_residual_left_out(layer, x, positions, first, second):
+    """the residual around the feed-forward left out"""
+    attention, forward = sublayers(layer, positions)
+    y = attention(x)
+    z = forward(x + y + first(y))
+    return z + second(z)
+
+
+def second_reads_the_norm(layer, x, positions, first, second):
+    """the second bottleneck beside the feed-forward, reading the norm's output; it stands behind and reads what the feed-forward returns"""
+    y = layer.self_attn(layer.input_layernorm(x), positions)
+    x = x + y + first(y)
+    b = layer.post_attention_layernorm(x)
+    return x + layer.mlp(b) + second(b)
+
+
+def forward_before_first(layer, x, positions, first, second):
+    """the feed-forward fed with the stream as it was before the first bottleneck's output joined it"""
+    attention, forward = sublayers(layer, positions)
+    y = attention(x)
+    z = forward(x + y)
+    return x + y + first(y) + z + second(z)
+
+
+def positions_forgotten(layer, x, positions, first, second):
+    """positions not given to self_attn: without them queries and keys are not rotated"""
+    return right_layer(layer, x, None, first, second)
+
+
+
 def not_adapted(layer, x, positions, first, second):
     """the layer as it is, without its bottlenecks"""
     return layer(x, positions)
@@ -487,7 +599,8 @@ def probe_layer(answer, draw):
     x, positions = draw(2, 5, 24).requires_grad_(), torch.arange(3, 8)
     out = answer(layer, x, positions, first, second)
     yield "the output (B, T, D)", out
-    for what, gradient in zip(("x (B, T, D)", "the first bottleneck's up (D, m)", "the second bottleneck's up (D, m)"), gradients(out, x, first.up.weight, second.up.weight)):
+    names = ("x (B, T, D)", "the first bottleneck's up (D, m)", "the second bottleneck's up (D, m)")
+    for what, gradient in zip(names, gradients(out, x, first.up.weight, second.up.weight)):
         yield f"the gradient of {what}", gradient
     with torch.no_grad():
         for network in (first, second):
@@ -527,6 +640,12 @@ def biases_swapped(D, m, L, places):
     return L * places * (2 * m * D + 2 * m)
 
 
+def biases_once(D, m, L, places):
+    """the biases counted once for the whole model; every bottleneck has its own"""
+    return L * places * 2 * m * D + D + m
+
+
+
 def probe_parameters(answer, draw):
     for arguments in ((128, 16, 4, 2), (768, 64, 12, 1)):
         value = answer(*arguments)
@@ -558,18 +677,21 @@ def learned(steps, start="zero", activation="gelu"):
     return truth
 
 
-UP, EVERY = frozenset(["up.weight", "up.bias"]), frozenset(["down.weight", "down.bias", "up.weight", "up.bias"])
+NAMED = ("down.weight", "down.bias", "up.weight", "up.bias")
+UP, EVERY = frozenset(NAMED[2:]), frozenset(NAMED)
 
 EXERCISES = {
     "bottleneck": Exercise(
         "bottleneck(x, down_weight, down_bias, up_weight, up_bias) -> (B, T, D)", right_bottleneck,
         (*(as_bottleneck(mistake) for mistake in (NoActivation, WrongActivation, ActivationLast, NoBias)),
          skip_inside, activated_twice, activated_first, up_bias_forgotten, down_bias_forgotten, tanh_gelu, silu_for_gelu,
-         computed_in_float32, weights_not_cast, features_detached), probe_bottleneck,
+         computed_in_float32, weights_not_cast, matrices_not_cast, sigmoid_for_gelu, tanh_for_gelu, features_detached, input_detached),
+        probe_bottleneck,
     ),
     "bottleneck_start": Exercise(
         "bottleneck_start(D, m) -> down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D)", start_of(Bottleneck),
-        (start_of(UpNotZero), start_of(AllZero), as_linear_draws_them, up_bias_kept, down_bias_kept, down_zero, units_alike, down_too_large, shapes_swapped),
+        (start_of(UpNotZero), start_of(AllZero), as_linear_draws_them, up_bias_kept, down_bias_kept, down_zero, units_alike, down_too_large,
+         down_too_small, shapes_swapped),
         probe_start,
     ),
     "bottleneck_moves_first": Question(
@@ -577,30 +699,34 @@ EXERCISES = {
         {EVERY: "look again at what the gradient of down passes on its way: up's weight, and it is 0.",
          frozenset(["down.weight", "down.bias"]): "the other way round: what lies behind the zero matrix feels the loss, what lies before it does not.",
          frozenset(["up.weight"]): "nearly: is there anything that stands between up's bias and the loss?",
-         frozenset(["up.bias"]): "not quite: the gradient of up's weight is the loss's, times the narrow features, and these are not 0."},
+         frozenset(["up.bias"]): "not quite: the gradient of up's weight is the loss's, times the narrow features, and these are not 0."}, NAMED,
     ),
-    "bottleneck_moves_second": Question(learned(2), "After one step up is no longer 0, and down feels the loss.", {UP: "up is no longer 0: does down's gradient still vanish?"}),
+    "bottleneck_moves_second": Question(learned(2), "After one step up is no longer 0, and down feels the loss.", {UP: "up is no longer 0: does down's gradient still vanish?"}, NAMED),
     "bottleneck_all_zero": Question(
         learned(20, "all zero"), "The features are GELU(0) = 0, so up's weight gets no gradient; up stays 0, so down gets none either. What is left adds one fixed vector to every token.",
         {EVERY: "follow one step: with down at 0 the features are 0, and the gradient of up's weight has them as a factor.",
          UP: "the gradient of up's weight has the narrow features as a factor: what are they when down is 0?",
-         frozenset(): "one of the four reaches the loss without passing a zero."},
+         frozenset(): "one of the four reaches the loss without passing a zero."}, NAMED,
     ),
     "adapted_sublayer": Exercise(
         "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", as_sublayer(Adapted),
         (*(as_sublayer(mistake) for mistake in (NoInnerResidual, ReadsInput, AddedTwice, BottleneckDropoutInEval)),
-         input_for_output, block_residual_too, in_front, run_twice, sublayer_detached, no_bottleneck), probe_sublayer,
+         input_for_output, block_residual_too, in_front, in_front_alone, bottleneck_alone, reads_the_sum, bottleneck_detached,
+         run_twice, sublayer_detached, no_bottleneck), probe_sublayer,
     ),
     "parallel_sublayer": Exercise(
         "parallel_sublayer(sublayer, x, bottleneck, scale) -> (B, T, D)", right_parallel,
-        (parallel_reads_output, scale_forgotten, scale_on_the_sum, scale_on_the_sublayer, scale_inside, parallel_with_skip, parallel_detached), probe_parallel,
+        (parallel_reads_output, scale_forgotten, scale_on_the_sum, scale_on_the_sublayer, scale_inside, parallel_with_skip,
+         divided_by_the_scale, parallel_in_front, parallel_detached), probe_parallel,
     ),
     "houlsby_layer": Exercise(
         "houlsby_layer(layer, x, positions, first, second) -> (B, T, D)", right_layer,
         (as_layer(attach_to_mlp_only), attention_only, behind_the_residual, in_front_of_the_sublayers, beside_the_sublayers, bottlenecks_swapped,
-         residuals_replaced, no_residual, norms_forgotten, first_norm_twice, not_adapted), probe_layer,
+         residuals_replaced, no_residual, norms_forgotten, first_norm_twice, first_used_twice, attention_not_passed_on,
+         last_residual_left_out, second_reads_the_norm, forward_before_first, positions_forgotten, not_adapted), probe_layer,
     ),
     "bottleneck_parameters": Exercise(
-        "bottleneck_parameters(D, m, L, places) -> a whole number", parameters, (no_biases, one_bias, one_place, one_matrix, biases_swapped), probe_parameters,
+        "bottleneck_parameters(D, m, L, places) -> a whole number", parameters,
+        (no_biases, one_bias, one_place, one_matrix, biases_swapped, biases_once), probe_parameters,
     ),
 }  # fmt: skip

@@ -503,6 +503,11 @@ def mixed_along_tokens(linear, x, scales, rows, side):
     return linear(x) * scale if side == "output" else linear(x * scale)
 
 
+def mixed_along_tokens_always(linear, x, scales, rows, side):
+    """the vectors laid along the tokens, on the output whatever the side: scales[rows][:, None] is (B, 1, features), and the side says what it multiplies"""
+    return linear(x) * scales[rows].to(x.dtype)
+
+
 def mixed_first_for_all(linear, x, scales, rows, side):
     """the first row's vector used for the whole batch"""
     return right_linear(linear, x, scales[rows[0]], side)
@@ -615,7 +620,7 @@ EXERCISES = {
     ),
     "ia3_mixed": Exercise(
         "ia3_mixed(linear, x, scales, rows, side) -> (B, T, out); scales (N, features), rows (B,)", right_mixed,
-        (mixed_along_tokens, mixed_first_for_all, mixed_in_order, mixed_mean, mixed_sorted, mixed_swapped, mixed_always_the_output, mixed_not_cast), probe_mixed,
+        (mixed_along_tokens, mixed_along_tokens_always, mixed_first_for_all, mixed_in_order, mixed_mean, mixed_sorted, mixed_swapped, mixed_always_the_output, mixed_not_cast), probe_mixed,
     ),
     "ia3_queries_gpt2": Question(
         moved_to_queries(GPT2, GPT2Config(**SMALL)), "A score is Σ qᵢ kᵢ: lᵢ may stand with either. A GPT-2 adds its positions at the embedding, so nothing comes between.",

@@ -191,6 +191,31 @@ def right_turn_back(rope, keys):
     return rotate(keys, *rope(torch.full((keys.shape[1],), -keys.shape[1])))
 
 
+def turned_by(steps):
+    """An answer that turns every key by a wrong number of positions, which steps(keys) gives."""
+    return lambda rope, keys: rotate(keys, *rope(torch.full((keys.shape[1],), steps(keys))))
+
+
+def turned_by_heads(rope, keys):
+    """the keys turned back by their first size, G, the number of heads; K is keys.shape[1]"""
+    return turned_by(lambda keys: -keys.shape[0])(rope, keys)
+
+
+def turned_one_too_far(rope, keys):
+    """the keys turned back by K + 1 instead of K"""
+    return turned_by(lambda keys: -keys.shape[1] - 1)(rope, keys)
+
+
+def turned_in_reverse_order(rope, keys):
+    """the keys turned by 0, -1, …, 1 - K; all go back by the same K"""
+    return rotate(keys, *rope(-torch.arange(keys.shape[1])))
+
+
+def cos_and_sin_exchanged(rope, keys):
+    """cos and sin in each other's place; rope(positions) returns cos, then sin"""
+    return rotate(keys, *reversed(rope(torch.full((keys.shape[1],), -keys.shape[1]))))
+
+
 def not_turned(rope, keys):
     """the keys used as they are: the words, which the model counts from 0, would stand among the prefix"""
     return keys + 0
@@ -303,6 +328,30 @@ def keys_for_values(attention, x, positions, keys, values, cache=None):
     return attention.output(attention.attend(q, torch.cat((pv, k), 2), torch.cat((pk, v), 2)))
 
 
+def heads_repeated_in_turn(attention, x, positions, keys, values, cache=None):
+    """key heads repeated as a b a b a b instead of a a a b b b; `attend` repeats them itself, so leave them G"""
+    q, k, v = attention.project(x, positions)
+    if cache is not None:
+        k, v = cache.append(k, v)
+    pk, pv = (z.to(x.dtype).expand(len(x), -1, -1, -1) for z in (right_turn_back(attention.rope, keys), values))
+    k, v = (torch.cat(pair, 2).repeat(1, q.shape[1] // z.shape[1], 1, 1) for pair, z in (((pk, k), k), ((pv, v), v)))
+    T, S = q.shape[2], k.shape[2]
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -torch.inf)
+    return attention.output(scores.softmax(-1) @ v)
+
+
+def prefix_in_the_first_call_only(attention, x, positions, keys, values, cache=None):
+    """the prefix put in front in the first call alone; every call of a generation puts it in front, for the cache holds the words"""
+    if cache is not None and cache.k is not None:
+        return attention(x, positions, None, cache) + 0 * (keys.sum() + values.sum()).to(x.dtype)
+    return joined(attention, x, positions, keys, values, cache)
+
+
+def positions_counted_anew(attention, x, positions, keys, values, cache=None):
+    """positions counted from 0 in every call; take the ones that are given, which go on behind the cached words"""
+    return joined(attention, x, torch.arange(x.shape[1]), keys, values, cache)
+
+
 def words_cached_twice(attention, x, positions, keys, values, cache=None):
     """the words appended to the cache, and then prefix and words handed to `attend` together with the cache, which appends them once more"""
     q, k, v = attention.project(x, positions)
@@ -380,6 +429,35 @@ def share_by_model_width(q, k, prefix_keys):
     return right_share(q, k, prefix_keys, scale=(q.shape[1] * q.shape[-1]) ** 0.5)
 
 
+def share_by_head_width(q, k, prefix_keys):
+    """scores divided by d instead of √d"""
+    return right_share(q, k, prefix_keys, scale=q.shape[-1])
+
+
+def softmax_over_queries(q, k, prefix_keys):
+    """the softmax taken along the words that look, axis -2, instead of along what they look at, axis -1"""
+    return torch.cat(scores_of(q, k, prefix_keys), -1).softmax(-2)[..., : prefix_keys.shape[1]].sum(-1)
+
+
+def softmax_of_the_prefix_alone(q, k, prefix_keys):
+    """a softmax over the prefix alone, which always sums to 1; the share is taken of prefix and words together"""
+    return scores_of(q, k, prefix_keys)[0].softmax(-1).sum(-1)
+
+
+def first_columns_of_the_words(q, k, prefix_keys):
+    """the words joined before the prefix, and the first K columns taken, which are then words"""
+    on_prefix, on_words = scores_of(q, k, prefix_keys)
+    return torch.cat((on_words, on_prefix), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
+
+
+def earlier_words_hidden(q, k, prefix_keys):
+    """the mask on the wrong side: word t sees those from t on, and not those before it; torch.triu(1) marks what is hidden"""
+    on_prefix, _ = scores_of(q, k, prefix_keys)
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(-1)
+    on_words = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
+    return torch.cat((on_prefix, on_words), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
+
+
 def share_of_the_words(q, k, prefix_keys):
     """the words' share, 1 - λ, instead of the prefix's"""
     return 1 - right_share(q, k, prefix_keys)
@@ -435,6 +513,36 @@ def parts_weighted_already(q, k, v, prefix_keys, prefix_values):
     """parts of the one softmax, which carry their share already; each part is an average of its own, its weights sum to 1"""
     share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
     return share, (1 - share[..., None]) * words, share[..., None] * prefix
+
+
+def words_weighted_already(q, k, v, prefix_keys, prefix_values):
+    """the words' part taken from the one softmax, so that it carries 1 - λ already; its own softmax sums to 1"""
+    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, (1 - share[..., None]) * words, prefix
+
+
+def prefix_weighted_already(q, k, v, prefix_keys, prefix_values):
+    """the prefix's part taken from the one softmax, so that it carries λ already; its own softmax sums to 1"""
+    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, words, share[..., None] * prefix
+
+
+def words_unscaled(q, k, v, prefix_keys, prefix_values):
+    """the words' scores not divided by √d in their own softmax"""
+    share, _, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, scores_of(q, k, prefix_keys, scale=1.0)[1].softmax(-1) @ v, prefix
+
+
+def prefix_unscaled(q, k, v, prefix_keys, prefix_values):
+    """the prefix's scores not divided by √d in their own softmax"""
+    share, words, _ = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, words, scores_of(q, k, prefix_keys, scale=1.0)[0].softmax(-1) @ prefix_values
+
+
+def whole_in_the_place_of_prefix(q, k, v, prefix_keys, prefix_values):
+    """the whole output, words included, in the place of the prefix's part; that is attention over the prefix alone"""
+    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, words, torch.lerp(words, prefix, share[..., None])
 
 
 def share_turned_round(q, k, v, prefix_keys, prefix_values):
@@ -533,21 +641,23 @@ EXERCISES = {
     ),
     "turn_back": Exercise(
         "turn_back(rope, keys) -> (G, K, d)", right_turn_back,
-        (not_turned, turned_forwards, turned_to_own_places, turned_from_zero, turned_by_one, neighbours_paired), probe_turn_back,
+        (not_turned, turned_by_heads, turned_one_too_far, turned_in_reverse_order, cos_and_sin_exchanged, turned_forwards, turned_to_own_places, turned_from_zero, turned_by_one, neighbours_paired), probe_turn_back,
     ),
     "prefix_attention": Exercise(
         "prefix_attention(attention, x, positions, keys, values, cache=None) -> (B, T, D)", layer_of(PrefixAttention),
         (*map(layer_of, PrefixAttention.__subclasses__()), prefix_behind_the_words, keys_turned_forwards, keys_turned_to_own_places, turned_and_moved,
-         values_turned_too, keys_for_values, prefix_left_out, cache_forgotten, words_cached_twice, prefix_detached), probe_prefix_attention,
+         values_turned_too, keys_for_values, prefix_left_out, cache_forgotten, words_cached_twice, heads_repeated_in_turn,
+         prefix_in_the_first_call_only, positions_counted_anew, prefix_detached), probe_prefix_attention,
     ),
     "prefix_share": Exercise(
         "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share,
-        (later_words_counted, word_hidden_from_itself, hidden_with_zero, prefix_under_the_mask, share_unscaled, share_by_model_width, share_of_the_words, odds, mean_of_the_weights, largest_weight,
+        (later_words_counted, word_hidden_from_itself, hidden_with_zero, prefix_under_the_mask, share_unscaled, share_by_model_width, share_by_head_width,
+         softmax_over_queries, softmax_of_the_prefix_alone, first_columns_of_the_words, earlier_words_hidden, share_of_the_words, odds, mean_of_the_weights, largest_weight,
          share_by_counting, share_averaged_over_heads, share_that_overflows), probe_share,
     ),
     "split_softmax": Exercise(
         "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), words (B, H, T, d), prefix (B, H, T, d)", right_split,
-        (parts_weighted_already, share_turned_round, parts_in_the_wrong_order, share_of_a_count, words_not_causal, plain_mean_of_values,
+        (parts_weighted_already, words_weighted_already, prefix_weighted_already, words_unscaled, prefix_unscaled, whole_in_the_place_of_prefix, share_turned_round, parts_in_the_wrong_order, share_of_a_count, words_not_causal, plain_mean_of_values,
          whole_in_the_place_of_words, split_unscaled), probe_split,
     ),
     "share_of_ten": Question(
