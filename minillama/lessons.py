@@ -99,7 +99,7 @@ def table(header, rows):
     from IPython.display import Markdown
 
     def text(cell):
-        return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+        return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else f"{cell:.3g}" if isinstance(cell, float) else str(cell).strip().replace("|", "\\|").replace("\n", " ")
 
     rows = [[text(cell) for cell in row] for row in rows]
     rule = ["---:" if all(cell[:1].isdigit() or cell[:1] in "-–" for cell in column) else "---" for column in zip(*rows)]

@@ -97,3 +97,11 @@ def test_runs_from_clean(path):
 @pytest.mark.slow
 def test_all_in_seven_minutes():
     assert sum(SECONDS.values()) < 7 * 60, SECONDS
+
+
+def test_results_of_the_readme_are_the_lessons():
+    shown = re.findall(r"^\| `?([\w ]+)`? \| ([\d,]+) \| ([\d.]+ % \([^)]*\)) \|$", (notebooks.ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    computed = "".join(str(output.get("data", {}).get("text/markdown", "")) for cell in STORED[LESSONS[7]].cells if cell.cell_type == "code" for output in cell.outputs)
+    assert len(shown) == 9
+    for name, parameters, match in shown:
+        assert f"| {({'the frozen base': 'base', 'all weights': 'full'}).get(name, name)} | {parameters} | {match} |" in computed

@@ -697,13 +697,17 @@ EXERCISES = {
     "bottleneck_moves_first": Question(
         learned(1), "The loss reaches down through up, and up is 0: the gradient of all that lies before it carries that factor.",
         {EVERY: "look again at what the gradient of down passes on its way: up's weight, and it is 0.",
-         frozenset(["down.weight", "down.bias"]): "the other way round: what lies behind the zero matrix feels the loss, what lies before it does not.",
+         frozenset(["down.weight", "down.bias"]): "the other way round: what lies behind the zero feels the loss, what lies before it does not.",
          frozenset(["up.weight"]): "nearly: is there anything that stands between up's bias and the loss?",
          frozenset(["up.bias"]): "not quite: the gradient of up's weight is the loss's, times the narrow features, and these are not 0."}, NAMED,
     ),
-    "bottleneck_moves_second": Question(learned(2), "After one step up is no longer 0, and down feels the loss.", {UP: "up is no longer 0: does down's gradient still vanish?"}, NAMED),
+    "bottleneck_moves_second": Question(
+        learned(2), "After one step up is no longer 0, and down feels the loss.",
+        {UP: "up is no longer 0: does down's gradient still vanish?"}, NAMED,
+    ),
     "bottleneck_all_zero": Question(
-        learned(20, "all zero"), "The features are GELU(0) = 0, so up's weight gets no gradient; up stays 0, so down gets none either. What is left adds one fixed vector to every token.",
+        learned(20, "all zero"), "The features are GELU(0) = 0, so up's weight gets no gradient; up stays 0, so down gets none either. "
+        "What is left adds one fixed vector to every token.",
         {EVERY: "follow one step: with down at 0 the features are 0, and the gradient of up's weight has them as a factor.",
          UP: "the gradient of up's weight has the narrow features as a factor: what are they when down is 0?",
          frozenset(): "one of the four reaches the loss without passing a zero."}, NAMED,
