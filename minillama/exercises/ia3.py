@@ -182,10 +182,10 @@ def probe_linear(answer, draw):
     for side, features in (("output", 7), ("input", 10)):
         scale = draw(features).requires_grad_()
         out = answer(linear, x, scale, side)
-        yield f'the output of 10 features in and 7 out, side "{side}" (B, T, out)', out
-        yield f'the gradient of scale with side "{side}" (features)', gradients(out, scale)[0]
-        yield f'the output at a scale of 1, side "{side}": the base\'s (B, T, out)', answer(linear, x, torch.ones(features), side)
-        yield f'the output in bfloat16, side "{side}" (B, T, out)', answer(filled(nn.Linear(10, 7), draw).bfloat16(), x.bfloat16(), scale, side)
+        yield "the output of 10 features in and 7 out (B, T, out)", out
+        yield "the gradient of scale (features)", gradients(out, scale)[0]
+        yield "the output at a scale of 1: the base's (B, T, out)", answer(linear, x, torch.ones(features), side)
+        yield "the output in bfloat16 (B, T, out)", answer(filled(nn.Linear(10, 7), draw).bfloat16(), x.bfloat16(), scale, side)
         linear = filled(nn.Linear(10, 7), draw)
 
 
@@ -307,13 +307,13 @@ def probe_merge(answer, draw):
             yield f'{what}, side "{side}"', value
             fits = fits and close(value, right)
         changed = sum(int((value != before).sum()) for value, before in zip((linear.weight, linear.bias), own))
-        yield f'how many numbers of the base\'s own weight and bias a merge on side "{side}" changed', torch.tensor(changed)
+        yield "how many numbers of the base's own weight and bias the merge changed", torch.tensor(changed)
         fits = fits and not changed
     if not fits:
         return
     for side, features in (("output", 7), ("input", 10)):
         for what, value in named(names, answer(filled(nn.Linear(10, 7), draw), draw(features), side)):
-            yield f'{what} of 10 features in and 7 out, side "{side}"', value
+            yield f"{what} of 10 features in and 7 out", value
 
 
 def layer_of(draw, kv_heads, inner):
@@ -556,9 +556,9 @@ def probe_mixed(answer, draw):
     for side, features in (("output", 7), ("input", 10)):
         linear, x, scales = filled(nn.Linear(10, 7), draw), draw(4, 3, 10), draw(5, features).requires_grad_()
         out = answer(linear, x, scales, rows, side)
-        yield f'the output of 10 features in and 7 out, side "{side}" (B, T, out)', out
-        yield f'the gradient of scales with side "{side}" (N, features)', gradients(out, scales)[0]
-        yield f'the output in bfloat16, side "{side}" (B, T, out)', answer(linear.bfloat16(), x.bfloat16(), scales, rows, side)
+        yield "the output of 10 features in and 7 out (B, T, out)", out
+        yield "the gradient of scales (N, features)", gradients(out, scales)[0]
+        yield "the output in bfloat16 (B, T, out)", answer(linear.bfloat16(), x.bfloat16(), scales, rows, side)
 
 
 def moved_to_queries(model_class, config, paired=False):
