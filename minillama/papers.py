@@ -45,7 +45,7 @@ CLAIMS = (
     ("llama_adapter", dict(prompt_length=10, layers=30, gate="layer"), llama_7b, "the same with one gate a layer, as in PEFT"),
     ("ia3", {}, t0_3b, "540K (Liu et al. 2022, section 3.3)"),
     ("ia3", {}, smollm2, "not in the paper"),
-    ("bottleneck", dict(size=64), bert_large, "2.1 % of 336M with the norms it trains too (Houlsby et al. 2019, table 1); these alone are 1.9 %"),
+    ("bottleneck", dict(size=64), bert_large, "2.1 % (Houlsby et al. 2019, table 1); of all 335M weights these are 1.9 %, of those that are not embeddings 2.1 %"),
     ("lora", dict(rank=1), gpt3, "4.7M (Hu et al. 2021, table 4)"),
     ("lora", dict(rank=8), gpt3, "37.7M (Hu et al. 2021, table 4)"),
 )

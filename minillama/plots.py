@@ -211,7 +211,7 @@ def scale_figure(scales, title):
             row[0].set_ylabel(f"layer {layer}\nfactor")
             for axes, kind in zip(row, kinds):
                 every = sorted(vectors[kind].tolist())
-                values = every[:: max(1, len(every) // 86)]  # enough of them for the eye, and a small file
+                values = every[:: max(1, len(every) // 64)]  # enough of them for the eye, and a small file
                 edges = [i - 0.5 for i in range(len(values) + 1)]
                 for color, part in ((TRAINED, [max(v, 1) for v in values]), (FROZEN, [min(max(v, 0), 1) for v in values])):
                     axes.stairs(part, edges, baseline=1, fill=True, color=color)
