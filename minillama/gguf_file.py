@@ -1,0 +1,186 @@
+"""Opens a .gguf file, llama.cpp's format: a header of named values, a table of tensors, and the tensors, mostly quantised.
+
+Everything comes out as Hugging Face has it: names by a short table, the rows of q and k back in their order, weights
+dequantised a few rows at a time straight into the wanted dtype. The format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import dataclasses
+import math
+import mmap
+import os
+import struct
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
+
+from .attention import RoPE
+from .files import FileError
+from .gguf_tokenizer import read_gguf_tokenizer
+from .llama import LLaMAConfig
+
+STRING, ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
+FORMATS = dict(zip((GGUFValueType(kind) for kind in (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)), "BbHhIif?Qqd"))  # as `struct` writes them
+PLAIN = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
+CHUNK = 2**20  # weights that are dequantised at once
+
+# llama.cpp's names and ours, word by word
+NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "output": "lm_head",
+    "blk": "layers",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read_gguf(path, dtype=None):
+    """(LLaMAConfig, weights by our names, tokenizer or None) of a .gguf file of the LLaMA architecture.
+
+    dtype: of the weights; None: float16 or bfloat16 where all matrices are stored so, else float32.
+    Raises FileError when the file is missing, damaged or not honoured.
+    """
+    try:
+        fields, tensors = read_header(path)
+        config = read_config(fields, tensors)
+        tokenizer = read_gguf_tokenizer(fields)
+        factors = tensors.pop("rope_freqs.weight", None)  # read_config has taken it in
+        kinds = {kind for shape, kind, _ in tensors.values() if len(shape) > 1}
+        dtype = dtype or (PLAIN.get(*kinds, torch.float32) if len(kinds) == 1 else torch.float32)
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        weights = {}
+        with open(path, "rb") as file:
+            if factors is not None:
+                config = with_factors(config, read_tensor(file, "rope_freqs.weight", factors, torch.float32))
+            for name, entry in tensors.items():
+                weight = read_tensor(file, name, entry, dtype)
+                for part, H in heads.items():
+                    if f".{part}." in name and len(weight) % (2 * H) == 0:  # another length is refused later, with its shape
+                        weight = interleaved_to_halves(weight, H)
+                weights[".".join(NAMES.get(word, word) for word in name.split("."))] = weight
+        return config, weights, tokenizer
+    except FileNotFoundError:
+        raise FileError(f"{path} is missing: check its name") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (struct.error, ArithmeticError, IndexError, MemoryError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} ({os.path.getsize(path):,} bytes) ends within its header or is damaged ({error}): copy it again") from None
+    except KeyError as error:
+        raise FileError(f"{path} has no {error.args[0]} in its header, which a LLaMA needs: convert the model again") from None
+    except (ValueError, TypeError) as error:
+        raise FileError(f"{path}: {error}") from None
+
+
+def read_header(path):
+    """(values by name, {tensor name: (shape, quantisation, place in the file)}), shapes in torch's order.
+
+    The gguf package's own reader makes an array of every string of the vocabulary: 2.3 s and 170 MB for SmolLM2.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with the word GGUF, so it is no .gguf file, or a damaged one: copy it again")
+        data, at = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 4
+
+    def take(form):
+        nonlocal at
+        values = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return values
+
+    def text():
+        return take(f"{take('Q')[0]}s")[0].decode("utf-8")
+
+    def value(kind):
+        if kind == STRING:
+            return text()
+        if kind == ARRAY:
+            kind, count = take("IQ")
+            return list(take(f"{count}{FORMATS[kind]}")) if kind in FORMATS else [value(kind) for _ in range(count)]
+        if kind not in FORMATS:
+            raise ValueError(f"its header holds a value of kind {kind}, which the format does not have: it is damaged, copy it again")
+        return take(FORMATS[kind])[0]
+
+    with data:
+        version, tensor_count, field_count = take("IQQ")
+        if version not in (2, 3):
+            raise ValueError(f"it is of version {version} of the format; needed is 2 or 3: convert the model again")
+        fields = {text(): value(*take("I")) for _ in range(field_count)}
+        table = [(text(), take(f"{take('I')[0]}Q"), *take("IQ")) for _ in range(tensor_count)]
+        start = at + -at % fields.get("general.alignment", 32)
+    known = {kind.value for kind in GGMLQuantizationType}
+    for name, _, kind, _ in table:
+        if kind not in known:
+            raise ValueError(f"{name} is quantised by kind {kind}, which nobody here knows: take a file in Q8_0, Q6_K, Q4_K, F16 or BF16")
+    return fields, {name: (shape[::-1], GGMLQuantizationType(kind), start + offset) for name, shape, kind, offset in table}
+
+
+def read_config(fields, tensors):
+    if fields["general.architecture"] != "llama":
+        raise ValueError(f"its architecture is {fields['general.architecture']!r}; only 'llama' can be honoured")
+    values = {name.removeprefix("llama."): value for name, value in fields.items()}
+    D, H = values["embedding_length"], values["attention.head_count"]
+    head_dim = values.get("attention.key_length", D // H)
+    refused = {"expert_count": (0,), "rope.scaling.type": ("none",), "rope.dimension_count": (head_dim,), "attention.value_length": (head_dim,)}
+    for name, honoured in refused.items():
+        if values.get(name, honoured[0]) not in honoured:
+            raise ValueError(f"llama.{name} is {values[name]!r}; only {honoured[0]!r} can be honoured")
+    return LLaMAConfig(
+        vocab_size=tensors["token_embd.weight"][0][0],
+        hidden_size=D,
+        intermediate_size=values["feed_forward_length"],
+        num_hidden_layers=values["block_count"],
+        num_attention_heads=H,
+        num_key_value_heads=values.get("attention.head_count_kv", H),
+        head_dim=head_dim,
+        max_position_embeddings=values["context_length"],
+        rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
+        rope_theta=values.get("rope.freq_base", 10000.0),
+        sliding_window=values.get("attention.sliding_window"),
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        tie_word_embeddings="output.weight" not in tensors,
+    )
+
+
+def with_factors(config, factors):
+    """The configuration whose RoPE divides its frequencies by `factors` (d/2,): how a Llama 3.1 or later is stored."""
+    scaling = (factors.max().item(), 1.0, 4.0, 8192.0)  # the three that all of them share
+    plain, scaled = (RoPE(config.head_dim, config.rope_theta, s).frequencies() for s in (None, scaling))
+    if factors.shape != plain.shape or not torch.allclose(plain / factors, scaled, rtol=1e-4):
+        raise ValueError("rope_freqs.weight holds other factors than those of Llama 3.1 to 3.3, which alone can be honoured")
+    return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def read_tensor(file, name, entry, dtype):
+    """One tensor, dequantised by the gguf package CHUNK weights at a time, so that little more than itself is in memory."""
+    shape, kind, place = entry
+    block, size = GGML_QUANT_SIZES[kind]
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    if columns % block:
+        raise ValueError(f"{name} has rows of {columns} weights and {kind.name} holds {block} a block: the file is damaged, copy it again")
+    width = columns // block * size  # bytes a row
+    if (length := os.fstat(file.fileno()).st_size) < place + rows * width:
+        raise ValueError(f"{name} should end at byte {place + rows * width:,} and the file has {length:,}: it was cut short, copy it again")
+    file.seek(place)
+    weight = torch.empty(rows, columns, dtype=dtype)
+    for part in weight.split(max(1, CHUNK // columns)):
+        data = np.fromfile(file, np.uint8, len(part) * width).reshape(len(part), width)
+        try:
+            part.copy_(torch.from_numpy(dequantize(data, kind)))
+        except NotImplementedError:
+            raise ValueError(f"{name} is quantised as {kind.name}, which cannot be opened: take a file in Q8_0, Q6_K, Q4_K, F16 or BF16") from None
+    return weight.view(shape)
+
+
+def interleaved_to_halves(weight, H):
+    """llama.cpp turns feature 2i of a head with 2i + 1, Hugging Face i with i + d/2: the rows of q and k back in order."""
+    return weight.view(H, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,50 @@
+"""SmolLM2-135M, a real pre-trained LLaMA, adapted on the CPU; what PEFT and transformers make of the adapter; and how long they take."""
+
+import re
+
+import peft
+import pytest
+import torch
+import transformers
+from test_command_line import minillama as command
+
+import minillama
+from minillama import bench, data
+from minillama.device import native_bfloat16
+from minillama.train import answers
+
+LANGUAGES = ("en", "fr", "de", "es", "fi")
+
+
+@pytest.mark.slow
+def test_smollm2_learns_five_languages_and_peft_agrees(smollm2, tmp_path):
+    """120 steps of 16 with PEFT's form of gated prefix attention: right answers, a small file, little memory, the same in PEFT."""
+    code, out, err = command(
+        "adapt", "--base", smollm2, "--languages", ",".join(LANGUAGES), "--test-dates", 40,
+        "--option", "gate=layer", "--option", "tanh=False", "--out", "adapter", cwd=tmp_path, timeout=1200,
+    )  # fmt: skip
+    assert code == 0, err
+    base, adapted = re.search(r"^ *mean of 5 +([\d.]+)% +([\d.]+)%", out, re.M).groups()
+    assert float(base) <= 5 and float(adapted) >= 90 and "bit-identical" in out
+    assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size <= 750_000
+    peak = float(re.search(r"peak memory +([\d.]+) GB", out).group(1))
+    assert peak <= (1.3 if native_bfloat16(torch.device("cpu")) else 2.2)
+
+    model, tokenizer = minillama.load(smollm2, torch.float32)
+    minillama.save(model, tmp_path / "base")
+    minillama.load_adapter(model, tmp_path / "adapter")
+    prompts = [data.examples(language, data.split_dates()[1], 2, 7, data.WORDS)[i][0] for language in LANGUAGES for i in range(2)]
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    for prompt, answer in zip(prompts, answers(model, tokenizer, prompts)):
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        written = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0)
+        assert tokenizer.decode(written[0, ids.shape[1] :].tolist()) == answer and re.fullmatch(r" \d{4}-\d\d-\d\d<\|im_end\|>", answer)
+
+
+@pytest.mark.slow
+def test_a_step_takes_less_than_pefts(smollm2):
+    """The same batches, weights and adapter in turns: the same loss, in much less time."""
+    ratio, rounds = bench.run(smollm2, torch.float32, rounds=3, steps=2)
+    for _, _, ours, theirs in rounds:
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ratio >= 1.4
