@@ -22,7 +22,6 @@ With the gate at 0 the layer adds 0 · (something finite) to y: the model return
 gate's gradient is not 0 there, the prompt's is: the first step moves the gate alone, the second moves both.
 
 Trained parameters: L · (K·D + H) with a gate per head; for LLaMA-7B, K = 10 and the top 30 layers, 1,229,760.
-
 Shapes: B batch, T tokens, D model width, H query heads, G key/value heads, d head width, K prompt tokens.
 """
 
@@ -30,9 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-GATES = ("head", "layer", "feature")
-JOINS = ("before", "after", "unprojected")
-INITS = ("normal", "input")
+GATES, JOINS, INITS = ("head", "layer", "feature"), ("before", "after", "unprojected"), ("normal", "input")
 # What the known implementations compute, as options of `attach`; prompts are N(0, 1) and gates 0 in all of them.
 PRESETS = {
     "paper": dict(gate="head", tanh=True, join="before"),  # and its official training code
@@ -52,8 +49,7 @@ def gate_shape(gate, num_heads, head_dim):
 
 def prefix_attention(q, k, v):
     """softmax(q kᵀ / √d) v, every query seeing every prompt token: q (B, H, T, d), k and v (G, K, d) -> (B, H, T, d)."""
-    B, H, T, d = q.shape
-    G = k.shape[0]
+    (B, H, T, d), G = q.shape, len(k)
     q = q.reshape(B, G, H // G * T, d)  # heads that share a key lie side by side: nothing need be repeated
     weights = (q @ (k * d**-0.5).mT).softmax(-1)  # (B, G, H/G·T, K); with few keys the plain formula beats the fused kernel
     return (weights @ v).reshape(B, H, T, d)
@@ -132,20 +128,17 @@ def attach(model, prompt_length=10, layers=None, gate="head", tanh=True, join="b
     """Wraps `self_attn` of the top `layers` of `model.layers` (None: of all). The paper: 30 of LLaMA-7B's 32.
 
     init: "normal", prompts from N(0, 1); "input", the same times the root mean square of the weight of the norm before
-    the attention, so that prompts are as large as the words there. In a pre-trained LLaMA the words are smaller than 1
-    (0.04 to 0.42 in SmolLM2-135M), and prompts of their size train faster.
+    the attention: as large as the words there, which in a pre-trained LLaMA are small (0.04 to 0.42 in SmolLM2-135M).
     """
     if init not in INITS:
         raise ValueError(f"init is {init!r}; it can be {' or '.join(map(repr, INITS))}")
-    total = len(model.layers)
-    layers = total if layers is None else layers
-    if not 1 <= layers <= total:
-        raise ValueError(f"layers is {layers}; the model has {total}, so it can be 1 to {total}")
-    for layer in model.layers[total - layers :]:
+    layers = len(model.layers) if layers is None else layers
+    if not 1 <= layers <= len(model.layers):
+        raise ValueError(f"layers is {layers}; the model has {len(model.layers)}, so it can be 1 to {len(model.layers)}")
+    for layer in model.layers[-layers:]:
         layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh, join)
         if init == "input":
-            weight = next(layer.input_layernorm.parameters())
-            layer.self_attn.prompt.data *= weight.float().square().mean().sqrt()
+            layer.self_attn.prompt.data *= next(layer.input_layernorm.parameters()).float().square().mean().sqrt()
 
 
 class GatedPrefixAttention(nn.Module):
@@ -169,8 +162,7 @@ class GatedPrefixAttention(nn.Module):
         return self.c_attn(x).unflatten(-1, (3, self.num_heads, -1)).transpose(-4, -2).unbind(-3)
 
     def forward(self, x, attention_mask=None):
-        """x (B, T, D) -> (B, T, D). attention_mask: what scaled_dot_product_attention takes for the words,
-        broadcast to (B, H, T, T); None is causal. It does not bear on the prompt, which every word sees."""
+        """x (B, T, D) -> (B, T, D). attention_mask: scaled_dot_product_attention's, for the words alone; None is causal."""
         q, k, v = self.project(x)  # (B, H, T, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None)
         _, k, v = self.project(self.prompt)  # (H, K, d)
