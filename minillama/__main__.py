@@ -268,7 +268,7 @@ def run_compare(args):
             row["seconds"].append(time.perf_counter() - start)
             row["matches"].append(mean_match())
             row["parameters"] = count(parameter for parameter in model.parameters() if parameter.requires_grad)
-    title = f"{args.base} learns {', '.join(args.languages)}: {args.steps} steps of {args.batch_size}, {args.seeds} seeds"
+    title = f"{Path(args.base).name} learns {', '.join(args.languages)}: {args.steps} steps of {args.batch_size}, {args.seeds} seeds"
     write_json(out / "comparison.json", {"title": title, "rows": rows})
     save_figure(comparison_figure(rows, title), out / "comparison.png")
     print(f"\n{title}; exact match on {args.test_dates} unseen dates each, mean (lowest to highest):\n")

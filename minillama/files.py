@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 class FileError(OSError):
     """A missing or bad file: says which, where in it, and what to do."""
 
+    def _render_traceback_(self):  # in a notebook the sentence is all there is to say
+        return [f"{type(self).__name__}: {self}"]
+
 
 def read_json(path):
     """The object in a JSON file; FileError when it is missing, cut short, or holds something else."""

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,16 @@ class Adaptation:
 def base(name="dates-llama", dtype=None):
     """(model, tokenizer) of a bundled base, loaded once; in bfloat16 where the machine multiplies it natively. Copy before changing."""
     return load(name, dtype or pick_dtype("auto", torch.device("cpu")))
+
+
+@functools.cache
+def smollm2():
+    """(model, tokenizer) of SmolLM2-135M-Instruct, in bfloat16 where the machine multiplies it natively; says on the page where it
+    comes from and under which licence. FileError, one sentence, where it cannot be had."""
+    with contextlib.redirect_stderr(io.StringIO()) as notices:
+        opened = load("smollm2", pick_dtype("auto", torch.device("cpu")))
+    print(notices.getvalue().strip().splitlines()[-1])
+    return opened
 
 
 def adaptation(method, language="fr", *, of="dates-llama", steps=100, batch_size=32, learning_rate=None, seed=0, prepare=None, test_dates=200, **options):

@@ -18,6 +18,7 @@ from .files import FileError, replacing
 
 ROOT = Path(__file__).parent.parent
 LESSONS = ROOT / "lessons"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
 RUNTIME = re.compile(r"(?<=\*\*Runs in )(\d+|–)(?= seconds\*\* on two CPU cores)")
 
 
@@ -60,7 +61,7 @@ def execute(path, timeout=600):
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError) as error:
-        raise ValueError(f"{path.name} stopped: {re.sub(chr(27) + r'[[][0-9;]*m', '', str(error)).strip()}") from None
+        raise ValueError(f"{path.name} stopped: {COLOUR.sub('', str(error)).strip()}") from None
     return notebook, time.perf_counter() - start
 
 

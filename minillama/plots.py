@@ -1,5 +1,7 @@
 """The lessons' plots of measured numbers, in figures.py's style: curves with their spread, and what heads look at."""
 
+import math
+
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -89,71 +91,9 @@ def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2
     return figure
 
 
-def block_schematic():
-    """A LLaMA from ids to logits (Touvron et al. 2023), one of its layers, and what stands in the layer's two sublayers."""
-    from .figures import arrow, box, chain, frame, joint, note, point, sheet, zoom
-
-    axes = sheet(11, 5.4, "LLaMA: from ids to logits", kinds=())
-    box(axes, 8.35, 5.08, 0.3, 0.2, kind="frozen")
-    box(axes, 9.75, 5.08, 0.3, 0.2)
-    note(axes, 8.58, 5.08, "has weights", 10)
-    note(axes, 9.98, 5.08, "has none", 10)
-
-    names = {"ids": 0.5, "embed_tokens": 1.08, "layer 1": 1.72, "layer $L$": 2.64, "norm": 3.28, "lm_head": 3.86, "logits": 4.44}
-    inner, ends = dict(width=1.45, height=0.36, kind="frozen"), dict(width=0.75, height=0.36)
-    stack = [box(axes, 1.05, y, text=name, **(ends if name in ("ids", "logits") else inner)) for name, y in names.items()]
-    chain(axes, "up", *stack[:3])
-    chain(axes, "up", *stack[3:])
-    note(axes, 1.05, 2.18, "⋮", 12, ha="center")
-
-    frame(axes, 2.35, 0.3, 5.35, 4.7, "a layer")
-    zoom(axes, [(1.775, 2.82), (2.35, 4.7)], [(1.775, 2.46), (2.35, 0.3)])
-    first, second = joint(axes, 3.3, 2.3, "+"), joint(axes, 3.3, 4.05, "+")
-    chain(axes, "up", point(3.3, 0.5), first, second, point(3.3, 4.62))
-    branches = []
-    for below, plus, name in ((0.72, first, "self_attn"), (2.62, second, "mlp")):
-        norm, sublayer = box(axes, 4.4, below + 0.4, 1.2, 0.36, "RMSNorm", "frozen"), box(axes, 4.4, below + 1.0, 1.2, 0.36, name, "frozen")
-        arrow(axes, (3.3, below), (4.4, below), norm.bottom)
-        chain(axes, "up", norm, sublayer)
-        arrow(axes, sublayer.top, (4.4, plus.right[1]), plus.right)
-        branches.append(sublayer)
-    note(axes, 3.02, 0.52, "$x$", 11)
-    note(axes, 3.45, 4.42, "the residual stream")
-
-    frame(axes, 5.85, 2.95, 10.75, 4.7, "mlp: SwiGLU")
-    zoom(axes, [(5.0, 3.8), (5.85, 4.7)], [(5.0, 3.44), (5.85, 2.95)])
-    gate, up = box(axes, 7.0, 4.05, 1.1, 0.36, "gate_proj", "frozen"), box(axes, 7.0, 3.35, 1.1, 0.36, "up_proj", "frozen")
-    silu, times, down = box(axes, 8.2, 4.05, 0.7, 0.36, "SiLU"), joint(axes, 9.05, 4.05, "x"), box(axes, 9.95, 4.05, 1.1, 0.36, "down_proj", "frozen")
-    chain(axes, "right", gate, silu, times, down, point(10.7, 4.05))
-    arrow(axes, up.right, (9.05, 3.35), times.bottom)
-    arrow(axes, (6.0, 4.05), gate.left)
-    arrow(axes, (6.2, 4.05), (6.2, 3.35), up.left)
-
-    frame(axes, 5.85, 0.3, 10.75, 2.7, "self_attn: three verbs")
-    zoom(axes, [(5.0, 1.9), (5.85, 2.7)], [(5.0, 1.54), (5.85, 0.3)])
-    attend = box(axes, 9.0, 1.57, 0.95, 1.5, "softmax\n$(q k^{\\top}\\!/\\sqrt{d})$\n$\\cdot\\ v$", size=10)
-    output = box(axes, 10.15, 1.57, 0.75, 0.36, "o_proj", "frozen")
-    for y, name in ((2.1, "q"), (1.57, "k"), (1.04, "v")):
-        projection = box(axes, 6.85, y, 0.85, 0.36, f"{name}_proj", "frozen")
-        if y == 1.57:
-            arrow(axes, (6.0, y), projection.left)
-        else:
-            arrow(axes, (6.2, 1.57), (6.2, y), projection.left)
-        turned = box(axes, 7.85, y, 0.65, 0.36, "RoPE") if name != "v" else projection
-        if name != "v":
-            chain(axes, "right", projection, turned)
-        arrow(axes, turned.right, (attend.left[0], y))
-    chain(axes, "right", attend, output, point(10.7, 1.57))
-    for x, verb in ((7.3, "project"), (9.0, "attend"), (10.15, "output")):
-        note(axes, x, 0.56, verb, 10.5, ha="center", style="italic")
-    return axes.figure
-
-
 def rotation_figure(speeds, scores):
     """How RoPE turns pairs of features. speeds: {title: radians a position}, drawn at positions 0 to 7; scores: {label: (distances,
     scores)}, drawn as curves."""
-    import math
-
     shades, dashes = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":")
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(11, 3.3), layout="constrained")

@@ -60,6 +60,13 @@ def sequential_as_a_sum(sublayer, x, bottleneck):
     return torch.stack((y, bottleneck(y))).sum(0)
 
 
+def sequential_in_place(sublayer, x, bottleneck):
+    y = sublayer(x)
+    added = bottleneck(y)
+    added += y
+    return added
+
+
 def parallel_in_another_order(sublayer, x, bottleneck, scale):
     added = bottleneck(x) * scale
     return added + sublayer(x)
@@ -100,13 +107,13 @@ def count_by_modules(D, m, L, places):
 
 def count_by_parts(D, m, L, places):
     down, up = m * D + m, D * m + D
-    return torch.tensor(L * places * (down + up))
+    return sum(down + up for _ in range(L) for _ in range(places))
 
 
 ALTERNATIVES = {
-    "bottleneck": [network_by_matrices, network_by_einsum, network_unit_by_unit, network_in_float32],
+    "bottleneck_network": [network_by_matrices, network_by_einsum, network_unit_by_unit, network_in_float32],
     "bottleneck_start": [start_of_the_paper, start_of_linear, start_narrow, start_kaiming],
-    "adapted_sublayer": [sequential_in_another_order, sequential_as_a_sum],
+    "adapted_sublayer": [sequential_in_another_order, sequential_as_a_sum, sequential_in_place],
     "parallel_sublayer": [parallel_in_another_order, parallel_by_add],
     "houlsby_layer": [layer_in_one_sum, layer_by_verbs, layer_by_a_function],
     "bottleneck_parameters": [count_by_modules, count_by_parts],

@@ -64,7 +64,7 @@ def test_words_and_numbers_agree(path):
 @each
 def test_solutions_pass_and_blanks_say_so(path):
     solved = assert_solved(STORED[path])
-    assert solved >= 4 or path.name[:2] in ("00", "07")
+    assert solved >= 4 or path.name[:2] in ("00", "07", "08")
 
 
 def test_pictures_of_the_docs_are_the_lessons():
@@ -87,15 +87,20 @@ def test_a_bad_notebook_and_a_bad_name_are_sentences(tmp_path):
 
 def test_measured_runtimes_fit_a_course_hour():
     seconds = {path.name[:2]: notebook.metadata["minillama"]["seconds"] for path, notebook in STORED.items()}
-    assert max(seconds.values()) < 75 and sum(seconds[f"{i:02}"] for i in range(8)) < 7 * 60, seconds
+    real = seconds.pop("08")  # a real model, and two minutes of training
+    assert max(seconds.values()) < 75 and sum(seconds.values()) < 7 * 60 and real < 6 * 60, seconds
 
 
 @pytest.mark.slow
 @each
-def test_runs_from_clean(path):
-    notebook, seconds = notebooks.execute(path, timeout=150)
+def test_runs_from_clean(path, request):
+    real = path.name.startswith("08")
+    if real:
+        request.getfixturevalue("smollm2")  # skips where the model cannot be had
+    limit = 12 * 60 if real else 150  # twice what a lesson may take where it is measured: this machine may be busy
+    notebook, seconds = notebooks.execute(path, timeout=limit)
     assert_solved(notebook)
-    assert seconds < 150  # twice what a lesson may take where it is measured: this machine may be busy
+    assert seconds < limit
 
 
 def test_results_of_the_readme_are_the_lessons():

@@ -1,7 +1,11 @@
 """The README's Python runs as it stands, and what it points at exists."""
 
+import json
 import pathlib
 import re
+from collections import defaultdict
+
+from minillama.lessons import percent
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,3 +30,20 @@ def test_every_requirement_is_pinned_with_a_reason():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
     for line in lines:
         assert re.fullmatch(r"(-e \.|[\w-]+==[\w.]+)\s+# .{5,}", line), line
+
+
+def test_results_on_smollm2_are_the_stored_runs():
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for row in json.loads((ROOT / "docs/smollm2_comparison.json").read_text(encoding="utf-8"))["rows"]:
+        name = {"base": "the frozen base", "full": "all weights"}.get(row["method"], f"`{row['method']}`")
+        assert f"| {name} | {row['parameters']:,} | {percent(row['matches'])} |" in results
+        assert row["method"] not in ("ia3", "llama_adapter") or percent(row["matches"]) in re.sub(r"\s+", " ", TEXT)
+    matches = defaultdict(list)
+    for line in (ROOT / "docs/smollm2_zero_init.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        matches[run["gate"], run["init"], run["learning_rate"]].append(sum(run["matches"].values()) / 5)
+    for gate in (0, 1):
+        cells = {key: percent(values) for key, values in matches.items() if key[0] == gate}
+        for init, prompts in (("normal", "N(0, 1)"), ("input", "as the words")):
+            assert f"| {gate} | {prompts} | {' | '.join(cell for key, cell in sorted(cells.items()) if key[1] == init)} |" in results
+        assert cells[max(cells, key=lambda key: sum(matches[key]))] in re.sub(r"\s+", " ", TEXT)

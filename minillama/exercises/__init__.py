@@ -9,8 +9,10 @@ suite plants the same catalogue in the models, where each entry must fail.
 
 import contextlib
 import difflib
+import dis
 import functools
 import importlib
+import inspect
 import linecache
 import math
 import re
@@ -27,7 +29,8 @@ TOPICS = ("base_models", "prefix_tuning", "llama_adapter", "ia3", "bottleneck", 
 class Exercise:
     """What an answer is held against.
 
-    call:     how the answer is called and what it returns, for messages: "rms_norm(x, weight, eps) -> (B, T, D)".
+    call:     how the answer is called and what it returns, for messages: "rms_norm(x, weight, eps) -> (B, T, D)";
+              where it ends in "-> a whole number", nothing but an int will do.
     right:    the right answer.
     mistakes: wrong ones, functions (or classes) called in the same way; the docstring's first line says what is wrong.
     probe:    probe(answer, draw) yields pairs (what, tensor), where draw(*shape) gives random numbers, the same for every
@@ -44,18 +47,21 @@ class Exercise:
 class Question:
     """A prediction: truth() runs the thing and returns what happens (text, a number or a set of names); `why` explains.
 
-    wrong: what a mistaken answer reveals, {answer: sentence}.  choices: the words an answer can be made of, where it is words.
+    wrong: what a mistaken answer reveals, {answer: sentence}.  choices: the words an answer can be made of, where it is words;
+    without them, those of truth and `wrong`.  nudge: what to ask back where `wrong` has no sentence for the first wrong answer.
     """
 
     truth: Callable
     why: str
     wrong: dict
     choices: tuple = ()
+    nudge: str = "Go through it once more, a step at a time; another wrong answer is told what happens."
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed; mistake: the catalogue's name of what went wrong, or blank, error, shape, dtype, kept, random, swapped, sign, scale, place, value, or None."""
+    """passed, and mistake: the catalogue's name of what went wrong, or blank, form, error, in place, shape, dtype, kept, random, swapped,
+    sign, scale, place, value, or None."""
 
     passed: bool
     mistake: str | None
@@ -81,7 +87,8 @@ def check(name, answer):
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=3)
         raise ValueError(f"there is no exercise {name!r}: {'perhaps ' + ' or '.join(near) if near else 'they are ' + ', '.join(known)}")
-    verdict = (judge_prediction if isinstance(known[name], Question) else judge)(known[name], answer)
+    exercise = known[name]
+    verdict = judge_prediction(exercise, answer, EARLIER.setdefault(name, [])) if isinstance(exercise, Question) else judge(exercise, answer)
     verdict = Verdict(verdict.passed, verdict.mistake, f"{'✓' if verdict.passed else '✗'} {name}: {verdict.message}")
     print(verdict.message)
     return verdict
@@ -89,30 +96,59 @@ def check(name, answer):
 
 # ── predictions ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+EARLIER = {}  # the wrong answers to each question so far: the first is asked back, a later one may be told what happens
 
-def judge_prediction(question, answer):
+
+def judge_prediction(question, answer, earlier):
     if answer is None or answer is ...:
         return Verdict(False, "blank", "not answered yet: put your prediction in the place of the dots, then run the cell again.")
     truth = question.truth()
-    answer = answer.item() if isinstance(answer, torch.Tensor) and answer.numel() == 1 else answer
-    if isinstance(answer, str):  # "0.5" for 0.5, "Smaller" for "smaller"
-        answer = answer.strip().lower() if isinstance(truth, str) and truth.islower() else answer
-        with contextlib.suppress(ValueError):
-            answer = float(answer) if isinstance(truth, int | float) and not isinstance(truth, bool) else answer
-    if isinstance(truth, frozenset):
-        answer = frozenset([answer] if isinstance(answer, str) else answer if isinstance(answer, set | frozenset | list | tuple) else [str(answer)])
-    words = answer if isinstance(answer, frozenset) else [answer]
-    if question.choices and not set(words) <= set(question.choices):
-        return Verdict(False, "blank", f"the answer is made of {', '.join(map(repr, question.choices))}; it has {', '.join(map(repr, words))}.")
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (truth, answer))
-    passed = math.isclose(truth, answer, rel_tol=0.01, abs_tol=1e-9) if numbers else truth == answer
-    shown = ", ".join(sorted(map(str, truth))) or "nothing" if isinstance(truth, frozenset) else f"{truth:.4g}" if isinstance(truth, float) else str(truth)
+    try:
+        answer = in_form(question, truth, answer)
+    except Wrong as wrong:
+        return Verdict(False, *wrong.args)
+    passed = math.isclose(truth, answer, rel_tol=0.01, abs_tol=1e-9) if isinstance(truth, float) else truth == answer
+    show = lambda x: (", ".join(sorted(x)) or "nothing") if isinstance(x, frozenset) else f"{x:.4g}" if isinstance(x, float) else str(x)  # noqa: E731
     if passed:
-        return Verdict(True, None, f"right, {shown}. {question.why}")
-    hint = next((sentence for value, sentence in question.wrong.items() if value == answer), None)
-    if hint is not None:
-        return Verdict(False, "prediction", hint)
-    return Verdict(False, "prediction", f"run, it gives: {shown}. {question.why}")
+        return Verdict(True, None, f"right, {show(truth)}. {question.why}")
+    earlier.append(answer)
+    foreseen = next((sentence for value, sentence in question.wrong.items() if value == answer), None)
+    if foreseen is not None:
+        return Verdict(False, "prediction", foreseen)
+    if answer == earlier[0]:
+        more = "" if isinstance(truth, str | frozenset | bool) else f"; it is {'more' if truth > answer else 'less'} than {show(answer)}"
+        return Verdict(False, "prediction", f"not so{more}. {question.nudge}")
+    return Verdict(False, "prediction", f"run, it gives: {show(truth)}. {question.why}")
+
+
+def in_form(question, truth, answer):
+    """The answer in the truth's form: "0.5" as 0.5, "Smaller" as "smaller", {"gate"} frozen; raises Wrong where it has another one."""
+    said = [[x] if isinstance(x, str) else x for x in (truth, *question.wrong)] if isinstance(truth, str | frozenset) else []
+    choices = question.choices or sorted({word for words in said for word in words})
+    words = ", ".join(map(repr, choices))
+    if isinstance(truth, frozenset):
+        given = {answer} if isinstance(answer, str) else answer
+        if not isinstance(given, set | frozenset | list | tuple) or not all(word in choices for word in given):
+            raise Wrong("form", f"the answer is a set made of {words}, or set() for none of them; yours is {answer!r}.")
+        return frozenset(given)
+    if isinstance(truth, str):
+        given = answer.strip().lower() if isinstance(answer, str) and truth.islower() else answer
+        if not isinstance(given, str) or given not in choices:
+            raise Wrong("form", f"the answer is one of {words}; yours is {answer!r}.")
+        return given
+    if isinstance(truth, bool):
+        if not isinstance(answer, bool):
+            raise Wrong("form", f"the answer is True or False; yours is {answer!r}.")
+        return answer
+    given, whole = answer, isinstance(truth, int)
+    if isinstance(answer, torch.Tensor) and answer.numel() == 1 and not whole:
+        given = answer.item()
+    if isinstance(answer, str):
+        with contextlib.suppress(ValueError):
+            given = type(truth)(answer)
+    if isinstance(given, bool) or not isinstance(given, int if whole else int | float):
+        raise Wrong("form", f"the answer is a {'whole number, an int' if whole else 'number'}; yours is {answer!r}, {describe(answer)}.")
+    return given
 
 
 # ── answers that run ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,10 +176,11 @@ def gradients(out, *inputs):
 
 def describe(value):
     if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+        name = str(value.dtype).removeprefix("torch.")
+        return f"{'an' if name[0] == 'i' else 'a'} {name} tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}: {', '.join(map(describe, value))}"
-    return f"{value!r}" if value is None else f"a {type(value).__name__}"
+    return f"{value!r}" if value is None else f"{'an' if type(value) is int else 'a'} {type(value).__name__}"
 
 
 def observe(exercise, answer, salt=0):
@@ -156,16 +193,32 @@ def observe(exercise, answer, salt=0):
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
-    def called(*arguments, **names):
+    def begin(function, arguments):
         torch.manual_seed(salt)
-        calls.append(arguments)
-        result = answer(*arguments, **names)
+        calls.append((function, arguments, [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]))
+
+    def end(result):
+        function, arguments, before = calls[-1]
         if result is None or result is ...:
-            if pieces or getattr(getattr(answer, "__code__", None), "co_names", ()):
-                raise Wrong("error", f"it returned nothing when called with {shapes(arguments)}: is a `return` missing? Needed is {exercise.call}.")
-            raise NotImplementedError
+            if is_blank(function):
+                raise NotImplementedError
+            raise Wrong("error", f"it returned nothing when called with {shapes(arguments)}: is a `return` missing? Needed is {exercise.call}.")
+        for i, (x, copy) in enumerate(zip(arguments, before)):
+            if isinstance(x, torch.Tensor) and not torch.equal(x.detach(), copy):
+                x = name_of(function, i)
+                instead = f"write {x} = {x} * … (or + …), a new tensor, instead of {x} *= …"
+                raise Wrong("in place", f"your function changes its input {x} in place; {instead}.")
+
+    def called(*arguments, **names):
+        begin(answer, arguments)
+        result = answer(*arguments, **names)
+        end(result)
+        if exercise.call.endswith("-> a whole number") and type(result) is not int:
+            returned = f"it returned {result!r}, {describe(result)} (`//` divides whole numbers, `/` makes floats)"
+            raise Wrong("form", f"needed is a whole number, an int; {returned}.")
         if isinstance(result, torch.nn.Module):
-            result.register_forward_pre_hook(lambda _, inputs: (torch.manual_seed(salt), calls.append(inputs))[0] and None)
+            result.register_forward_pre_hook(lambda module, inputs: begin(module.forward, inputs))
+            result.register_forward_hook(lambda module, inputs, result: end(result))
         return result
 
     try:
@@ -173,15 +226,43 @@ def observe(exercise, answer, salt=0):
             for what, value in exercise.probe(called, draw):
                 if not isinstance(value, torch.Tensor):
                     raise Wrong("shape", f"{what} should be a tensor; it is {describe(value)}")
-                pieces.append((what, value.detach()))
+                pieces.append((what, value.detach().clone()))
     except NotImplementedError:
         return pieces, ("blank", f"not written yet: it should be {exercise.call}. Fill in the dots, then run the cell again.")
     except Wrong as wrong:
         return pieces, wrong.args
     except Exception as error:  # whatever a student's code may raise is part of the verdict
-        given = shapes(calls[-1]) if calls else "nothing"
-        return pieces, ("error", f"it stopped with {type(error).__name__}: {error}{place_of(error)}. It was called with {given}; needed is {exercise.call}.")
+        function, arguments, _ = calls[-1] if calls else (answer, (), ())
+        if isinstance(error, RuntimeError) and re.search("in-?place operation", str(error)):
+            needed = f"an assignment like `y += …` overwrites y, which the backward pass still needs{place_of(error)}"
+            return pieces, ("error", f"{needed}: write y = y + …, a new tensor.")
+        stopped = f"it stopped with {type(error).__name__}: {str(error).rstrip('.')}{place_of(error)}.{advice(error, function, arguments)}"
+        return pieces, ("error", f"{stopped} It was called with {shapes(arguments) or 'nothing'}; needed is {exercise.call}.")
     return pieces, None
+
+
+def is_blank(function):
+    """Whether its body is a docstring, dots, `pass` or a bare `return`."""
+    steps = {step.opname for step in dis.get_instructions(function)} if hasattr(function, "__code__") else set()
+    return steps <= {"RESUME", "COPY_FREE_VARS", "NOP", "LOAD_CONST", "LOAD_SMALL_INT", "POP_TOP", "RETURN_VALUE", "RETURN_CONST"}
+
+
+def name_of(function, place):
+    """What the function calls its argument at this place."""
+    with contextlib.suppress(TypeError, ValueError, IndexError):
+        return list(inspect.signature(function).parameters)[place]
+    return f"number {place + 1}"
+
+
+def advice(error, function, arguments):
+    """What torch's own words leave out."""
+    if "shapes cannot be multiplied" in str(error) and "linear(" in place_of(error):
+        return " F.linear(x, W) transposes the weight itself: it is x @ W.T."
+    if re.search("same dtype|scalar type", str(error)):
+        tensors = [next(x.parameters(), None) if isinstance(x, torch.nn.Module) else x for x in arguments]
+        dtypes = [f"{name_of(function, i)} {str(x.dtype)[6:]}" for i, x in enumerate(tensors) if isinstance(x, torch.Tensor)]
+        return f" The dtypes: {', '.join(dtypes)}."
+    return ""
 
 
 def shapes(arguments):
@@ -222,6 +303,15 @@ def alike(first, second):
     return len(pieces) == len(others) and ended(error) == ended(other) and all(close(a, b) for (_, a), (_, b) in zip(pieces, others))
 
 
+def alike_so_far(right, seen, theirs):
+    """Whether a wrong answer is the same as another up to where it also stops, or goes on in another dtype: two mistakes in one."""
+    pieces, theirs, right = ([value for _, value in observed[0]] for observed in (seen, theirs, right))
+    end = next((i for i, (a, b) in enumerate(zip(pieces, right)) if a.dtype != b.dtype), len(pieces))
+    if not end < len(right) or len(theirs) < end:
+        return False
+    return all(map(close, pieces[:end], theirs)) and not all(map(close, pieces[:end], right))
+
+
 def judge(exercise, answer):
     """The verdict on an answer that runs."""
     if not callable(answer):
@@ -232,9 +322,10 @@ def judge(exercise, answer):
             return Verdict(True, None, f"right. Equal to the reference: {', '.join(dict.fromkeys(what for what, _ in seen[0]))}.")
     if seen[1] and seen[1][0] == "blank":
         return Verdict(False, *seen[1])
-    for mistake in exercise.mistakes:
-        if alike(seen, expected(exercise, mistake)):
-            return Verdict(False, mistake.__name__, f"this equals a known mistake: {' '.join(mistake.__doc__.split())}.")
+    for same in (alike, functools.partial(alike_so_far, right)):
+        for mistake in exercise.mistakes:
+            if same(seen, expected(exercise, mistake)):
+                return Verdict(False, mistake.__name__, f"this equals a known mistake: {' '.join(mistake.__doc__.split())}.")
     for salt, kind, reason in ((0, "kept", "something is kept from an earlier call"), (1, "random", "is a dropout left on, or something drawn anew?")):
         for (what, value), (_, other) in zip(seen[0], observe(exercise, answer, salt)[0]):
             if not close(value, other):
@@ -245,8 +336,8 @@ def judge(exercise, answer):
                 if value.dim() and close(value, its_right) and close(its, wanted):
                     return Verdict(False, "swapped", f"{what} and {other} are in each other's place.")
             return Verdict(False, *difference(what, value, wanted))
-    kind, sentence = seen[1] or right[1]
-    return Verdict(False, kind, sentence)
+    changes = "what it returned is right; but it changes something that it was given, and the calls that follow find it changed."
+    return Verdict(False, *(seen[1] or ("in place", changes)))
 
 
 def difference(what, value, wanted):
@@ -263,8 +354,12 @@ def difference(what, value, wanted):
     a, b = value.double(), wanted.double()
     if a.isnan().any():
         return "value", f"{what} holds NaN: is a whole row of the softmax masked, or something divided by 0?"
+    if a.dim() == 0:
+        return "value", f"{what} is {a:.3g}; needed is {b:.3g}."
     if close(-value, wanted):
         return "sign", f"{what} has the wrong sign, and is right otherwise."
+    if close(1 - value, wanted):
+        return "value", f"{what} is 1 minus what it should be."
     if not a.any():
         return "value", f"{what} is 0 everywhere; it should not be: does anything reach it?"
     if b.any():

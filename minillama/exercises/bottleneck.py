@@ -1,5 +1,7 @@
 """Lesson 05: bottleneck adapters, with the wrong versions that one writes easily."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,7 +12,7 @@ from ..adapters import bottleneck
 from ..adapters.bottleneck import Adapted, Bottleneck
 from ..attention import RoPE
 from ..llama import Layer, LLaMAConfig
-from . import Exercise, Question, Wrong, filled, gradients, named
+from . import Exercise, Question, Wrong, close, filled, gradients, named
 
 right_attach = bottleneck.attach
 
@@ -179,6 +181,22 @@ def matrices_not_cast(x, down_weight, down_bias, up_weight, up_bias):
     return F.gelu(x @ down_weight.T + down_bias) @ up_weight.T + up_bias
 
 
+def biases_not_cast(x, down_weight, down_bias, up_weight, up_bias):
+    """the weights cast to the dtype of x, the biases not: a bfloat16 model stops here; cast the biases too, down_bias.to(x.dtype)"""
+    return F.linear(F.gelu(F.linear(x, down_weight.to(x.dtype), down_bias)), up_weight.to(x.dtype), up_bias)
+
+
+def added_biases_not_cast(x, down_weight, down_bias, up_weight, up_bias):
+    """the weights cast to the dtype of x, the biases not: a bfloat16 model stops here; cast the biases too, down_bias.to(x.dtype)"""
+    return F.gelu(x @ down_weight.to(x.dtype).T + down_bias) @ up_weight.to(x.dtype).T + up_bias
+
+
+def down_bias_behind_gelu(x, down_weight, down_bias, up_weight, up_bias):
+    """the down-projection's bias added behind GELU; it belongs to down, in front of it: GELU(down x + bias)"""
+    narrow = F.gelu(F.linear(x, down_weight.to(x.dtype))) + down_bias.to(x.dtype)
+    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
+
+
 def sigmoid_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
     """a sigmoid for GELU: it squashes what should be bent"""
     return F.linear(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).sigmoid(), up_weight.to(x.dtype), up_bias.to(x.dtype))
@@ -192,7 +210,6 @@ def tanh_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
 def input_detached(x, down_weight, down_bias, up_weight, up_bias):
     """the input detached from the graph: the adapters below learn less than they should"""
     return right_bottleneck(x.detach(), down_weight, down_bias, up_weight, up_bias)
-
 
 
 def tensors_of(draw, width=10, size=4):
@@ -342,11 +359,21 @@ def reads_the_sum(sublayer, x, network):
     return y + network(x + y)
 
 
+def sublayer_forgotten(sublayer, x, network):
+    """the sublayer left out: x + bottleneck(x); the bottleneck reads what the sublayer returns, and is added to it"""
+    return x + network(x)
+
+
+def subtracted(sublayer, x, network):
+    """the bottleneck's output subtracted; it is added, y + bottleneck(y)"""
+    y = sublayer(x)
+    return y - network(y)
+
+
 def bottleneck_detached(sublayer, x, network):
     """the bottleneck's output detached from the graph: it never learns"""
     y = sublayer(x)
     return y + network(y).detach()
-
 
 
 def run_twice(sublayer, x, network):
@@ -370,22 +397,27 @@ def network_of(draw, width=8, size=3, activation="gelu"):
     return filled(Bottleneck(width, size, activation), draw).requires_grad_(True)
 
 
-def probe_sublayer(answer, draw, *more):
+def probe_sublayer(answer, draw, right=as_sublayer(Adapted), more=((),)):
+    """more: what else the answer is given, once for each output that is compared."""
     sublayer, network, runs = filled(nn.Linear(8, 8), draw).eval(), network_of(draw), []
-    handle = sublayer.register_forward_hook(lambda *_: runs.append(1))
     x = draw(2, 5, 8).requires_grad_()
-    out = answer(sublayer, x, network, *more)
-    yield "the output (B, T, D)", out
+    outs = [answer(sublayer, x, network, *options) for options in more]
+    for out, options in zip(outs, more):
+        yield f"the output{' with scale ' if options else ''}{', '.join(map(str, options))} (B, T, D)", out
+    if not all(close(out, right(sublayer, x, network, *options)) for out, options in zip(outs, more)):
+        return
+    handle = sublayer.register_forward_hook(lambda *_: runs.append(1))
+    out = answer(sublayer, x, network, *more[0])
+    handle.remove()
     of_x, of_down, of_up = gradients(out, x, network.down.weight, network.up.weight)
     yield "the gradient of x (B, T, D)", of_x
     yield "the gradient of down's weight (m, D)", of_down
     yield "the gradient of up's weight (D, m)", of_up
     yield "how often the sublayer ran", torch.tensor(len(runs))
-    handle.remove()
     with torch.no_grad():
         network.up.weight.zero_(), network.up.bias.zero_()
-    yield "the output with up at 0: the sublayer's (B, T, D)", answer(sublayer, x, network, *more)
-    yield "the output in bfloat16 (B, T, D)", answer(sublayer.bfloat16(), x.bfloat16(), network, *more)
+    yield "the output with up at 0: the sublayer's (B, T, D)", answer(sublayer, x, network, *more[0])
+    yield "the output in bfloat16 (B, T, D)", answer(sublayer.bfloat16(), x.bfloat16(), network, *more[0])
 
 
 def right_parallel(sublayer, x, network, scale):
@@ -428,10 +460,40 @@ def divided_by_the_scale(sublayer, x, network, scale):
     return sublayer(x) + network(x) / scale
 
 
+def scale_written_as_a_number(sublayer, x, network, scale):
+    """4 written for the scale, which is given: multiply by `scale`"""
+    return sublayer(x) + 4.0 * network(x)
+
+
+def scale_plus_one(sublayer, x, network, scale):
+    """1 + scale for the scale: it is itself the factor"""
+    return sublayer(x) + (1 + scale) * network(x)
+
+
+def scale_subtracted(sublayer, x, network, scale):
+    """the bottleneck's output subtracted; it is added, sublayer(x) + scale · bottleneck(x)"""
+    return sublayer(x) - scale * network(x)
+
+
+def sequential_without_scale(sublayer, x, network, scale):
+    """the sequential form of 5.4, and without the scale; beside the sublayer, the bottleneck reads x, and `scale` multiplies what it adds"""
+    y = sublayer(x)
+    return y + network(y)
+
+
+def input_for_sublayer(sublayer, x, network, scale):
+    """x in the place of the sublayer's output, so that the sublayer is left out: sublayer(x) + scale · bottleneck(x)"""
+    return x + scale * network(x)
+
+
+def parallel_alone(sublayer, x, network, scale):
+    """the sublayer left out: the bottleneck's scaled output is added to sublayer(x)"""
+    return scale * network(x)
+
+
 def parallel_in_front(sublayer, x, network, scale):
     """the bottleneck in front of the sublayer; beside it, the sublayer reads x as it is"""
     return sublayer(x + scale * network(x))
-
 
 
 def parallel_detached(sublayer, x, network, scale):
@@ -440,7 +502,7 @@ def parallel_detached(sublayer, x, network, scale):
 
 
 def probe_parallel(answer, draw):
-    yield from probe_sublayer(answer, draw, 4.0)
+    yield from probe_sublayer(answer, draw, right_parallel, ((4.0,), (0.5,)))
 
 
 # ── in a block ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -534,6 +596,39 @@ def norms_forgotten(layer, x, positions, first, second):
     return x + z + second(z)
 
 
+def first_norm_forgotten(layer, x, positions, first, second):
+    """attention's norm left out: self_attn reads input_layernorm(x)"""
+    y = layer.self_attn(x, positions)
+    x = x + y + first(y)
+    z = layer.mlp(layer.post_attention_layernorm(x))
+    return x + z + second(z)
+
+
+def second_norm_forgotten(layer, x, positions, first, second):
+    """the feed-forward's norm left out: mlp reads post_attention_layernorm(x), where x is the sum behind attention"""
+    y = layer.self_attn(layer.input_layernorm(x), positions)
+    x = x + y + first(y)
+    z = layer.mlp(x)
+    return x + z + second(z)
+
+
+def norms_swapped(layer, x, positions, first, second):
+    """the two norms swapped: input_layernorm stands in front of attention, post_attention_layernorm in front of the feed-forward"""
+    y = layer.self_attn(layer.post_attention_layernorm(x), positions)
+    x = x + y + first(y)
+    z = layer.mlp(layer.input_layernorm(x))
+    return x + z + second(z)
+
+
+def residual_from_the_norm(layer, x, positions, first, second):
+    """the residuals taken from what the norms return; what is added back is the stream as it was in front of the norm"""
+    x = layer.input_layernorm(x)
+    y = layer.self_attn(x, positions)
+    x = layer.post_attention_layernorm(x + y + first(y))
+    z = layer.mlp(x)
+    return x + z + second(z)
+
+
 def first_norm_twice(layer, x, positions, first, second):
     """the attention's norm used for the feed-forward too, which has its own: post_attention_layernorm"""
     y = layer.self_attn(layer.input_layernorm(x), positions)
@@ -579,10 +674,33 @@ def forward_before_first(layer, x, positions, first, second):
     return x + y + first(y) + z + second(z)
 
 
+def beside_each_other(layer, x, positions, first, second):
+    """attention and feed-forward both fed with x; the feed-forward reads the sum of x, attention and the first bottleneck"""
+    attention, forward = sublayers(layer, positions)
+    y, z = attention(x), forward(x)
+    return x + y + first(y) + z + second(z)
+
+
+def both_at_the_end(layer, x, positions, first, second):
+    """both bottlenecks behind the feed-forward, and both fed with its output; the first reads what attention returns and is added there"""
+    attention, forward = sublayers(layer, positions)
+    x = x + attention(x)
+    z = forward(x)
+    return x + z + first(z) + second(z)
+
+
+def first_residual_left_out(layer, x, positions, first, second):
+    """the residual around attention left out"""
+    attention, forward = sublayers(layer, positions)
+    y = attention(x)
+    x = y + first(y)
+    z = forward(x)
+    return x + z + second(z)
+
+
 def positions_forgotten(layer, x, positions, first, second):
     """positions not given to self_attn: without them queries and keys are not rotated"""
     return right_layer(layer, x, None, first, second)
-
 
 
 def not_adapted(layer, x, positions, first, second):
@@ -645,15 +763,49 @@ def biases_once(D, m, L, places):
     return L * places * 2 * m * D + D + m
 
 
+def down_bias_alone(D, m, L, places):
+    """up's bias not counted, D numbers; down has one of m, up one of D"""
+    return L * places * (2 * m * D + m)
+
+
+def biases_of_width(D, m, L, places):
+    """2·D for the biases; down's has m numbers, one for each feature it returns, and up's has D"""
+    return L * places * (2 * m * D + 2 * D)
+
+
+def biases_twice(D, m, L, places):
+    """the biases counted twice: two matrices of m·D, and two biases, m of down and D of up, once each"""
+    return L * places * 2 * (m * D + D + m)
+
+
+def squares(D, m, L, places):
+    """D·D for a matrix; down is (m, D) and up (D, m), m·D numbers each"""
+    return L * places * (2 * D * D + D + m)
+
+
+def one_layer(D, m, L, places):
+    """one layer counted; there are L"""
+    return places * (2 * m * D + D + m)
+
+
+def one_bottleneck(D, m, L, places):
+    """one bottleneck counted; there are `places` in each of L layers"""
+    return 2 * m * D + D + m
+
+
+def two_places(D, m, L, places):
+    """two places a layer counted, whatever `places` says"""
+    return L * 2 * (2 * m * D + D + m)
+
+
+def places_added(D, m, L, places):
+    """L + places bottlenecks counted; there are `places` in each of L layers"""
+    return (L + places) * (2 * m * D + D + m)
+
 
 def probe_parameters(answer, draw):
-    for arguments in ((128, 16, 4, 2), (768, 64, 12, 1)):
-        value = answer(*arguments)
-        if isinstance(value, torch.Tensor | float) and float(value) == int(value):
-            value = int(value)
-        if not isinstance(value, int):
-            raise Wrong("shape", f"needed is a whole number; it returned {value!r}")
-        yield f"the number for D = {arguments[0]}, m = {arguments[1]}, L = {arguments[2]}, places = {arguments[3]}", torch.tensor(value)
+    for D, m, L, places in ((128, 16, 1, 1), (128, 16, 4, 1), (128, 16, 1, 2), (768, 64, 12, 2)):
+        yield f"the number for D = {D}, m = {m}, L = {L}, places = {places}", torch.tensor(answer(D, m, L, places))
 
 
 def learned(steps, start="zero", activation="gelu"):
@@ -678,14 +830,23 @@ def learned(steps, start="zero", activation="gelu"):
 
 
 NAMED = ("down.weight", "down.bias", "up.weight", "up.bias")
-UP, EVERY = frozenset(NAMED[2:]), frozenset(NAMED)
+DOWN, UP = frozenset(NAMED[:2]), frozenset(NAMED[2:])
+
+
+def nudges(truth, wrongly, missing):
+    """A sentence for every wrong set of names: on the first name that it wrongly has, else on the first that is missing."""
+    subsets = [frozenset(names) for count in range(5) for names in itertools.combinations(NAMED, count)]
+    said = lambda found: next((sentence for name, sentence in wrongly.items() if name in found - truth), None)  # noqa: E731
+    return {found: said(found) or next(missing[name] for name in missing if name not in found) for found in subsets if found != truth}
+
 
 EXERCISES = {
-    "bottleneck": Exercise(
-        "bottleneck(x, down_weight, down_bias, up_weight, up_bias) -> (B, T, D)", right_bottleneck,
+    "bottleneck_network": Exercise(
+        "bottleneck_network(x, down_weight, down_bias, up_weight, up_bias) -> (B, T, D)", right_bottleneck,
         (*(as_bottleneck(mistake) for mistake in (NoActivation, WrongActivation, ActivationLast, NoBias)),
          skip_inside, activated_twice, activated_first, up_bias_forgotten, down_bias_forgotten, tanh_gelu, silu_for_gelu,
-         computed_in_float32, weights_not_cast, matrices_not_cast, sigmoid_for_gelu, tanh_for_gelu, features_detached, input_detached),
+         computed_in_float32, weights_not_cast, matrices_not_cast, biases_not_cast, added_biases_not_cast, down_bias_behind_gelu,
+         sigmoid_for_gelu, tanh_for_gelu, features_detached, input_detached),
         probe_bottleneck,
     ),
     "bottleneck_start": Exercise(
@@ -696,41 +857,48 @@ EXERCISES = {
     ),
     "bottleneck_moves_first": Question(
         learned(1), "The loss reaches down through up, and up is 0: the gradient of all that lies before it carries that factor.",
-        {EVERY: "look again at what the gradient of down passes on its way: up's weight, and it is 0.",
-         frozenset(["down.weight", "down.bias"]): "the other way round: what lies behind the zero feels the loss, what lies before it does not.",
-         frozenset(["up.weight"]): "nearly: is there anything that stands between up's bias and the loss?",
-         frozenset(["up.bias"]): "not quite: the gradient of up's weight is the loss's, times the narrow features, and these are not 0."}, NAMED,
+        {**nudges(UP, dict.fromkeys(DOWN, "look again at what the gradient of down passes on its way: up's weight, and it is 0."),
+                  {"up.weight": "not quite: the gradient of up's weight is the loss's, times the narrow features, and these are not 0.",
+                   "up.bias": "nearly: is there anything that stands between up's bias and the loss?"}),
+         DOWN: "the other way round: what lies behind the zero feels the loss, what lies before it does not."}, NAMED,
     ),
     "bottleneck_moves_second": Question(
         learned(2), "After one step up is no longer 0, and down feels the loss.",
-        {UP: "up is no longer 0: does down's gradient still vanish?"}, NAMED,
+        nudges(DOWN | UP, {}, {**dict.fromkeys(NAMED[2:], "what moved at the first step has moved: are both of up's tensors in your set?"),
+                               "down.weight": "up is no longer 0: does down's gradient still vanish?",
+                               "down.bias": "down's bias stands where down's weight does, in front of GELU: what holds for the one?"}), NAMED,
     ),
     "bottleneck_all_zero": Question(
         learned(20, "all zero"), "The features are GELU(0) = 0, so up's weight gets no gradient; up stays 0, so down gets none either. "
         "What is left adds one fixed vector to every token.",
-        {EVERY: "follow one step: with down at 0 the features are 0, and the gradient of up's weight has them as a factor.",
-         UP: "the gradient of up's weight has the narrow features as a factor: what are they when down is 0?",
-         frozenset(): "one of the four reaches the loss without passing a zero."}, NAMED,
+        nudges(frozenset(["up.bias"]),
+               {"up.weight": "the gradient of up's weight has the narrow features as a factor: what are they when down is 0?",
+                **dict.fromkeys(NAMED[:2], "down's gradient has up's weight as a factor, which starts at 0: does it ever leave it?")},
+               {"up.bias": "one of the four reaches the loss without passing a zero."}), NAMED,
     ),
     "adapted_sublayer": Exercise(
         "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", as_sublayer(Adapted),
         (*(as_sublayer(mistake) for mistake in (NoInnerResidual, ReadsInput, AddedTwice, BottleneckDropoutInEval)),
-         input_for_output, block_residual_too, in_front, in_front_alone, bottleneck_alone, reads_the_sum, bottleneck_detached,
+         input_for_output, block_residual_too, in_front, in_front_alone, bottleneck_alone, reads_the_sum, sublayer_forgotten,
+         subtracted, bottleneck_detached,
          run_twice, sublayer_detached, no_bottleneck), probe_sublayer,
     ),
     "parallel_sublayer": Exercise(
         "parallel_sublayer(sublayer, x, bottleneck, scale) -> (B, T, D)", right_parallel,
         (parallel_reads_output, scale_forgotten, scale_on_the_sum, scale_on_the_sublayer, scale_inside, parallel_with_skip,
-         divided_by_the_scale, parallel_in_front, parallel_detached), probe_parallel,
+         divided_by_the_scale, scale_written_as_a_number, scale_plus_one, scale_subtracted, sequential_without_scale,
+         input_for_sublayer, parallel_alone, parallel_in_front, parallel_detached), probe_parallel,
     ),
     "houlsby_layer": Exercise(
         "houlsby_layer(layer, x, positions, first, second) -> (B, T, D)", right_layer,
         (as_layer(attach_to_mlp_only), attention_only, behind_the_residual, in_front_of_the_sublayers, beside_the_sublayers, bottlenecks_swapped,
-         residuals_replaced, no_residual, norms_forgotten, first_norm_twice, first_used_twice, attention_not_passed_on,
+         residuals_replaced, no_residual, norms_forgotten, first_norm_forgotten, second_norm_forgotten, norms_swapped, residual_from_the_norm,
+         beside_each_other, both_at_the_end, first_residual_left_out, first_norm_twice, first_used_twice, attention_not_passed_on,
          last_residual_left_out, second_reads_the_norm, forward_before_first, positions_forgotten, not_adapted), probe_layer,
     ),
     "bottleneck_parameters": Exercise(
         "bottleneck_parameters(D, m, L, places) -> a whole number", parameters,
-        (no_biases, one_bias, one_place, one_matrix, biases_swapped, biases_once), probe_parameters,
+        (no_biases, one_bias, one_place, one_matrix, biases_swapped, biases_once, down_bias_alone, biases_of_width, biases_twice, squares, one_layer,
+         one_bottleneck, two_places, places_added), probe_parameters,
     ),
 }  # fmt: skip

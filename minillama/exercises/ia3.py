@@ -12,7 +12,7 @@ from ..attention import RoPE, rotate
 from ..gpt2 import GPT2, GPT2Config
 from ..llama import Layer as LLaMALayer
 from ..llama import LLaMA, LLaMAConfig
-from . import Exercise, Question, close, filled, gradients, named, planted
+from . import Exercise, Question, Wrong, close, filled, gradients, named, planted
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -55,7 +55,7 @@ class BiasUnscaled(IA3Linear):
 
 
 class MergeForgetsBias(IA3Linear):
-    """a merge that scales the weight and not the bias; l · (W x + b) = (l W) x + l b"""
+    """a merge that scales the weight and not the bias; l · (W x + b) = diag(l) W x + l · b"""
 
     harmless_for = ("llama",)
 
@@ -140,6 +140,40 @@ def always_the_input(linear, x, scale, side):
     return linear(x * scale.to(x.dtype))
 
 
+def always_the_output(linear, x, scale, side):
+    """what comes out multiplied on both sides; with side "input" it is what goes into the projection that is multiplied"""
+    return linear(x) * scale.to(x.dtype)
+
+
+def vector_unused(linear, x, scale, side):
+    """the projection alone: the vector multiplies nothing"""
+    return linear(x)
+
+
+def projection_left_out(linear, x, scale, side):
+    """x multiplied and not projected: linear(…) is called on both sides, and the side says whether what goes in or what comes out is multiplied"""
+    return x * scale.to(x.dtype)
+
+
+def bias_dropped(linear, x, scale, side):
+    """the projection's bias dropped on the input side: W (l · x) + b keeps it; call linear(…), which adds it, not its weight alone"""
+    scale = scale.to(x.dtype)
+    return linear(x) * scale if side == "output" else F.linear(x * scale, linear.weight)
+
+
+def biases_dropped(linear, x, scale, side):
+    """the projection's bias dropped on both sides; call linear(…), which adds it, not its weight alone"""
+    scale = scale.to(x.dtype)
+    return F.linear(x, linear.weight) * scale if side == "output" else F.linear(x * scale, linear.weight)
+
+
+def weight_scaled_in_place(linear, x, scale, side):
+    """the projection's own weight multiplied in place: the base is frozen, and the next call would multiply it again; multiply
+    what goes in or what comes out, and leave weight and bias as they are"""
+    linear.weight.data.mul_(scale[:, None] if side == "output" else scale)
+    return linear(x)
+
+
 def scale_added(linear, x, scale, side):
     """the vector added; IA3 multiplies"""
     return linear(x) + scale.to(x.dtype) if side == "output" else linear(x + scale.to(x.dtype))
@@ -171,9 +205,18 @@ def detached_vector(linear, x, scale, side):
     return right_linear(linear, x, scale.detach(), side)
 
 
+def leaving(answer, module, *arguments):
+    """The answer called on a frozen module, whose own weights it must leave as they are."""
+    before = copy.deepcopy(module.state_dict())
+    out = answer(module, *arguments)
+    if not all(torch.equal(value, before[name]) for name, value in module.state_dict().items()):
+        raise Wrong("in place", "it changes the base's own weights, which are frozen: multiply what flows and leave the weights as they are.")
+    return out
+
+
 def probe_linear(answer, draw):
     square, x, scale = filled(nn.Linear(10, 10), draw), draw(2, 5, 10), draw(10)  # as many in as out: what is on the wrong side runs too
-    outs = [answer(square, x, scale, side) for side in SIDES]
+    outs = [leaving(answer, square, x, scale, side) for side in SIDES]
     for side, out in zip(SIDES, outs):
         yield f'the output with side "{side}" (B, T, out)', out
     if not all(close(out, right_linear(square, x, scale, side)) for side, out in zip(SIDES, outs)):
@@ -282,6 +325,48 @@ def merge_biases_swapped(linear, scale, side):
     return weight, linear.bias if side == "output" else linear.bias * scale
 
 
+def merge_sides_swapped(linear, scale, side):
+    """the sides swapped: "output" scales rows (scale[:, None]) and the bias, "input" scales columns (scale) and no bias"""
+    return right_merge(linear, scale, "input" if side == "output" else "output")
+
+
+def merge_one_plus(linear, scale, side):
+    """1 + l instead of l; IA3's vector is itself the factor and starts at 1"""
+    return right_merge(linear, 1 + scale, side)
+
+
+def merge_divided(linear, scale, side):
+    """divided by the vector, which undoes a merge; to merge, multiply"""
+    return right_merge(linear, 1 / scale, side)
+
+
+def merge_divided_bias_kept(linear, scale, side):
+    """divided by the vector, which undoes a merge; to merge, multiply, and on the output side the bias too"""
+    weight, _ = right_merge(linear, 1 / scale, side)
+    return weight, linear.bias
+
+
+def merge_added(linear, scale, side):
+    """the vector added to weight and bias; IA3 multiplies"""
+    return linear.weight + (scale[:, None] if side == "output" else scale), linear.bias + scale
+
+
+def merge_added_bias_kept(linear, scale, side):
+    """the vector added to the weight; IA3 multiplies, on the output side the bias too"""
+    return linear.weight + (scale[:, None] if side == "output" else scale), linear.bias
+
+
+def merge_added_on_the_output_side(linear, scale, side):
+    """the vector added to the weight, and on the output side to the bias; IA3 multiplies"""
+    return (linear.weight + scale[:, None], linear.bias + scale) if side == "output" else (linear.weight + scale, linear.bias)
+
+
+def merge_bias_added(linear, scale, side):
+    """the vector added to the bias on the output side; l · (W x + b) multiplies it"""
+    weight, bias = right_merge(linear, scale, side)
+    return weight, linear.bias + scale if side == "output" else bias
+
+
 def merge_transposed(linear, scale, side):
     """the weight transposed, (in, out); torch's Linear keeps (out, in)"""
     weight, bias = right_merge(linear, scale, side)
@@ -348,21 +433,31 @@ class Block:
     def __init__(self, layer, l_k, l_v, l_ff):
         self.layer, self.attention, self.mlp, self.l_k, self.l_v, self.l_ff = layer, layer.self_attn, layer.mlp, l_k, l_v, l_ff
 
-    def keys(self, x, positions):
-        k = self.attention.heads(self.l_k * self.attention.k_proj(x))
-        return rotate(k, *self.attention.rope(positions))
+    def rotate(self, heads, positions):
+        return rotate(heads, *self.attention.rope(positions))
 
-    def values(self, x):
-        return self.attention.heads(self.l_v * self.attention.v_proj(x))
+    def queries(self, h, positions):
+        return self.rotate(self.attention.heads(self.attention.q_proj(h)), positions)
 
-    def hidden(self, x):
-        return self.l_ff * F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+    def keys(self, h, positions):
+        return self.rotate(self.attention.heads(self.l_k * self.attention.k_proj(h)), positions)
+
+    def values(self, h, positions):
+        return self.attention.heads(self.l_v * self.attention.v_proj(h))
+
+    def attend(self, h, positions):
+        q, k, v = (part(h, positions) for part in (self.queries, self.keys, self.values))
+        return self.attention.output(self.attention.attend(q, k, v))
+
+    def hidden(self, h):
+        return self.l_ff * F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h)
+
+    def feed(self, h):
+        return self.mlp.down_proj(self.hidden(h))
 
     def forward(self, x, positions):
-        normed = self.layer.input_layernorm(x)
-        q, _, _ = self.attention.project(normed, positions)
-        x = x + self.attention.output(self.attention.attend(q, self.keys(normed, positions), self.values(normed)))
-        return x + self.mlp.down_proj(self.hidden(self.layer.post_attention_layernorm(x)))
+        x = x + self.attend(self.layer.input_layernorm(x), positions)
+        return x + self.feed(self.layer.post_attention_layernorm(x))
 
     @classmethod
     def function(cls):
@@ -373,28 +468,68 @@ class Block:
         return function
 
 
+class PlainLayer(Block):
+    """the layer as it is: none of the three vectors is used"""
+
+    def forward(self, x, positions):
+        return self.layer(x, positions)
+
+
 class ScaledAfterRoPE(Block):
     """l_k on the keys after their rotation; it belongs on the output of k_proj, before RoPE, where it can be merged into W_k"""
 
-    def keys(self, x, positions):
-        k = rotate(self.attention.heads(self.attention.k_proj(x)), *self.attention.rope(positions))
+    def keys(self, h, positions):
+        k = self.rotate(self.attention.heads(self.attention.k_proj(h)), positions)
         return k * self.l_k.view(self.attention.num_kv_heads, 1, -1)
 
 
 class KeysNotRotated(Block):
     """keys scaled but no longer rotated by RoPE, while the queries are; rotate(k, *attention.rope(positions)) after the scaling"""
 
-    def keys(self, x, positions):
-        return self.attention.heads(self.l_k * self.attention.k_proj(x))
+    def keys(self, h, positions):
+        return self.attention.heads(self.l_k * self.attention.k_proj(h))
+
+
+class QueriesNotRotated(Block):
+    """queries not rotated by RoPE, while the keys are: rotate(q, *attention.rope(positions)) after the heads are cut"""
+
+    def queries(self, h, positions):
+        return self.attention.heads(self.attention.q_proj(h))
 
 
 class NoPositions(Block):
-    """no rotary positions at all: queries and keys both left unrotated; project(x, positions) and rotate(k, …) turn them"""
+    """no rotary positions at all: turn queries and keys both, by rotate(z, *attention.rope(positions)), after their heads are cut"""
 
-    def forward(self, x, positions):
-        plain = copy.copy(self)
-        plain.keys = lambda x, positions: self.attention.heads(self.l_k * self.attention.k_proj(x))
-        return Block.forward(plain, x, None)
+    def rotate(self, heads, positions):
+        return heads
+
+
+class ValuesRotated(Block):
+    """the values rotated by RoPE too; it turns queries and keys alone"""
+
+    def values(self, h, positions):
+        return self.rotate(super().values(h, positions), positions)
+
+
+class KeysLeftAlone(Block):
+    """l_k used nowhere: the keys are still the base's; it multiplies what comes out of k_proj"""
+
+    def keys(self, h, positions):
+        return self.rotate(self.attention.heads(self.attention.k_proj(h)), positions)
+
+
+class ValuesLeftAlone(Block):
+    """l_v used nowhere: the values are still the base's; it multiplies what comes out of v_proj"""
+
+    def values(self, h, positions):
+        return self.attention.heads(self.attention.v_proj(h))
+
+
+class AttentionLeftAlone(Block):
+    """l_k and l_v used nowhere: attention is still the base's; they multiply what comes out of k_proj and of v_proj"""
+
+    def attend(self, h, positions):
+        return self.attention(h, positions)
 
 
 class VectorsSwapped(Block):
@@ -407,61 +542,177 @@ class VectorsSwapped(Block):
 class InputsOfKeysAndValues(Block):
     """l_k and l_v on what goes into k_proj and v_proj; they multiply what comes out"""
 
-    def keys(self, x, positions):
-        return rotate(self.attention.heads(self.attention.k_proj(self.l_k * x)), *self.attention.rope(positions))
+    def keys(self, h, positions):
+        return self.rotate(self.attention.heads(self.attention.k_proj(self.l_k * h)), positions)
 
-    def values(self, x):
-        return self.attention.heads(self.attention.v_proj(self.l_v * x))
+    def values(self, h, positions):
+        return self.attention.heads(self.attention.v_proj(self.l_v * h))
+
+
+class ByHandCopied(Block):
+    """the GPT-2 block of "By hand", and this is a LLaMA: queries and keys are rotated after their heads are cut, and the hidden
+    activation is silu(gate_proj(h)) · up_proj(h)"""
+
+    def rotate(self, heads, positions):
+        return heads
+
+    def hidden(self, h):
+        return self.l_ff * F.gelu(self.mlp.up_proj(h), approximate="tanh")
+
+
+class FeedForwardOfGPT2(Block):
+    """attention is right, the feed-forward is still GPT-2's; a LLaMA's hidden activation is silu(gate_proj(h)) · up_proj(h)"""
+
+    def hidden(self, h):
+        return self.l_ff * F.gelu(self.mlp.up_proj(h), approximate="tanh")
+
+
+class GELUKept(Block):
+    """GELU where a LLaMA has SiLU: the hidden activation is silu(gate_proj(h)) · up_proj(h)"""
+
+    def hidden(self, h):
+        return self.l_ff * F.gelu(self.mlp.gate_proj(h), approximate="tanh") * self.mlp.up_proj(h)
+
+
+class GateForgotten(Block):
+    """gate_proj forgotten: the hidden activation is a product of two branches, silu(gate_proj(h)) · up_proj(h)"""
+
+    def hidden(self, h):
+        return self.l_ff * F.silu(self.mlp.up_proj(h))
+
+
+class NoSiLU(Block):
+    """the SiLU left out: the hidden activation is silu(gate_proj(h)) · up_proj(h)"""
+
+    def hidden(self, h):
+        return self.l_ff * self.mlp.gate_proj(h) * self.mlp.up_proj(h)
+
+
+class SiLUOfTheProduct(Block):
+    """the SiLU around the product of both branches; it bends gate_proj's branch alone, silu(gate_proj(h)) · up_proj(h)"""
+
+    def hidden(self, h):
+        return self.l_ff * F.silu(self.mlp.gate_proj(h) * self.mlp.up_proj(h))
+
+
+class SumOfTheBranches(Block):
+    """the two branches added; the hidden activation is their product, silu(gate_proj(h)) · up_proj(h)"""
+
+    def hidden(self, h):
+        return self.l_ff * (F.silu(self.mlp.gate_proj(h)) + self.mlp.up_proj(h))
+
+
+class GateWithoutSiLU(Block):
+    """the SiLU on the wrong branch; the hidden activation is silu(gate_proj(h)) · up_proj(h)"""
+
+    def hidden(self, h):
+        return self.l_ff * self.mlp.gate_proj(h) * F.silu(self.mlp.up_proj(h))
 
 
 class BothBranches(Block):
     """l_ff on both branches of the SwiGLU; it multiplies the hidden activation once, after the branches have met or on up_proj's branch alone"""
 
-    def hidden(self, x):
-        return F.silu(self.l_ff * self.mlp.gate_proj(x)) * (self.l_ff * self.mlp.up_proj(x))
+    def hidden(self, h):
+        return F.silu(self.l_ff * self.mlp.gate_proj(h)) * (self.l_ff * self.mlp.up_proj(h))
 
 
-class GateWithoutSiLU(Block):
-    """the SiLU on the wrong branch; the hidden activation is silu(gate_proj(x)) · up_proj(x)"""
+class BothFactors(Block):
+    """l_ff on both factors of the hidden activation, and so squared; it multiplies the product once"""
 
-    def hidden(self, x):
-        return self.l_ff * self.mlp.gate_proj(x) * F.silu(self.mlp.up_proj(x))
+    def hidden(self, h):
+        return self.l_ff * F.silu(self.mlp.gate_proj(h)) * (self.l_ff * self.mlp.up_proj(h))
 
 
 class FeedForwardLeftAlone(Block):
     """l_ff used nowhere: the feed-forward is still the base's"""
 
-    def hidden(self, x):
-        return F.silu(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+    def hidden(self, h):
+        return F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h)
+
+
+class AttentionAlone(Block):
+    """attention alone: the feed-forward, with its norm and its residual, has still to follow"""
+
+    def forward(self, x, positions):
+        return x + self.attend(self.layer.input_layernorm(x), positions)
 
 
 class NormsLeftOut(Block):
     """the sublayers fed without their norms, input_layernorm and post_attention_layernorm"""
 
     def forward(self, x, positions):
-        q, _, _ = self.attention.project(x, positions)
-        x = x + self.attention.output(self.attention.attend(q, self.keys(x, positions), self.values(x)))
-        return x + self.mlp.down_proj(self.hidden(x))
+        x = x + self.attend(x, positions)
+        return x + self.feed(x)
+
+
+class FirstNormLeftOut(Block):
+    """attention fed without its norm: q_proj, k_proj and v_proj read input_layernorm(x)"""
+
+    def forward(self, x, positions):
+        x = x + self.attend(x, positions)
+        return x + self.feed(self.layer.post_attention_layernorm(x))
+
+
+class SecondNormLeftOut(Block):
+    """the feed-forward fed without its norm: it reads post_attention_layernorm(x), where x is the sum behind attention"""
+
+    def forward(self, x, positions):
+        x = x + self.attend(self.layer.input_layernorm(x), positions)
+        return x + self.feed(x)
+
+
+class NormsSwapped(Block):
+    """the two norms swapped: input_layernorm stands in front of attention, post_attention_layernorm in front of the feed-forward"""
+
+    def forward(self, x, positions):
+        x = x + self.attend(self.layer.post_attention_layernorm(x), positions)
+        return x + self.feed(self.layer.input_layernorm(x))
+
+
+class FirstNormTwice(Block):
+    """input_layernorm used for the feed-forward too, which has its own: post_attention_layernorm"""
+
+    def forward(self, x, positions):
+        x = x + self.attend(self.layer.input_layernorm(x), positions)
+        return x + self.feed(self.layer.input_layernorm(x))
 
 
 class ResidualsLeftOut(Block):
     """the residual sums left out: each sublayer's output is added to what went in"""
 
     def forward(self, x, positions):
-        normed = self.layer.input_layernorm(x)
-        q, _, _ = self.attention.project(normed, positions)
-        x = self.attention.output(self.attention.attend(q, self.keys(normed, positions), self.values(normed)))
-        return self.mlp.down_proj(self.hidden(self.layer.post_attention_layernorm(x)))
+        return self.feed(self.layer.post_attention_layernorm(self.attend(self.layer.input_layernorm(x), positions)))
+
+
+class FirstResidualLeftOut(Block):
+    """the first residual left out: attention's output is added to x, and the sum goes on to the feed-forward"""
+
+    def forward(self, x, positions):
+        x = self.attend(self.layer.input_layernorm(x), positions)
+        return x + self.feed(self.layer.post_attention_layernorm(x))
+
+
+class SecondResidualLeftOut(Block):
+    """the second residual left out: the feed-forward's output is added to the sum behind attention"""
+
+    def forward(self, x, positions):
+        x = x + self.attend(self.layer.input_layernorm(x), positions)
+        return self.feed(self.layer.post_attention_layernorm(x))
+
+
+class SecondAddedToX(Block):
+    """the feed-forward's output added to the block's input x, so that what attention adds is lost; it is added to the sum behind attention"""
+
+    def forward(self, x, positions):
+        y = x + self.attend(self.layer.input_layernorm(x), positions)
+        return x + self.feed(self.layer.post_attention_layernorm(y))
 
 
 class BesideEachOther(Block):
     """attention and feed-forward both fed with x; the feed-forward reads the sum of x and attention's output"""
 
     def forward(self, x, positions):
-        normed = self.layer.input_layernorm(x)
-        q, _, _ = self.attention.project(normed, positions)
-        y = self.attention.output(self.attention.attend(q, self.keys(normed, positions), self.values(normed)))
-        return x + y + self.mlp.down_proj(self.hidden(self.layer.post_attention_layernorm(x)))
+        return x + self.attend(self.layer.input_layernorm(x), positions) + self.feed(self.layer.post_attention_layernorm(x))
 
 
 def layer_detached(layer, x, positions, l_k, l_v, l_ff):
@@ -474,12 +725,23 @@ def layer_in_float32(layer, x, positions, l_k, l_v, l_ff):
     return Block(layer, l_k, l_v, l_ff).forward(x, positions)
 
 
+def layer_weights_in_place(layer, x, positions, l_k, l_v, l_ff):
+    """the layer's own weights multiplied in place: the base is frozen, and the next call would multiply them again; multiply what
+    comes out of k_proj and v_proj and what goes into down_proj"""
+    layer.self_attn.k_proj.weight.data.mul_(l_k[:, None])
+    return layer(x, positions)
+
+
 def probe_layer(answer, draw):
     layer, positions = layer_of(draw, 3, 24), torch.arange(4, 9)  # all widths alike: a vector in the wrong place runs too
     x, vectors = draw(2, 5, 24), [draw(24) for _ in range(3)]
-    out = answer(layer, x, positions, *vectors)
-    yield "the output (B, T, D)", out
-    if not isinstance(out, torch.Tensor) or not close(out, right_layer(layer, x, positions, *vectors)):
+    silent = copy.deepcopy(layer)
+    for parameter in silent.mlp.down_proj.parameters():
+        nn.init.zeros_(parameter)
+    blocks = {"x and what attention adds to it: the output where down_proj is 0 (B, T, D)": silent, "the output (B, T, D)": layer}
+    outs = [leaving(answer, block, x, positions, *vectors) for block in blocks.values()]
+    yield from zip(blocks, outs)
+    if not all(close(out, right_layer(block, x, positions, *vectors)) for out, block in zip(outs, blocks.values())):
         return
     layer = layer_of(draw, 1, 40)
     vectors = [draw(size).requires_grad_() for size in (8, 8, 40)]
@@ -539,6 +801,29 @@ def mixed_always_the_output(linear, x, scales, rows, side):
     return right_mixed(linear, x, scales, rows, "output")
 
 
+def mixed_always_the_input(linear, x, scales, rows, side):
+    """what goes in multiplied on both sides; with side "output" it is what comes out of the projection that is multiplied"""
+    return right_mixed(linear, x, scales, rows, "input")
+
+
+def mixed_bias_unscaled(linear, x, scales, rows, side):
+    """l · (W x) + b: the bias left out of the scaling; l multiplies all that leaves the projection, l · (W x + b)"""
+    scale = scales[rows][:, None].to(x.dtype)
+    return F.linear(x, linear.weight) * scale + linear.bias if side == "output" else linear(x * scale)
+
+
+def mixed_bias_dropped(linear, x, scales, rows, side):
+    """the projection's bias dropped on the input side: W (l · x) + b keeps it; call linear(…), which adds it, not its weight alone"""
+    scale = scales[rows][:, None].to(x.dtype)
+    return linear(x) * scale if side == "output" else F.linear(x * scale, linear.weight)
+
+
+def mixed_biases_dropped(linear, x, scales, rows, side):
+    """the projection's bias dropped on both sides; call linear(…), which adds it, not its weight alone"""
+    scale = scales[rows][:, None].to(x.dtype)
+    return F.linear(x, linear.weight) * scale if side == "output" else F.linear(x * scale, linear.weight)
+
+
 def mixed_not_cast(linear, x, scales, rows, side):
     """the float32 vectors multiplied as they are, so that a bfloat16 model's activations become float32: cast them to the dtype of x first"""
     scale = scales[rows][:, None]
@@ -548,7 +833,7 @@ def mixed_not_cast(linear, x, scales, rows, side):
 def probe_mixed(answer, draw):
     square, scales, rows = filled(nn.Linear(6, 6), draw), draw(5, 6), torch.tensor([2, 0, 2, 4])
     x = draw(4, 4, 6)  # as many tokens as rows: vectors along the wrong axis run too
-    outs = [answer(square, x, scales, rows, side) for side in SIDES]
+    outs = [leaving(answer, square, x, scales, rows, side) for side in SIDES]
     for side, out in zip(SIDES, outs):
         yield f'the output with side "{side}" (B, T, out)', out
     if not all(close(out, right_mixed(square, x, scales, rows, side)) for side, out in zip(SIDES, outs)):
@@ -596,12 +881,14 @@ def trained_numbers():
 
 
 SMALL = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+SAME = ("the same", "different")
 
 EXERCISES = {
     "ia3_linear": Exercise(
         "ia3_linear(linear, x, scale, side) -> (B, T, out), side \"output\" or \"input\"", right_linear,
-        (*(linear_by(mistake) for mistake in (OutputOfDown, OnePlusScale, BiasUnscaled, SoftmaxScale)),
-         sides_swapped, always_the_input, scale_added, weight_not_transposed, vector_squashed, scaled_twice, not_cast, detached_vector), probe_linear,
+        (*(linear_by(mistake) for mistake in (OnePlusScale, BiasUnscaled, SoftmaxScale)),
+         sides_swapped, always_the_input, always_the_output, vector_unused, projection_left_out, bias_dropped, biases_dropped,
+         weight_scaled_in_place, scale_added, weight_not_transposed, vector_squashed, scaled_twice, not_cast, detached_vector), probe_linear,
     ),
     "ia3_start": Exercise(
         "ia3_start(linear, side) -> the vector (features) that training begins with", right_start,
@@ -610,38 +897,47 @@ EXERCISES = {
     "ia3_merge": Exercise(
         "ia3_merge(linear, scale, side) -> weight (out, in), bias (out)", right_merge,
         (*(merge_by(mistake) for mistake in (MergeForgetsBias, MergeWrongAxis, MergeInPlace)),
-         merge_scales_both_biases, merge_columns_always, merge_rows_always, merge_side_ignored, merge_biases_swapped, merge_transposed, merge_by_multiplying_in_place), probe_merge,
+         merge_scales_both_biases, merge_columns_always, merge_rows_always, merge_side_ignored, merge_biases_swapped,
+         merge_sides_swapped, merge_one_plus, merge_divided, merge_divided_bias_kept, merge_added, merge_added_bias_kept, merge_added_on_the_output_side,
+         merge_bias_added, merge_transposed, merge_by_multiplying_in_place), probe_merge,
     ),
     "ia3_layer": Exercise(
         "ia3_layer(layer, x, positions, l_k, l_v, l_ff) -> (B, T, D)", right_layer,
         (by_attaching(attach_before_activation), by_attaching(attach_to_queries),
          *(by_attaching(ia3.attach, mistake) for mistake in (OutputOfDown, OnePlusScale, BiasUnscaled, SoftmaxScale)),
-         *(mistake.function() for mistake in Block.__subclasses__()), layer_detached, layer_in_float32), probe_layer,
+         *(mistake.function() for mistake in Block.__subclasses__()), layer_detached, layer_in_float32, layer_weights_in_place), probe_layer,
     ),
     "ia3_mixed": Exercise(
         "ia3_mixed(linear, x, scales, rows, side) -> (B, T, out); scales (N, features), rows (B,)", right_mixed,
-        (mixed_along_tokens, mixed_along_tokens_always, mixed_first_for_all, mixed_in_order, mixed_mean, mixed_sorted, mixed_swapped, mixed_always_the_output, mixed_not_cast), probe_mixed,
+        (mixed_along_tokens, mixed_along_tokens_always, mixed_first_for_all, mixed_in_order, mixed_mean, mixed_sorted, mixed_swapped,
+         mixed_always_the_output, mixed_always_the_input,
+         mixed_bias_unscaled, mixed_bias_dropped, mixed_biases_dropped, mixed_not_cast), probe_mixed,
     ),
     "ia3_queries_gpt2": Question(
         moved_to_queries(GPT2, GPT2Config(**SMALL)), "A score is Σ qᵢ kᵢ: lᵢ may stand with either. A GPT-2 adds its positions at the embedding, so nothing comes between.",
-        {"different": "write out one score, Σ lᵢ qᵢ kᵢ, and look where lᵢ may stand; what comes between a GPT-2's projection and its score?"},
+        {"different": "write out one score, Σ lᵢ qᵢ kᵢ, and look where lᵢ may stand; what comes between a GPT-2's projection and its score?"}, SAME,
     ),
     "ia3_queries_llama": Question(
         moved_to_queries(LLaMA, LLaMAConfig(**SMALL)), "RoPE turns feature i into feature i + d/2 between the scaling and the score, by another angle for query and key: l no longer meets the same features.",
-        {"the same": "that holds where the scaled features meet in the score as they are; RoPE turns them first, a query by its position and a key by its own."},
+        {"the same": "that holds where the scaled features meet in the score as they are; RoPE turns them first, a query by its position and a key by its own."}, SAME,
     ),
     "ia3_queries_paired": Question(
         moved_to_queries(LLaMA, LLaMAConfig(**SMALL), paired=True), "RoPE turns the pair (i, i + d/2) in its plane. One factor for both lengthens the pair, and lengthening and turning may change places.",
-        {"different": "look at one pair in its plane: it is turned by an angle and lengthened by one factor; does the order of the two matter?"},
+        {"different": "look at one pair in its plane: it is turned by an angle and lengthened by one factor; does the order of the two matter?"}, SAME,
     ),
     "ia3_parameters": Question(
         trained_numbers, "L · (2 · G · d + F) = 32 · (2 · 5 · 64 + 2,560).",
-        {32 * (2 * 960 + 2560): "keys and values are G · d = 320 wide here, not D: five key heads serve fifteen query heads.",
-         32 * (3 * 960): "l_ff is as long as the hidden activation, F = 2,560, and keys and values are G · d = 320 wide.",
+        {32 * (2 * 960 + 2560): "look at two widths: keys and values have G · d = 320 features here, not D, and F is 2,560, not 4 · D.",
+         32 * (320 + 2560): "keys and values have a vector each, of G · d numbers, and l_ff is as long as the hidden activation, F.",
          32 * (2 * 320 + 960): "l_ff multiplies what goes into down_proj, F = 2,560 features, not the D that come out.",
          32 * (960 + 2 * 320 + 2560): "the queries have no vector: keys, values and the hidden activation have.",
+         32 * (15 * 64 + 5 * 64 + 2560): "l_k and l_v are both as long as the keys, 5 heads of 64; the 15 query heads have no vector.",
          32 * (2 * 320 + 2 * 2560): "one l_ff a layer: it multiplies the hidden activation once, where gate_proj and up_proj have met.",
          32 * (2 * 5 + 2560): "a vector has one number a feature, G · d of them for the keys, not one a head.",
+         32 * (2 * 64 + 2560): "that is one key head of 64 features; l_k and l_v cover all 5.",
+         32 * 2 * 320: "the feed-forward part has a vector too: l_ff, one number for each of its F hidden features.",
+         32 * 2560: "attention has vectors too: l_k and l_v, one number for each of the G · d features of keys and of values.",
+         4 * 32 * (2 * 320 + 2560): "those are bytes in float32; asked is how many numbers.",
          2 * 320 + 2560: "that is one layer; there are 32."},
     ),
 }  # fmt: skip

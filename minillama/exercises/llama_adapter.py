@@ -277,7 +277,7 @@ class OpenGate(Prefix):
 
 
 class ShiftUnscaled(ScaledLinear):
-    """s · W x + b: the new bias left out of the scaling"""
+    """s · (W x + b₀) + b: the new shift b left out of the scaling; s · (W x + b₀ + b) is asked"""
 
     def forward(self, x):
         return self.scale.to(x.dtype) * self.base(x) + self.shift.to(x.dtype)
@@ -382,17 +382,27 @@ def probe_start(answer, draw):
         if value.shape != shape:
             raise Wrong("shape", f"the {what} has shape {tuple(value.shape)}; needed is {shape} for K = 50, D = 240, H = 6")
     yield "the number of gates that are not 0", gate.count_nonzero()
-    yield "the prompt's standard deviation", spread(prompt)
+    yield from drawn(prompt)
 
 
-def spread(prompt):
-    """The standard deviation of random numbers, exactly 1 where it is that of N(0, 1) to a tenth, else to two digits."""
-    return torch.ones(()) if abs(prompt.detach().std() - 1) < 0.1 else prompt.detach().std().mul(100).round() / 100
+def drawn(prompt):
+    """Pairs for a probe: mean and standard deviation of random numbers, exactly 0 and 1 where they are those of N(0, 1) to a tenth."""
+    numbers = prompt.detach().double()
+    mean, deviation = numbers.mean().item(), numbers.std().item()
+    if deviation and ((numbers - mean) / deviation).pow(4).mean() < 2.1:  # 1.8 of uniform numbers, 3 of normal ones
+        raise Wrong("value", "the prompt's numbers are uniform, as torch.rand draws them; needed are normal ones, N(0, 1), from torch.randn")
+    for what, value, needed in (("the prompt's mean", mean, 0.0), ("the prompt's standard deviation", deviation, 1.0)):
+        yield what, torch.tensor(needed if abs(value - needed) < 0.1 else round(value, 1 if abs(value) > 0.3 else 2))
 
 
 def small_prompt(K, D, H):
     """a prompt drawn small, from N(0, 0.02²), where the paper's code and its peers draw from N(0, 1)"""
     return 0.02 * torch.randn(K, D), torch.zeros(H, 1, 1)
+
+
+def uniform_prompt(K, D, H):
+    """uniform numbers, as torch.rand draws them; needed are normal ones, N(0, 1), from torch.randn"""
+    return torch.rand(K, D), torch.zeros(H, 1, 1)
 
 
 def wrong_one_zero(K, D, H):
@@ -443,6 +453,14 @@ class KeysNotCut(Circulating):
     def term(self, q):
         k, v = self.base.k_proj(self.prompt), self.base.v_proj(self.prompt)
         return self.gate * ((q @ k.transpose(2, 3) / self.base.head_dim**0.5).softmax(-1) @ v)
+
+
+class HeadsReadAtOnce(Circulating):
+    """the features viewed as (G, K, d) at once, which mixes tokens and heads; view them as (K, G, d), then transpose"""
+
+    def term(self, q):
+        k, v = (z.reshape(-1, len(z), self.base.head_dim) for z in (self.base.k_proj(self.prompt), self.base.v_proj(self.prompt)))
+        return self.gate * llama_adapter.prefix_attention(q, k, v)
 
 
 class NeverProjected(Circulating):
@@ -541,7 +559,7 @@ def probe_circulating(answer, draw):
     if len(prompts) != 1 or len(gates) != 1 or len(own) != 2:
         raise Wrong("shape", f"needed is a module with two trained parameters of its own, a prompt of shape (50, 40) for prompt_length 50 and width 40, and a gate of one number; it has { {name: tuple(p.shape) for name, p in own.items()} or 'none'}")
     yield "the gate at the start (1)", own[gates[0]].detach().flatten()
-    yield "the prompt's standard deviation at the start", spread(own[prompts[0]])
+    yield from drawn(own[prompts[0]])
     yield "the base's weights that train (none should)", torch.tensor(sum(p.requires_grad for p in attention.parameters()))
     attention.requires_grad_(False)
     yield "the fresh module's output: the base's (B, T, D)", module(x, positions)
@@ -715,7 +733,7 @@ def probe_flow(answer, draw):
     module.eval()
     own = {name.removesuffix(".weight"): (name, p) for name, p in module.named_parameters()}
     yield "the number of gates that are not 0 at the start", own["gate"][1].count_nonzero()
-    yield "the prompt's standard deviation at the start", spread(own["prompt"][1])
+    yield from drawn(own["prompt"][1])
     values = {name: (draw(*p.shape) * (24**-0.5 if short.startswith("c_") else 1)).requires_grad_() for short, (name, p) in sorted(own.items())}
     x = draw(2, 5, 24)
     out = torch.func.functional_call(module, values, (x,))
@@ -732,13 +750,28 @@ def scale_plus_one(linear, x, scale, shift):
 
 
 def own_bias_unscaled(linear, x, scale, shift):
-    """s · (W x + b) + b₀: the layer's own bias left out of the scaling"""
+    """s · (W x + b) + b₀: the layer's own bias b₀ left out of the scaling"""
     return scale.to(x.dtype) * (x @ linear.weight.T + shift.to(x.dtype)) + linear.bias
 
 
 def own_bias_dropped(linear, x, scale, shift):
-    """the layer's own bias left out"""
+    """s · (W x + b): the layer's own bias b₀ left out; linear(x) has it"""
     return scale.to(x.dtype) * (x @ linear.weight.T + shift.to(x.dtype))
+
+
+def own_bias_dropped_shift_unscaled(linear, x, scale, shift):
+    """s · W x + b: the layer's own bias b₀ left out, and the shift b left out of the scaling"""
+    return scale.to(x.dtype) * (x @ linear.weight.T) + shift.to(x.dtype)
+
+
+def both_biases_unscaled(linear, x, scale, shift):
+    """s · W x + b₀ + b: both biases left out of the scaling"""
+    return scale.to(x.dtype) * (x @ linear.weight.T) + linear.bias + shift.to(x.dtype)
+
+
+def shift_forgotten(linear, x, scale, shift):
+    """s · (W x + b₀): the shift b left out"""
+    return scale.to(x.dtype) * linear(x)
 
 
 def merge_shift_unscaled(linear, scale, shift):
@@ -763,6 +796,11 @@ base_norm_trained.__doc__ = NormsOfTheBaseTrained.__doc__
 def copy_stays_frozen(norm):
     """a copy as frozen as the original: call requires_grad_(True) on it"""
     return TrainedNorm(norm).requires_grad_(False)
+
+
+def original_trained_too(norm):
+    """the frozen norm's own two tensors made trainable along with the copy's: requires_grad_(True) on the copy alone"""
+    return TrainedNorm(norm).requires_grad_(True)
 
 
 class AlwaysTrained(TrainedNorm):
@@ -848,7 +886,7 @@ EXERCISES = {
         (keys_rotated, heads_cut_wrongly, heads_not_moved, heads_not_cut, heads_innermost, bias_dropped, values_from_keys, keys_repeated), probe_keys_values,
     ),
     "initial_values": Exercise(
-        "initial_values(K, D, H) -> prompt (K, D), gate (H, 1, 1)", start_of(AdaptedAttention), (start_of(ZeroPrompt), start_of(OpenGate), small_prompt, wrong_one_zero), probe_start,
+        "initial_values(K, D, H) -> prompt (K, D), gate (H, 1, 1)", start_of(AdaptedAttention), (start_of(ZeroPrompt), start_of(OpenGate), small_prompt, uniform_prompt, wrong_one_zero), probe_start,
     ),
     "gated_prefix_attention": Exercise(
         "gated_prefix_attention(attention, x, positions, prompt, gate) -> (B, T, D)", as_function(AdaptedAttention, own_length, names=("prompt", "gate")),
@@ -863,13 +901,14 @@ EXERCISES = {
     ),
     "scaled_linear": Exercise(
         "scaled_linear(linear, x, scale, shift) -> (B, T, out)", as_function(ScaledLinear, names=("scale", "shift")),
-        (as_function(ShiftUnscaled, names=("scale", "shift")), scale_plus_one, own_bias_unscaled, own_bias_dropped), probe_scaled,
+        (as_function(ShiftUnscaled, names=("scale", "shift")), scale_plus_one, own_bias_unscaled, own_bias_dropped,
+         own_bias_dropped_shift_unscaled, both_biases_unscaled, shift_forgotten), probe_scaled,
     ),
     "scaled_merge": Exercise(
         "scaled_merge(linear, scale, shift) -> weight (out, in), bias (out)", merged_by(ScaledLinear), (merged_by(MergeForgetsShift), merge_shift_unscaled, merge_in_place), probe_merge,
     ),
     "trained_norm": Exercise(
-        "a class: TrainedNorm(norm), a module with `active`, called as module(x) -> (B, T, D)", TrainedNorm, (base_norm_trained, copy_stays_frozen, AlwaysTrained), probe_norm,
+        "a class: TrainedNorm(norm), a module with `active`, called as module(x) -> (B, T, D)", TrainedNorm, (base_norm_trained, original_trained_too, copy_stays_frozen, AlwaysTrained), probe_norm,
     ),
     "moves_first": Question(
         moved(1), "At gate 0 the prompt's gradient carries the factor tanh(0) = 0, the gate's does not.",
@@ -878,5 +917,10 @@ EXERCISES = {
          frozenset(): "one of the two does move: the gate's gradient does not carry the gate."},
         ("gate", "prompt"),
     ),
-    "moves_second": Question(moved(2), "After one step the gate is open, and the prompt feels the loss.", {frozenset(["gate"]): "the gate is no longer 0: does the prompt's gradient still vanish?"}, ("gate", "prompt")),
+    "moves_second": Question(
+        moved(2), "After one step the gate is open, and the prompt feels the loss.",
+        {frozenset(["gate"]): "the gate is no longer 0: does the prompt's gradient still vanish?",
+         frozenset(["prompt"]): "the gate moved in the first step; is there anything that holds it in the second?",
+         frozenset(): "at least the gate moved in the first step, and what has moved counts."}, ("gate", "prompt"),
+    ),
 }  # fmt: skip

@@ -1,7 +1,6 @@
 """Lesson 02: prompt tuning and prefix tuning, with the wrong versions that one writes easily."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import minillama
@@ -168,6 +167,29 @@ def prompt_as_tokens_of_a_row(embedding, ids, prompt, past=0, active=True):
     x = embedding(ids)
     rows = torch.arange(len(x), device=x.device)[:, None, None] == 0
     return torch.cat((prompt.to(x.dtype) * rows, x), 1) if active and not past else x
+
+
+def and_for_or(embedding, ids, prompt, past=0, active=True):
+    """`and` where `or` is needed: the prompt came again though past > 0, and it came though `active` is False; either is enough to leave it out"""
+    return right_soft_prompt(embedding, ids, prompt)
+
+
+def rows_cut_from_copies(embedding, ids, prompt, past=0, active=True):
+    """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt (repeat_interleave copies
+    vector by vector, prompt.expand(B, -1, -1) copies the whole)"""
+    return right_up_to(lambda p, B: p.repeat_interleave(B, 0).view(B, *p.shape), embedding, ids, prompt, past, active)
+
+
+def copies_cut_into_rows(embedding, ids, prompt, past=0, active=True):
+    """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt (copies one behind the other
+    are (B, K, D) already, with no transpose)"""
+    return right_up_to(lambda p, B: p.repeat(B, 1).view(len(p), B, -1).transpose(0, 1), embedding, ids, prompt, past, active)
+
+
+def right_up_to(spread, embedding, ids, prompt, past, active):
+    """Right but for how spread(prompt, B) gives the prompt its batch axis."""
+    x = embedding(ids)
+    return torch.cat((spread(prompt.to(x.dtype), len(x)), x), 1) if active and not past else x
 
 
 right_soft_prompt = embedding_of(PromptEmbedding)
@@ -546,7 +568,7 @@ def whole_in_the_place_of_prefix(q, k, v, prefix_keys, prefix_values):
 
 
 def share_turned_round(q, k, v, prefix_keys, prefix_values):
-    """the words' share, 1 - λ, in the place of the prefix's"""
+    """1 - λ, what the words keep, in the place of λ, the prefix's share"""
     share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
     return 1 - share, words, prefix
 
@@ -555,6 +577,12 @@ def parts_in_the_wrong_order(q, k, v, prefix_keys, prefix_values):
     """the prefix's part before the words'; asked are share, words, prefix"""
     share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
     return share, prefix, words
+
+
+def all_turned_round(q, k, v, prefix_keys, prefix_values):
+    """prefix and words exchanged throughout: 1 - λ, what the words keep, for λ, and the prefix's part before the words'; asked are λ, words, prefix"""
+    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return 1 - share, prefix, words
 
 
 def share_of_a_count(q, k, v, prefix_keys, prefix_values):
@@ -598,11 +626,11 @@ def probe_split(answer, draw):
 
 
 def zero_share(word):
-    """What 10 zero keys take of the softmax of a word that sees this many words, itself among them, each with score 0."""
+    """What 5 zero keys take of the softmax of a word that sees this many words, itself among them, each with score 0."""
 
     def truth():
         q, k = torch.zeros(1, 1, word, 8), torch.zeros(1, 1, word, 8)
-        return right_share(q, k, torch.zeros(1, 10, 8))[0, 0, -1].item()
+        return right_share(q, k, torch.zeros(1, 5, 8))[0, 0, -1].item()
 
     return truth
 
@@ -617,13 +645,13 @@ def zero_prefix_makes():
 
 
 def tokens_after_zeros():
-    """How many different tokens a prefix of ten has after five steps from zeros."""
+    """How many different tokens a prefix of five has after five steps, where three began at zero and two from N(0, 1)."""
     torch.manual_seed(0)
-    model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "prefix_tuning", prefix_length=10)
-    own = list(minillama.adapters.adapter_parameters(model).values())
+    model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "prefix_tuning", prefix_length=5)
+    own = list(minillama.adapters.adapter_parameters(model).values())  # (G, K, d) each
     with torch.no_grad():
         for p in own:
-            p.zero_()
+            p[:, :3] = 0
     ids, optimizer = torch.randint(0, 31, (2, 6)), torch.optim.AdamW(own, lr=0.1)
     for _ in range(5):
         model.zero_grad()
@@ -637,7 +665,7 @@ EXERCISES = {
     "soft_prompt": Exercise(
         "soft_prompt(embedding, ids, prompt, past=0, active=True) -> (B, K + T, D), or (B, T, D) where past > 0 or not active", right_soft_prompt,
         (*map(embedding_of, PromptEmbedding.__subclasses__()), prompt_at_every_step, prompt_behind_the_words, prompt_over_the_words, prompt_in_its_own_dtype,
-         prompt_as_tokens_of_a_row), probe_soft_prompt,
+         prompt_as_tokens_of_a_row, and_for_or, rows_cut_from_copies, copies_cut_into_rows), probe_soft_prompt,
     ),
     "turn_back": Exercise(
         "turn_back(rope, keys) -> (G, K, d)", right_turn_back,
@@ -657,16 +685,22 @@ EXERCISES = {
     ),
     "split_softmax": Exercise(
         "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), words (B, H, T, d), prefix (B, H, T, d)", right_split,
-        (parts_weighted_already, words_weighted_already, prefix_weighted_already, words_unscaled, prefix_unscaled, whole_in_the_place_of_prefix, share_turned_round, parts_in_the_wrong_order, share_of_a_count, words_not_causal, plain_mean_of_values,
+        (parts_weighted_already, words_weighted_already, prefix_weighted_already, words_unscaled, prefix_unscaled, whole_in_the_place_of_prefix, share_turned_round, parts_in_the_wrong_order, all_turned_round, share_of_a_count, words_not_causal, plain_mean_of_values,
          whole_in_the_place_of_words, split_unscaled), probe_split,
     ),
     "share_of_ten": Question(
-        zero_share(10), "Each of the 20 scores is 0, each weight e^0 / (20 · e^0); ten of them are the prefix's.",
-        {0: "a score of 0 is not a weight of 0: e^0 is 1, as for every word.", 1: "the words have score 0 too: nobody is ahead."},
+        zero_share(10), "Each of the 15 scores is 0, each weight e^0 / (15 · e^0); five of them are the prefix's.",
+        {0: "a score of 0 is not a weight of 0: e^0 is 1, as for every word.", 1: "the words have score 0 too: nobody is ahead.",
+         0.5: "that is five against five; how many words does the tenth see?", 2 / 3: "that is what the words keep.",
+         5 / 14: "nine words stand before the tenth; it sees itself as well.", 5 / 16: "nine words stand before the tenth, and it sees itself: ten in all.",
+         1 / 15: "that is one key of the prefix; how many are there?"},
+        nudge="How many scores are in this word's softmax, what weight has each, and how many of them are the prefix's?",
     ),
     "share_of_the_first": Question(
-        zero_share(1), "The first word sees itself and the ten: 10 / (10 + 1). The fewer words there are, the more a prefix takes.",
-        {0: "a score of 0 is not a weight of 0: e^0 is 1.", 0.5: "the words behind the first one are hidden from it: it sees itself alone.", 1: "the word sees itself too."},
+        zero_share(1), "The first word sees itself and the five: 5 / (5 + 1). The fewer words there are, the more a prefix takes.",
+        {0: "a score of 0 is not a weight of 0: e^0 is 1.", 0.5: "it sees one word and five keys of the prefix, and all six weigh the same.",
+         1 / 3: "the words behind the first one are hidden from it: it sees itself alone.", 1 / 6: "that is what the word keeps for itself.", 1: "the word sees itself too."},
+        nudge="Which words does the first one see? How many scores does that make, and how many of them are the prefix's?",
     ),
     "longer_zero_prefix": Question(
         zero_prefix_makes, "Zero values add nothing, but their keys take: the words' part is multiplied by 1 - λ, and λ grows with K.",
@@ -674,7 +708,10 @@ EXERCISES = {
          "larger": "nothing is added, since the values are 0; what happens to the words' weights?"},
     ),
     "tokens_after_zeros": Question(
-        tokens_after_zeros, "Ten equal tokens get ten equal gradients and stay equal: trained from zeros, a prefix of ten is one token counted ten times.",
-        {10: "what could make two tokens differ? They start equal, and each word weighs them equally."},
+        tokens_after_zeros, "The three equal tokens get equal gradients and stay equal, one token counted three times; the other two began apart.",
+        {5: "what could make the three that began at zero differ? They are equal, and each word weighs them equally.",
+         1: "what could make tokens equal that began apart?", 2: "do the two from N(0, 1) begin equal?",
+         4: "three began equal: what could make one of them differ from the other two?"},
+        nudge="Which tokens begin equal, and what gradients do equal tokens get?",
     ),
 }  # fmt: skip
