@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
+import minillama
+
 TOPICS = ("base_models", "prefix_tuning", "llama_adapter", "ia3", "bottleneck", "lora")
 
 
@@ -172,6 +174,24 @@ def gradients(out, *inputs):
     weighting = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
     found = torch.autograd.grad((out * weighting).sum(), inputs, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(inputs, found)]
+
+
+def moved(method, steps, **options):
+    """For a Question: which of a fresh adapter's parameters, by the last word of their names, have moved after `steps` of descent."""
+
+    def truth():
+        torch.manual_seed(0)
+        model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), method, **options)
+        ids, own = torch.randint(0, 31, (2, 6)), minillama.adapters.adapter_parameters(model)
+        before = {name: p.detach().clone() for name, p in own.items()}
+        for _ in range(steps):
+            model.zero_grad()
+            minillama.answer_loss(model, ids, ids).backward()
+            for p in own.values():
+                p.data -= 0.1 * p.grad
+        return frozenset(name.rpartition(".")[2] for name, p in own.items() if not torch.equal(p, before[name]))
+
+    return truth
 
 
 def describe(value):

@@ -4,13 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import minillama
-
 from ..adapters import llama_adapter
 from ..adapters.llama_adapter import AdaptedAttention
 from ..adapters.llama_adapter_v2 import ScaledLinear, TrainedNorm
 from ..attention import Attention, RoPE, rotate
-from . import Exercise, Question, Wrong, as_function, filled, gradients, named
+from . import Exercise, Question, Wrong, as_function, filled, gradients, moved, named
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -859,24 +857,6 @@ def merged_by(wrapper):
     return function
 
 
-def moved(steps):
-    """Which of gate and prompt have moved after so many steps from gate 0."""
-
-    def truth():
-        torch.manual_seed(0)
-        model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "llama_adapter", prompt_length=3)
-        ids, own = torch.randint(0, 31, (2, 6)), minillama.adapters.adapter_parameters(model)
-        before = {name: p.detach().clone() for name, p in own.items()}
-        for _ in range(steps):
-            model.zero_grad()
-            minillama.answer_loss(model, ids, ids).backward()
-            for p in own.values():
-                p.data -= 0.1 * p.grad
-        return frozenset(name.rpartition(".")[2] for name, p in own.items() if not torch.equal(p, before[name]))
-
-    return truth
-
-
 PREFIXES = tuple(mistake for mistake in Prefix.__subclasses__() if mistake not in (ZeroPrompt, OpenGate))
 own_length = lambda prompt, gate: len(prompt)  # noqa: E731
 
@@ -911,14 +891,14 @@ EXERCISES = {
         "a class: TrainedNorm(norm), a module with `active`, called as module(x) -> (B, T, D)", TrainedNorm, (base_norm_trained, original_trained_too, copy_stays_frozen, AlwaysTrained), probe_norm,
     ),
     "moves_first": Question(
-        moved(1), "At gate 0 the prompt's gradient carries the factor tanh(0) = 0, the gate's does not.",
+        moved("llama_adapter", prompt_length=3, steps=1), "At gate 0 the prompt's gradient carries the factor tanh(0) = 0, the gate's does not.",
         {frozenset(["gate", "prompt"]): "look again at what multiplies the prompt's gradient: the gate, and it is 0.",
          frozenset(["prompt"]): "the other way round: the prompt's gradient carries the gate as a factor, and it is 0.",
          frozenset(): "one of the two does move: the gate's gradient does not carry the gate."},
         ("gate", "prompt"),
     ),
     "moves_second": Question(
-        moved(2), "After one step the gate is open, and the prompt feels the loss.",
+        moved("llama_adapter", prompt_length=3, steps=2), "After one step the gate is open, and the prompt feels the loss.",
         {frozenset(["gate"]): "the gate is no longer 0: does the prompt's gradient still vanish?",
          frozenset(["prompt"]): "the gate moved in the first step; is there anything that holds it in the second?",
          frozenset(): "at least the gate moved in the first step, and what has moved counts."}, ("gate", "prompt"),

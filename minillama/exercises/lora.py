@@ -7,7 +7,7 @@ from torch import nn
 import minillama
 
 from ..adapters.lora import LoRALinear
-from . import Exercise, Question, Wrong, describe, filled, gradients, named
+from . import Exercise, Question, Wrong, describe, filled, gradients, moved, named
 
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -423,24 +423,6 @@ def probe_layer(answer, draw):
     yield "whether unmerge() gave the base's weight back bit for bit", torch.tensor(torch.equal(linear.weight, before))
 
 
-def moved(steps):
-    """Which of A and B have moved after so many steps from B = 0."""
-
-    def truth():
-        torch.manual_seed(0)
-        model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "lora", rank=2)
-        ids, own = torch.randint(0, 31, (2, 6)), minillama.adapters.adapter_parameters(model)
-        before = {name: p.detach().clone() for name, p in own.items()}
-        for _ in range(steps):
-            model.zero_grad()
-            minillama.answer_loss(model, ids, ids).backward()
-            for p in own.values():
-                p.data -= 0.1 * p.grad
-        return frozenset(name.rpartition(".")[2] for name, p in own.items() if not torch.equal(p, before[name]))
-
-    return truth
-
-
 def trained_on_llama_7b():
     """What LoRA of rank 8 on query and value trains in LLaMA-7B's shape."""
     with torch.device("meta"):
@@ -466,13 +448,13 @@ EXERCISES = {
         (*map(start_of, (BothZero, BothRandom, WrongOneZero)), turned_round, deviation_of_one, kaiming_without_a), probe_start,
     ),
     "lora_moves_first": Question(
-        moved(1), "A's gradient carries B as a factor, and B is 0; B's carries A, which is random.",
+        moved("lora", rank=2, steps=1), "A's gradient carries B as a factor, and B is 0; B's carries A, which is random.",
         {frozenset(["A", "B"]): "look again at what multiplies A's gradient: B, and it is 0.",
          frozenset(["A"]): "the other way round: A's gradient carries B as a factor, and B is 0.",
          frozenset(): "one of the two does move: B's gradient carries A, which is not 0."},
         ("A", "B"),
     ),
-    "lora_moves_second": Question(moved(2), "After one step B is no longer 0, and A feels the loss.", {frozenset(["B"]): "B is no longer 0: does A's gradient still vanish?"}, ("A", "B")),
+    "lora_moves_second": Question(moved("lora", rank=2, steps=2), "After one step B is no longer 0, and A feels the loss.", {frozenset(["B"]): "B is no longer 0: does A's gradient still vanish?"}, ("A", "B")),
     "lora_parameters": Question(
         trained_on_llama_7b, "32 layers, two projections each, and each of them r · (in + out) = 8 · (4,096 + 4,096).",
         {32 * 2 * 8 * 4096: "that counts A or B alone; each projection has both.",
