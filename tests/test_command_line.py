@@ -87,6 +87,7 @@ def test_several_languages_and_their_mean(tmp_path):
     assert re.search(r"^ *en .*bit-identical", out, re.M) and re.search(r"peak memory +\d\.\d\d GB", out)
 
 
+@pytest.mark.slow
 def test_a_task_of_the_readers_own(tmp_path):
     """Words spelt backwards: what is wrong with the lines is counted, and the loss on held-out ones falls."""
     words = [f"{a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in "lmnr"]
@@ -114,6 +115,7 @@ def test_compare_prints_the_papers_counts(tmp_path):
     assert code == 0 and "1,229,760" in out and "540,672" in out and "57,600" in out, err
 
 
+@pytest.mark.slow
 def test_compare_draws_and_prints(tmp_path):
     code, out, err = inside("compare", "--steps", 3, "--seeds", 1, "--test-dates", 10, "--out", "here", cwd=tmp_path)
     assert code == 0, err
@@ -131,6 +133,7 @@ def test_pretrain_writes_a_base_that_opens(tmp_path):
         assert minillama("generate", "--base", model, "--prompt", "x", "--max-new-tokens", 2, cwd=tmp_path)[0] == 0
 
 
+@pytest.mark.slow
 def test_check(tmp_path):
     code, out, err = minillama("check", cwd=tmp_path)
     assert code == 0 and "everything works" in out and "PROBLEM" not in out, out + err

@@ -203,6 +203,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
         assert time.perf_counter() - start < 2
 
 
+@pytest.mark.slow
 def test_a_fresh_process_honours_hf_endpoint(server, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     code = "import sys, minillama; model, _ = minillama.load('course/tiny'); print(model.config.vocab_size)"

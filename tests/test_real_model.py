@@ -1,4 +1,5 @@
-"""SmolLM2-135M, a real pre-trained LLaMA, adapted on the CPU; what PEFT and transformers make of the adapter; and how long they take."""
+"""SmolLM2-135M, a real pre-trained LLaMA, on the CPU: what the command says of an adaptation, what PEFT makes of the file, and
+how long a step takes beside PEFT's. Lesson 08, which test_lessons.py executes, trains in full and asserts what is learned."""
 
 import re
 
@@ -10,22 +11,21 @@ from test_command_line import minillama as command
 
 import minillama
 from minillama import bench, data
-from minillama.device import native_bfloat16
+from minillama.device import native_bfloat16, pick_dtype
 from minillama.train import answers
 
 LANGUAGES = ("en", "fr", "de", "es", "fi")
 
 
 @pytest.mark.slow
-def test_smollm2_learns_five_languages_and_peft_agrees(smollm2, tmp_path):
-    """120 steps of 16 with PEFT's form of gated prefix attention: right answers, a small file, little memory, the same in PEFT."""
+def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     code, out, err = command(
-        "adapt", "--base", smollm2, "--languages", ",".join(LANGUAGES), "--test-dates", 40,
-        "--option", "gate=layer", "--option", "tanh=False", "--out", "adapter", cwd=tmp_path, timeout=1200,
+        "adapt", "--base", smollm2, "--languages", ",".join(LANGUAGES), "--steps", 25, "--test-dates", 16,
+        "--option", "gate=layer", "--option", "tanh=False", "--out", "adapter", cwd=tmp_path, timeout=600,
     )  # fmt: skip
     assert code == 0, err
-    base, adapted = re.search(r"^ *mean of 5 +([\d.]+)% +([\d.]+)%", out, re.M).groups()
-    assert float(base) <= 5 and float(adapted) >= 90 and "bit-identical" in out
+    base, adapted = map(float, re.search(r"^ *mean of 5 +([\d.]+)% +([\d.]+)%", out, re.M).groups())
+    assert base <= 5 and adapted >= 30 and "bit-identical" in out
     assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size <= 750_000
     peak = float(re.search(r"peak memory +([\d.]+) GB", out).group(1))
     assert peak <= (1.3 if native_bfloat16(torch.device("cpu")) else 2.2)
@@ -43,8 +43,9 @@ def test_smollm2_learns_five_languages_and_peft_agrees(smollm2, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_takes_less_than_pefts(smollm2):
-    """The same batches, weights and adapter in turns: the same loss, in much less time."""
-    ratio, rounds = bench.run(smollm2, torch.float32, rounds=3, steps=2)
+    """The same batches, weights and adapter in turns: in float32 the same loss, and in the dtype of choice much less time."""
+    _, rounds = bench.run(smollm2, torch.float32, rounds=1, steps=1)
     for _, _, ours, theirs in rounds:
         assert ours == pytest.approx(theirs, rel=1e-3)
+    ratio, _ = bench.run(smollm2, pick_dtype("auto", torch.device("cpu")), rounds=3, steps=2)
     assert ratio >= 1.4
