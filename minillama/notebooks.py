@@ -66,7 +66,13 @@ def execute(path, timeout=600):
 
 
 def store(path, notebook, seconds):
-    """Writes the executed notebook, its seconds into its first cell and the course map, and its tagged pictures into docs/."""
+    """Writes the executed notebook, its seconds into its first cell and the course map, and its tagged pictures into docs/.
+
+    Of several runs of the same code the fastest counts: whatever else a machine does only adds to the time.
+    """
+    earlier = read(path).metadata.get("minillama", {})
+    if earlier.get("code") == code_hash(notebook):
+        seconds = min(seconds, earlier["seconds"])
     shown = str(max(5, 5 * round(seconds / 5)))  # to five seconds: machines differ by more
     notebook.metadata["minillama"] = {"code": code_hash(notebook), "seconds": round(seconds, 1)}
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}

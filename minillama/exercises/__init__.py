@@ -319,7 +319,7 @@ def close(a, b):
 def alike(first, second):
     """Whether two observations are the same: every piece, and the way they ended."""
     (pieces, error), (others, other) = first, second
-    ended = lambda e: e and (e[0], re.sub(r", at `.*?`|It was called.*", "", e[1]))  # noqa: E731  (where it stood does not matter)
+    ended = lambda e: e and (e[0], re.sub(r", at `.*?`| The dtypes: .*| It was called.*", "", e[1]))  # noqa: E731  (where it stood does not matter)
     return len(pieces) == len(others) and ended(error) == ended(other) and all(close(a, b) for (_, a), (_, b) in zip(pieces, others))
 
 
