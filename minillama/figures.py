@@ -62,7 +62,8 @@ def training_figure(history, title):
     steps = [record["step"] for record in history]
     with matplotlib.rc_context(STYLE):
         gated = "gates" in history[0]
-        figure = Figure(figsize=(11 if gated else 6.5, 3.6), layout="constrained")
+        figure = Figure(figsize=(11 if gated else 6.5, 3.9), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         left, *right = figure.subplots(1, 1 + gated, squeeze=False)[0]
         left.plot(steps, [record["loss"] for record in history], color=TRAINED)
@@ -74,7 +75,7 @@ def training_figure(history, title):
         accuracy.grid(False)
         left.plot([], [], color=FROZEN, linewidth=1, linestyle="--", label="accuracy (right axis)")
         left.lines[0].set_label("loss (left axis)")
-        left.legend(loc="center right")
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below: the curves may go anywhere
 
         if gated:
             draw_gates(right[0], history)
