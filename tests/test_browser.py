@@ -24,7 +24,7 @@ def lab(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"--port={port}", f"--ServerApp.root_dir={tmp_path}", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--allow-root"]
-    environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data")}
+    environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}  # the other core is for the browser
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", *options], stdout=log, stderr=log, env=environment)
         address = f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""Every method teaches the frozen base French: the runs of `python -m minillama compare`, one seed."""
+"""Every method teaches the frozen base French, in fewer and smaller steps than `python -m minillama compare` takes."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_method_learns_french(method):
     torch.manual_seed(0)
     minillama.adapt(model, method)
     trained = sum(parameter.numel() for parameter in minillama.trainable_parameters(model).values())
-    pairs = data.examples("fr", train_days, 300 * 64)
-    train(model, tokenizer, pairs, steps=300, batch_size=64, learning_rate=LEARNING_RATE[method], progress=False)
+    pairs = data.examples("fr", train_days, 200 * 16)
+    train(model, tokenizer, pairs, steps=200, batch_size=16, learning_rate=LEARNING_RATE[method], progress=False)
     assert trained <= 0.05 * size
     assert exact_match(model, tokenizer, data.examples("fr", test_days, 500, seed=1)) >= 0.95

@@ -3,8 +3,9 @@
 import re
 
 import pytest
+import torch
 
-from minillama import notebooks
+from minillama import lessons, notebooks
 
 LESSONS = notebooks.find()
 STORED = {path: notebooks.read(path) for path in LESSONS}
@@ -83,6 +84,19 @@ def test_a_bad_notebook_and_a_bad_name_are_sentences(tmp_path):
         notebooks.read(broken)
     with pytest.raises(notebooks.FileError, match="no lesson '17'; it has 00_tour"):
         notebooks.find(["17"])
+
+
+def test_runs_side_by_side_are_the_runs_alone():
+    options = dict(steps=3, batch_size=4, test_dates=2)
+    torch.set_num_threads(2)
+    both = lessons.over_seeds("bottleneck", "fi", **options)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    for seed, run in enumerate(both):
+        alone = lessons.adaptation("bottleneck", "fi", seed=seed, **options)
+        assert [record["loss"] for record in run.history] == [record["loss"] for record in alone.history]
+        assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), alone.model.parameters()))
+    assert both[0].history[-1]["loss"] != both[1].history[-1]["loss"]
 
 
 def test_measured_runtimes_fit_a_course_hour():
