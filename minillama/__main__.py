@@ -108,6 +108,9 @@ def run_adapt(args):
     if args.chat and (args.data is None or getattr(tokenizer, "template", None) is None):
         raise ValueError(f"--chat puts the prompts of --data into a chat template, and {'there is no --data' if args.data is None else f'{args.base} has none'}: leave --chat out")
     settle(args, model, tokenizer)
+    with torch.device("meta"):
+        shapes = type(model)(model.config)
+    adapt(shapes, args.method, **dict(args.option))  # a wrong option ends here, before any work
     size, device = count(model.parameters()), next(model.parameters()).device
     if args.data is None:
         subject, pairs = ", ".join(args.languages), train_dates(args, tokenizer, args.seed)
