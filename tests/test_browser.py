@@ -53,6 +53,8 @@ def test_the_slider_changes_the_answer(lab):
         page.goto(f"{lab}/lab/tree/lessons/03_llama_adapter.ipynb")
         page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context?.isReady", timeout=120_000)
         page.wait_for_function("jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=120_000)
+        figures = "jupyterapp.shell.currentWidget.content.node.querySelectorAll('.jp-RenderedImage img[src^=\"data:image/png\"]').length"
+        page.wait_for_function(f"{figures} > 0", timeout=30_000)  # stored ones, though nobody has trusted this notebook yet
         page.evaluate("jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
         page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')", None)
         cells = "jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code' && w.model.sharedModel.getSource().trim())"

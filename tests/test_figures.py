@@ -1,6 +1,7 @@
 """The figures: nothing overlaps, nothing leaves the canvas, and a notebook shows them."""
 
 import itertools
+import re
 import xml.etree.ElementTree
 
 import matplotlib
@@ -160,18 +161,20 @@ def test_use_sets_the_style_and_svg_is_the_same_each_time(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_a_notebook_shows_svg():
-    """As the last expression of a cell, a figure made without pyplot becomes one SVG, without a date."""
+def test_a_notebook_shows_svg_and_png():
+    """As the last expression of a cell, a figure made without pyplot becomes one SVG, without a date, and a PNG as wide."""
     shells = pytest.importorskip("IPython.core.interactiveshell")
     pytest.importorskip("matplotlib_inline")
     shell = shells.InteractiveShell.instance()
     try:
         with matplotlib.rc_context():
             figures.use()
-            shown, _ = shell.display_formatter.format(figures.lora_schematic())
+            shown, metadata = shell.display_formatter.format(figures.lora_schematic())
             again, _ = shell.display_formatter.format(figures.lora_schematic())
     finally:
         shells.InteractiveShell.clear_instance()
-    assert "image/svg+xml" in shown and "image/png" not in shown and "dc:date" not in shown["image/svg+xml"]
-    assert shown["image/svg+xml"] == again["image/svg+xml"]
+    assert "dc:date" not in shown["image/svg+xml"] and shown["image/png"].startswith(b"\x89PNG")
+    assert shown["image/svg+xml"] == again["image/svg+xml"] and shown["image/png"] == again["image/png"]
+    points = float(re.search(r'width="([\d.]+)pt"', shown["image/svg+xml"])[1])
+    assert abs(metadata["image/png"]["width"] - points * 96 / 72) < 5
     assert xml.etree.ElementTree.fromstring(shown["image/svg+xml"]).tag.endswith("svg")

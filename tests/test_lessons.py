@@ -34,6 +34,8 @@ def test_outputs_are_fresh(path):
     assert notebook.metadata["minillama"]["code"] == notebooks.code_hash(notebook), f"run: python -m minillama lessons {path.name[:2]}"
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    for output in (output for cell in code for output in cell.outputs if "Figure" in str(output.get("data", {}).get("text/plain", ""))):
+        assert {"image/svg+xml", "image/png"} <= output["data"].keys()  # the second for a JupyterLab that does not trust the notebook
     assert path.stat().st_size < 1.5e6
 
 

@@ -16,6 +16,7 @@ import inspect
 import linecache
 import math
 import re
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def check(name, answer):
     exercise = known[name]
     verdict = judge_prediction(exercise, answer, EARLIER.setdefault(name, [])) if isinstance(exercise, Question) else judge(exercise, answer)
     verdict = Verdict(verdict.passed, verdict.mistake, f"{'✓' if verdict.passed else '✗'} {name}: {verdict.message}")
-    print(verdict.message)
+    print(*(line for part in verdict.message.splitlines() for line in textwrap.wrap(part, 108, break_long_words=False, break_on_hyphens=False)), sep="\n")
     return verdict
 
 
