@@ -112,7 +112,7 @@ def test_32_rows_over_eight_languages():
     for i, language in enumerate(languages):
         method, options, rate = methods[i % 4]
         adapt(model, method, name=language, **options)
-        train(model, tokenizer, data.examples(language, train_days, 250 * 16), steps=250, batch_size=16, learning_rate=rate, progress=False)
+        train(model, tokenizer, data.examples(language, train_days, 200 * 16), steps=200, batch_size=16, learning_rate=rate, progress=False)
     rows = [(language, pair) for language in languages for pair in data.examples(language, test_days, 4, seed=5)]
     names, pairs = [language for language, _ in rows], [pair for _, pair in rows]
     with mixed(model, names):
