@@ -55,7 +55,7 @@ def svg(figure):
 
 
 def png(figure):
-    """A figure as PNG, as wide on the page as its SVG, in 128 colours, which halves the file: (bytes, {"width": pixels})."""
+    """A figure as PNG, as wide on the page as its SVG, in 128 colours to keep the file small: (bytes, {"width": pixels})."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", dpi=144)
     image = Image.open(buffer).convert("RGB").quantize(128)
@@ -103,7 +103,7 @@ def draw_gates(axes, history):
         for head, line in enumerate(zip(*rows)):
             axes.plot(range(len(line)), line, color=color, linestyle=dashes[i % 4], linewidth=1.2, label=f"layer {layer}" if head == 0 else None)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="gate (0: the base, bit for bit)", title="The gates open from zero, one line per head")
+    axes.set(xlabel="step", ylabel="gate (0: the base, bit for bit)", title=f"The gates open from zero, one line per {'head' if len(rows[0]) > 1 else 'layer'}")
     if len(layers) <= 12:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 

@@ -25,7 +25,6 @@ from .device import pick_dtype
 from .pretrained import load
 from .train import LEARNING_RATE, answers, exact_match, train
 
-
 DRAWING = threading.Lock()  # PyTorch's random numbers are one sequence for all threads
 
 
