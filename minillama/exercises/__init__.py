@@ -60,6 +60,11 @@ class Question:
     choices: tuple = ()
     nudge: str = "Go through it once more, a step at a time; another wrong answer is told what happens."
 
+    @functools.cached_property
+    def outcome(self):
+        """What truth() returns, run when it is first asked for."""
+        return self.truth()
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -105,7 +110,7 @@ EARLIER = {}  # the wrong answers to each question so far: the first is asked ba
 def judge_prediction(question, answer, earlier):
     if answer is None or answer is ...:
         return Verdict(False, "blank", "not answered yet: put your prediction in the place of the dots, then run the cell again.")
-    truth = question.truth()
+    truth = question.outcome
     try:
         answer = in_form(question, truth, answer)
     except Wrong as wrong:
