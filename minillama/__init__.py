@@ -1,11 +1,28 @@
 """A small LLaMA and GPT-2 in plain PyTorch, and adapters that start as the identity, bit for bit."""
 
-from .adapters import activate, adapt, detach, disabled, load_adapter, merge, mixed, save_adapter, trainable_parameters, unmerge
+from .adapters import (
+    adapt,
+    delete_adapter,
+    disabled,
+    load_adapter,
+    merge,
+    mixed,
+    save_adapter,
+    set_adapter,
+    trainable_parameters,
+    unmerge,
+)
 from .attention import Cache
+from .checkpoints import load, save
+from .checkpoints.files import FileError
 from .data import ByteTokenizer
-from .files import FileError
 from .generate import generate, left_pad
 from .gpt2 import GPT2, GPT2Config
 from .llama import LLaMA, LLaMAConfig
-from .pretrained import load, save
 from .train import answer_loss
+
+__all__ = [
+    "GPT2", "LLaMA", "ByteTokenizer", "Cache", "FileError", "GPT2Config", "LLaMAConfig", "adapt", "answer_loss",
+    "delete_adapter", "disabled", "generate", "left_pad", "load", "load_adapter", "merge", "mixed", "save",
+    "save_adapter", "set_adapter", "trainable_parameters", "unmerge",
+]  # fmt: skip

@@ -99,11 +99,13 @@ class Cache:
 def embed(embedding, ids, attention_mask=None, cache=None):
     """What enters the first layer: x (B, T, D) of ids (B, T), and the attention mask that goes with it.
 
-    An embedding with a `soft_prompt` (adapters/prompt_tuning.py) has its K vectors put before the first words, once
+    An embedding with a `soft_prompt` (adapters/prompt_tuning.py) has its K vectors put before the first tokens, once
     for each cache: then x is (B, K + T, D), and the mask has K more columns.
     """
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; needed are integers of shape (batch, tokens)")
+        raise ValueError(
+            f"ids are {ids.dtype} of shape {tuple(ids.shape)}; needed are integers of shape (batch, tokens)"
+        )
     x, prompt = embedding(ids), getattr(embedding, "soft_prompt", None)
     if prompt is None:
         return x, attention_mask
@@ -114,7 +116,7 @@ def embed(embedding, ids, attention_mask=None, cache=None):
     return x, attention_mask
 
 
-def lay_out(x, attention_mask=None, cache=None, limit=(None, "")):
+def positions_and_mask(x, attention_mask=None, cache=None, limit=(None, "")):
     """Where each new token stands and what it may see; both models go on with this.
 
     x (B, T, D); attention_mask (B, S) with 0 where a row is padded, or None when nothing is.
@@ -127,11 +129,16 @@ def lay_out(x, attention_mask=None, cache=None, limit=(None, "")):
     (B, T), past = x.shape[:2], cache.length if cache is not None else 0
     S = past + T
     if limit[0] is not None and S > limit[0]:
-        raise ValueError(f"the sequence has {S} tokens and the model takes {limit[0]} ({limit[1]}): shorten it or generate fewer tokens")
+        raise ValueError(
+            f"the sequence has {S} tokens and the model takes {limit[0]} ({limit[1]}): shorten it or generate fewer tokens"
+        )
     if attention_mask is None and cache is not None and cache.attention_mask is not None:
         attention_mask = F.pad(cache.attention_mask, (0, T), value=1)  # what follows a padded prompt is real
     if attention_mask is not None and attention_mask.shape != (B, S):
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; {B} rows of {past} cached and {T} new tokens need ({B}, {S})")
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; "
+            f"{B} rows of {past} cached and {T} new tokens need ({B}, {S})"
+        )
     if cache is not None:
         cache.length, cache.attention_mask = S, attention_mask
     if attention_mask is None:
@@ -147,9 +154,10 @@ class Attention(nn.Module):
     """Causal multi-head attention with grouped queries (Ainslie et al. 2023), optional RoPE and optional biases.
 
     width D; num_heads H; num_kv_heads G divides H (default H); head_dim d (default D / H).
+    bias: of q_proj, k_proj and v_proj.  output_bias: of o_proj (default: as bias).
     """
 
-    def __init__(self, width, num_heads, num_kv_heads=None, head_dim=None, rope=None, bias=False):
+    def __init__(self, width, num_heads, num_kv_heads=None, head_dim=None, rope=None, bias=False, output_bias=None):
         super().__init__()
         self.width, self.num_heads = width, num_heads
         self.num_kv_heads = num_kv_heads or num_heads
@@ -158,7 +166,9 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.o_proj = nn.Linear(
+            self.num_heads * self.head_dim, width, bias=bias if output_bias is None else output_bias
+        )
 
     def heads(self, x):
         """Cuts features into heads: (..., T, heads·d) -> (..., heads, T, d)."""
@@ -192,9 +202,14 @@ class Attention(nn.Module):
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         dtype = q.dtype
         if q.device.type == "cpu" and dtype == torch.bfloat16 and T > 1:
-            q, k, v = q.float(), k.float(), v.float()  # torch 2.13's bfloat16 kernel for CPUs takes 5 to 8 times as long backward
-        grouped = self.num_kv_heads != self.num_heads
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=grouped).to(dtype)
+            # torch 2.13's bfloat16 kernel for CPUs takes 5 to 8 times as long backward
+            q, k, v = q.float(), k.float(), v.float()
+        grouped, causal = (
+            self.num_kv_heads != self.num_heads,
+            mask is None and bool(T > 1),
+        )  # a tensor in torch.jit.trace
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return y.to(dtype)
 
     def output(self, y):
         """Joins the heads and projects: (B, H, T, d) -> (B, T, D)."""

@@ -2,7 +2,7 @@
 
 The text comes from the Unicode CLDR through Babel (formats medium, long and full), so every language is real data
 and nothing is downloaded. One example is a prompt, an answer and the tokenizer's end token; the loss falls on the last
-two. To a model of bytes an example is one line, to one of words it says what is asked for:
+two. To a model whose tokens are bytes an example is one line; to a real one it says what is asked for:
 
     3 mars 2021 = 2021-03-03⏎                  Date: 3 mars 2021 ISO: 2021-03-03<end>
     └── prompt ──┘└─ answer ─┘                 └────── prompt ──────┘└─── answer ───┘
@@ -10,15 +10,11 @@ two. To a model of bytes an example is one line, to one of words it says what is
 
 import datetime
 import difflib
-import json
 import random
-from pathlib import Path
 
 import babel
 import torch
 from babel.dates import format_date
-
-from .files import FileError
 
 FORMATS = ("medium", "long", "full")
 # From near to far from the English that the bundled bases know. Any other CLDR locale works by its own name.
@@ -26,7 +22,7 @@ LANGUAGES = ("fr", "de", "es", "it", "pt", "nl", "sv", "pl", "fi", "tr", "hu", "
 LOCALES = {"en": ("en_US", "en_GB")}
 FIRST_DAY, LAST_DAY = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
 STOP = ord("\n")
-LINE, WORDS = ("{} = ", "{}\n"), ("Date: {} ISO:", " {}")  # the forms of (prompt, answer)
+LINE, LABELLED = ("{} = ", "{}\n"), ("Date: {} ISO:", " {}")  # the forms of (prompt, answer)
 IGNORED = -100  # a label that carries no loss, as in transformers
 
 
@@ -55,7 +51,9 @@ def locales(language):
     except (ValueError, TypeError, babel.UnknownLocaleError):
         near = difflib.get_close_matches(str(language), babel.localedata.locale_identifiers(), n=3, cutoff=0.5)
         hint = f"perhaps {' or '.join(near)}? " if near else ""
-        raise ValueError(f"CLDR knows no language {language!r}: {hint}Tried and tested are en, {', '.join(LANGUAGES)}") from None
+        raise ValueError(
+            f"CLDR knows no language {language!r}: {hint}Tried and tested are en, {', '.join(LANGUAGES)}"
+        ) from None
     return (str(locale),)
 
 
@@ -68,16 +66,22 @@ def split_dates(seed=0, test_share=0.1):
 
 
 def form(tokenizer):
-    """The form of prompt and answer that suits a tokenizer: LINE for bytes, WORDS for others."""
-    return LINE if isinstance(tokenizer, ByteTokenizer) else WORDS
+    """The form of prompt and answer that suits a tokenizer: LINE for bytes, LABELLED for others."""
+    return LINE if isinstance(tokenizer, ByteTokenizer) else LABELLED
 
 
 def examples(languages, days, count, seed=0, form=LINE):
     """`count` pairs (prompt, answer) of one language or of several in turn; days, locales and formats drawn by `seed`."""
-    draw, names = random.Random(seed), [locales(language) for language in ([languages] if isinstance(languages, str) else languages)]
+    draw, names = (
+        random.Random(seed),
+        [locales(language) for language in ([languages] if isinstance(languages, str) else languages)],
+    )
     prompt, answer = form
     return [
-        (prompt.format(format_date(day, draw.choice(FORMATS), draw.choice(names[i % len(names)]))), answer.format(day.isoformat()))
+        (
+            prompt.format(format_date(day, draw.choice(FORMATS), draw.choice(names[i % len(names)]))),
+            answer.format(day.isoformat()),
+        )
         for i, day in enumerate(draw.choice(days) for _ in range(count))
     ]
 
@@ -94,41 +98,6 @@ def with_typos(pairs, share=0.1, seed=0):
         return "".join(draw.choice(letters) if c.isalpha() and draw.random() < share else c for c in text)
 
     return [(smudge(prompt) if draw.random() < 0.5 else prompt, answer) for prompt, answer in pairs]
-
-
-def read_pairs(path):
-    """(pairs, empty) of a file of lines {"prompt": ..., "response": ...}, or of every *.jsonl in a folder.
-
-    empty: how many lines had an empty prompt or response; they are left out.  Raises FileError with file and line.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise FileError(f'{path} has no *.jsonl: needed is at least one, with lines such as {{"prompt": "...", "response": "..."}}')
-    pairs = [pair for file in files for pair in read_lines(file)]
-    whole = [pair for pair in pairs if all(text.strip() for text in pair)]
-    return whole, len(pairs) - len(whole)
-
-
-def read_lines(file):
-    """(prompt, response) of each line of a .jsonl file that is not blank."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON may hold other line ends as they are
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{file} cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FileError(f"{file}:{number} is not valid JSON ({error}): each line is one object") from None
-        for key in ("prompt", "response"):
-            if not isinstance(record, dict) or key not in record:
-                raise FileError(f'{file}:{number} has no "{key}": each line is an object with "prompt" and "response"')
-            if not isinstance(record[key], str):
-                raise FileError(f'{file}:{number}: "{key}" is of type {type(record[key]).__name__}; needed is text')
-        yield record["prompt"], record["response"]
 
 
 def hold_out(pairs, most, share=0.1, seed=0):
@@ -154,7 +123,11 @@ def encode(pairs, tokenizer, max_length=None, chat=False):
     rows, end = [], [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for prompt, answer in pairs:
         if isinstance(answer, str):
-            prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]), special=True) if chat else tokenizer.encode(prompt)
+            prompt = (
+                tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]), special=True)
+                if chat
+                else tokenizer.encode(prompt)
+            )
             answer = tokenizer.encode(answer)
             answer = answer if answer[-1:] == end else answer + end
             if max_length is not None:
@@ -179,19 +152,19 @@ def collate(pairs, tokenizer):
     return ids, labels
 
 
-def batches(pairs, batch_size, seed=0, stretch=16):
-    """Endless batches of pairs of like length: each round shuffles them, sorts within `stretch` batches at a time, and
+def batches(pairs, batch_size, seed=0, bucket=16):
+    """Endless batches of pairs of like length: each round shuffles them, sorts within `bucket` batches at a time, and
     shuffles the batches, so that little is spent on padding and the order still differs from round to round.
 
-    stretch: 1 leaves the lengths of a batch to chance. A small batch of like length is one language or one format, and
+    bucket: 1 leaves the lengths of a batch to chance. A small batch of like length is one language or one format, and
     its gradient speaks for that alone.
     """
     draw, pairs = random.Random(seed), list(pairs)
     while True:
         draw.shuffle(pairs)
-        stretched, whole = stretch * batch_size, []
-        for start in range(0, len(pairs), stretched):
-            near = sorted(pairs[start : start + stretched], key=lambda pair: len(pair[0]) + len(pair[1]))
+        size, whole = bucket * batch_size, []
+        for start in range(0, len(pairs), size):
+            near = sorted(pairs[start : start + size], key=lambda pair: len(pair[0]) + len(pair[1]))
             whole += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
         draw.shuffle(whole)
         yield from whole

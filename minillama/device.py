@@ -11,14 +11,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name="auto"):
-    """"auto" takes CUDA, then the CPU (Apple's "mps" by name only); any other name must exist here, else ValueError."""
+    """ "auto" takes CUDA, then the CPU (Apple's "mps" by name only); any other name must exist here, else ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): take 'auto' or 'cpu'") from None
+        raise ValueError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): take 'auto' or 'cpu'"
+        ) from None
     return device
 
 
@@ -31,7 +33,7 @@ def native_bfloat16(device):
 
 
 def pick_dtype(name, device):
-    """"auto" takes bfloat16 where it is native, else float32; or one of the two by name."""
+    """ "auto" takes bfloat16 where it is native, else float32; or one of the two by name."""
     if name == "auto":
         return torch.bfloat16 if native_bfloat16(device) else torch.float32
     if name not in DTYPES:

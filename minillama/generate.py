@@ -1,8 +1,12 @@
 """Text from a model, token by token, with the key/value cache: greedy, or sampled with temperature, top-k and top-p."""
 
+import math
+
 import torch
 
 from .attention import Cache
+
+SMALLEST = 1e-4  # temperature above 0: below it the logits would overflow, and one token would always be drawn
 
 
 def left_pad(prompts, pad=0):
@@ -18,7 +22,8 @@ def left_pad(prompts, pad=0):
 
 def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
     """Logits (B, V) -> the next ids (B,): the greatest at temperature 0, else drawn from softmax(logits / temperature),
-    from the `top_k` likeliest only, and from the fewest likeliest whose probabilities reach `top_p` (Holtzman et al. 2020)."""
+    from the `top_k` likeliest only, and from the fewest likeliest whose probabilities reach `top_p` (Holtzman et al.
+    2020)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = (logits.float() / temperature).sort(dim=-1, descending=True)
@@ -33,36 +38,47 @@ def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
 
 
 @torch.no_grad()
-def stream(model, ids, max_new_tokens=20, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None, attention_mask=None):
+def stream(
+    model, ids, max_new_tokens=20, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None, attention_mask=None
+):
     """Yields the next ids, (B,), one step at a time; a row that met `stop` yields `stop` from then on.
 
-    Arguments as in `generate`. The model is put in eval mode, so that dropout is off, and put back at the end.
+    Arguments as in `generate`. Each step runs in eval mode, so that dropout is off; between steps the model is as it was.
     """
-    if max_new_tokens < 0 or temperature < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens} and temperature {temperature}; neither may be negative")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; needed is 0 or more")
+    if temperature != 0 and not SMALLEST <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; needed is 0 for the likeliest token, or from {SMALLEST} on")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"top_k is {top_k} and top_p {top_p}; needed are top_k of at least 1 and top_p above 0 and at most 1")
+        raise ValueError(
+            f"top_k is {top_k} and top_p {top_p}; needed are top_k of at least 1 and top_p above 0 and at most 1"
+        )
     if ids.dim() != 2 or ids.shape[1] == 0:
-        raise ValueError(f"the prompt's ids have shape {tuple(ids.shape)}; needed is (batch, tokens) with at least one token")
+        raise ValueError(f"the prompt's ids have shape {tuple(ids.shape)}; needed is (B, T) with at least one token")
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-    was_training, cache = model.training, Cache()
-    done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-    model.eval()
-    try:
-        for step in range(max_new_tokens):
-            last = model.hidden(ids, attention_mask if step == 0 else None, cache)[:, -1]  # (B, D)
-            ids = choose(model.lm_head(last), temperature, top_k, top_p, generator)[:, None]  # (B, 1)
-            if stop is not None:
-                ids = ids.masked_fill(done[:, None], stop)
-                done |= ids[:, 0] == stop
-            yield ids[:, 0]
-            if stop is not None and done.all():
-                return
-    finally:
-        model.train(was_training)
+    cache, done = Cache(), torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    for step in range(max_new_tokens):
+        was_training = model.training
+        if was_training:
+            model.eval()
+        try:
+            last = model.hidden(ids, attention_mask if step == 0 else None, cache)[:, -1:]  # (B, 1, D)
+            logits = model.lm_head(last)[:, 0]  # (B, V)
+        finally:
+            if was_training:
+                model.train()
+        ids = choose(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
+        if stop is not None:
+            ids = ids.masked_fill(done[:, None], stop)
+            done |= ids[:, 0] == stop
+        yield ids[:, 0]
+        if stop is not None and done.all():
+            return
 
 
-def generate(model, ids, max_new_tokens=20, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None, attention_mask=None):
+def generate(
+    model, ids, max_new_tokens=20, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None, attention_mask=None
+):
     """Continues each row of ids: (B, T) -> (B, T + new), new at most max_new_tokens.
 
     temperature: 0 takes the likeliest token; above it, tokens are drawn, and the same `seed` draws the same ones.

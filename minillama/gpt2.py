@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019) on one page: LayerNorm, learned positions, biases, GELU, the head tied to the embedding.
 
 The modules carry LLaMA's names, so that every adapter attaches to either model; the attention is the same class,
-without RoPE. Checkpoints, whose query, key and value matrices are fused, are split on loading (pretrained.py).
+without RoPE. Checkpoints, whose query, key and value matrices are fused, are split on loading (checkpoints/architectures.py).
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import Attention, embed, lay_out
+from .attention import Attention, embed, positions_and_mask
 from .llama import init_weights
 
 
@@ -27,7 +27,10 @@ class GPT2Config:
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size is {self.hidden_size} and num_attention_heads is {self.num_attention_heads}; the second must divide the first")
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} and num_attention_heads is {self.num_attention_heads}; "
+                "the second must divide the first"
+            )
 
 
 class MLP(nn.Module):
@@ -75,11 +78,12 @@ class GPT2(nn.Module):
     def hidden(self, ids, attention_mask=None, cache=None):
         """The normed output of the last layer, (B, T, D): what the head reads. Arguments as in `forward`."""
         x, attention_mask = embed(self.embed_tokens, ids, attention_mask, cache)  # (B, T, D)
-        positions, mask = lay_out(x, attention_mask, cache, (self.config.max_position_embeddings, "max_position_embeddings"))
+        limit = (self.config.max_position_embeddings, "max_position_embeddings")
+        positions, mask = positions_and_mask(x, attention_mask, cache, limit)
         x = x + self.embed_positions(positions)
         for index, layer in enumerate(self.layers):
             x = layer(x, None, mask, cache.layer(index) if cache is not None else None)
-        return self.norm(x[:, -ids.shape[1] :])  # without a soft prompt's places, where there is one
+        return self.norm(x[:, x.shape[1] - ids.shape[1] :])  # without a soft prompt's places, where there is one
 
     def forward(self, ids, attention_mask=None, cache=None):
         """ids (B, T) int64 -> logits (B, T, V); attention_mask and cache as in `LLaMA.forward`."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import Attention, RoPE, embed, lay_out
+from .attention import Attention, RoPE, embed, positions_and_mask
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,24 @@ class LLaMAConfig:
     rope_scaling: tuple[float, float, float, float] | None = None  # `llama3`; see attention.RoPE
     sliding_window: int | None = None  # Mistral's; sequences up to this length are exact, longer ones refused
     attention_bias: bool = False
+    attention_output_bias: bool | None = None  # None: as attention_bias
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
         H, G, D = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads, self.hidden_size
         if H % G:
-            raise ValueError(f"num_attention_heads is {H} and num_key_value_heads is {G}; the second must divide the first")
+            raise ValueError(
+                f"num_attention_heads is {H} and num_key_value_heads is {G}; the second must divide the first"
+            )
         if self.head_dim is None and D % H:
-            raise ValueError(f"hidden_size is {D} and num_attention_heads is {H}; the second must divide the first, or head_dim be given")
+            raise ValueError(
+                f"hidden_size is {D} and num_attention_heads is {H}; the second must divide the first, or head_dim be given"
+            )
         if (self.head_dim or D // H) % 2:
-            raise ValueError(f"head_dim is {self.head_dim or D // H}; RoPE turns features in pairs and needs an even number")
+            raise ValueError(
+                f"head_dim is {self.head_dim or D // H}; RoPE turns features in pairs and needs an even number"
+            )
 
 
 class RMSNorm(nn.Module):
@@ -77,7 +84,8 @@ class Layer(nn.Module):
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(D, eps)
-        self.self_attn = Attention(D, config.num_attention_heads, config.num_key_value_heads, config.head_dim, rope, config.attention_bias)
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.self_attn = Attention(D, *heads, rope, config.attention_bias, config.attention_output_bias)
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.mlp = MLP(config)
 
@@ -97,7 +105,8 @@ class LLaMA(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.rope = RoPE(config.head_dim or config.hidden_size // config.num_attention_heads, config.rope_theta, config.rope_scaling)
+        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        self.rope = RoPE(head_dim, config.rope_theta, config.rope_scaling)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, self.rope) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -109,11 +118,11 @@ class LLaMA(nn.Module):
     def hidden(self, ids, attention_mask=None, cache=None):
         """The normed output of the last layer, (B, T, D): what the head reads. Arguments as in `forward`."""
         x, attention_mask = embed(self.embed_tokens, ids, attention_mask, cache)  # (B, T, D)
-        positions, mask = lay_out(x, attention_mask, cache, (self.config.sliding_window, "sliding_window"))
+        positions, mask = positions_and_mask(x, attention_mask, cache, (self.config.sliding_window, "sliding_window"))
         rotation = self.rope(positions)  # once for all layers
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, cache.layer(index) if cache is not None else None)
-        return self.norm(x[:, -ids.shape[1] :])  # without a soft prompt's places, where there is one
+        return self.norm(x[:, x.shape[1] - ids.shape[1] :])  # without a soft prompt's places, where there is one
 
     def forward(self, ids, attention_mask=None, cache=None):
         """ids (B, T) int64 -> logits (B, T, V).

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 import time
 
@@ -12,13 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .data import IGNORED, batches, collate, encode
-from .files import replacing
 from .generate import generate, left_pad
 
-# The peak that suits each method on the dates task: on the bundled bases of bytes, chosen on French; and on a real model of
-# words, SmolLM2-135M, chosen on English, French, German, Spanish and Finnish together.
-LEARNING_RATE = {"llama_adapter": 0.1, "llama_adapter_v2": 1e-2, "prefix_tuning": 0.1, "prompt_tuning": 0.3, "ia3": 0.1, "bottleneck": 1e-2, "lora": 1e-2, "full": 1e-3}
-LEARNING_RATE_OF_WORDS = {"llama_adapter": 2e-2, "llama_adapter_v2": 3e-3, "prefix_tuning": 0.1, "prompt_tuning": 0.1, "ia3": 4e-2, "bottleneck": 3e-3, "lora": 1e-2, "full": 1e-4}
+LEARNING_RATES = (1e-3, 1e-4)  # when all weights are trained: on the bundled bases, and on a real model (SmolLM2-135M)
 
 
 def answer_logits(model, ids, labels):
@@ -26,7 +21,9 @@ def answer_logits(model, ids, labels):
     targets = labels[:, 1:]  # the token at t is predicted from those up to t - 1
     scored = targets != IGNORED
     if not scored.any():
-        raise ValueError(f"no label among {tuple(labels.shape)} carries loss: all are {IGNORED}, or stand on a row's first token")
+        raise ValueError(
+            f"no label among {tuple(labels.shape)} carries loss: all are {IGNORED}, or stand on a row's first token"
+        )
     hidden = model.hidden(ids[:, :-1])[scored]  # (N, D)
     return model.lm_head(hidden), targets[scored], scored.nonzero()[:, 0]
 
@@ -45,17 +42,19 @@ def answer_loss(model, ids, labels):
 def checkpointed(model):
     """Within the block a layer keeps nothing but its input for the backward pass, which computes the rest once more
     (Chen et al. 2016, https://arxiv.org/abs/1604.06174): the same gradients, less memory, about a third more time."""
-    for layer in model.layers:
+    plain = [layer for layer in model.layers if "forward" not in vars(layer)]  # not those of a block around this one
+    for layer in plain:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield model
     finally:
-        for layer in model.layers:
+        for layer in plain:
             del layer.forward  # the class's own again
 
 
 def learning_rate_at(step, steps, peak, warmup):
-    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to 0 (Loshchilov & Hutter 2017)."""
+    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to 0 (Loshchilov & Hutter
+    2017)."""
     rising = max(1, round(steps * warmup))
     if step < rising:
         return peak * (step + 1) / rising
@@ -63,28 +62,33 @@ def learning_rate_at(step, steps, peak, warmup):
 
 
 def train(
-    model, tokenizer, pairs, *, steps=300, batch_size=64, learning_rate=1e-2, warmup=0.1, weight_decay=0.0, clip=1.0,
-    seed=0, autocast=None, checkpointing=False, stretch=16, watch=None, metrics_file=None, progress=True,
+    model, tokenizer, pairs, *, steps=300, batch_size=16, learning_rate=1e-2, warmup=0.1, weight_decay=0.0, clip=1.0,
+    seed=0, autocast=None, checkpointing=False, bucket=16, watch=None, progress=True,
 ):  # fmt: skip
     """Trains whatever requires gradients on pairs (prompt, answer) and returns the history: a dict of numbers per step.
 
     AdamW (betas 0.9, 0.99) with warm-up and cosine, gradients clipped to norm `clip`, batches of like length. The same
     seed repeats a run bit for bit on one CPU machine.
     autocast: a dtype for the arithmetic of weights kept in float32.  checkpointing: less memory for more time, see
-    `checkpointed`.  stretch: see data.batches.  watch: called as watch(model) -> dict after every step, its entries join the history.
-    metrics_file: where the history is written, one JSON object a line.
+    `checkpointed`.  bucket: see data.batches.  watch: called as watch(model) -> dict after every step, its entries join
+    the history.  Raises ValueError where nothing can be trained, and for a loss that is not finite.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("no parameter requires gradients: adapt the model first, or unfreeze it to train it whole")
     if steps < 1 or batch_size < 1 or not pairs:
-        raise ValueError(f"steps is {steps}, batch_size {batch_size}, and there are {len(pairs)} examples; each must be at least 1")
+        raise ValueError(
+            f"steps is {steps}, batch_size {batch_size}, and there are {len(pairs)} examples; each must be at least 1"
+        )
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}; needed is a number above 0")
     device = trained[0].device
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     arithmetic = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
     history, seen, start = [], 0, time.perf_counter()
     model.train()
-    bar = tqdm(zip(range(steps), batches(pairs, batch_size, seed, stretch)), total=steps, disable=not progress, unit="step", dynamic_ncols=True)
+    numbered = zip(range(steps), batches(pairs, batch_size, seed, bucket))
+    bar = tqdm(numbered, total=steps, disable=not progress, unit="step", dynamic_ncols=True)
     for step, batch in bar:
         ids, labels = (tensor.to(device) for tensor in collate(batch, tokenizer))
         for group in optimizer.param_groups:
@@ -100,24 +104,25 @@ def train(
         optimizer.step()
 
         seen += len(ids)
+        seconds = time.perf_counter() - start
         history.append({
             "step": step + 1,
             "loss": loss.item(),
             "accuracy": (missed == 0).float().mean().item(),  # rows whose every answer token is the likeliest one
             "learning_rate": optimizer.param_groups[0]["lr"],
-            "gradient_norm": norm.item(),
-            "examples_per_second": seen / (time.perf_counter() - start),
-            "seconds": time.perf_counter() - start,
+            "gradient_norm": norm.item(),  # before it was clipped
+            "examples_per_second": seen / seconds,
+            "seconds": seconds,
             **(watch(model) if watch else {}),
         })  # fmt: skip
-        if not math.isfinite(history[-1]["loss"]):
-            raise ValueError(f"the loss became {history[-1]['loss']} at step {step + 1}: lower the learning rate, now {learning_rate}")
         now = history[-1]
-        bar.set_postfix_str(f"loss {now['loss']:.3f} · accuracy {now['accuracy']:.0%} · {now['examples_per_second']:.0f} examples/s", refresh=False)
+        if not math.isfinite(now["loss"]):
+            raise ValueError(
+                f"the loss became {now['loss']} at step {step + 1}: lower the learning rate, now {learning_rate}"
+            )
+        shown = f"loss {now['loss']:.3f} · accuracy {now['accuracy']:.0%} · {now['examples_per_second']:.0f} examples/s"
+        bar.set_postfix_str(shown, refresh=False)
     model.eval()
-    if metrics_file is not None:
-        with replacing(metrics_file) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
     return history
 
 
@@ -125,17 +130,19 @@ def answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=256):
     """What the model writes behind each prompt (a text, or its ids), greedily, up to and with the end token: strings."""
     device, written = next(model.parameters()).device, []
     for start in range(0, len(prompts), batch_size):
-        rows = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts[start : start + batch_size]]
+        some = prompts[start : start + batch_size]
+        rows = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in some]
         ids, mask = (tensor.to(device) for tensor in left_pad(rows))
-        new = generate(model, ids, max_new_tokens, stop=tokenizer.eos_id, attention_mask=mask)[:, ids.shape[1] :].tolist()
-        for row in new:
+        new = generate(model, ids, max_new_tokens, stop=tokenizer.eos_id, attention_mask=mask)[:, ids.shape[1] :]
+        for row in new.tolist():
             end = row.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in row else len(row)
             written.append(tokenizer.decode(row[:end]))
     return written
 
 
 def exact_match(model, tokenizer, pairs, batch_size=256):
-    """The share of pairs (prompt, answer) that the model, generating on its own, answers to the letter and ends there."""
+    """The share of pairs (prompt, answer) that the model, generating on its own, answers to the letter and ends
+    there."""
     rows = sorted(encode(pairs, tokenizer), key=lambda row: len(row[0]))
     longest = max(len(answer) for _, answer in rows)
     written = answers(model, tokenizer, [prompt for prompt, _ in rows], longest, batch_size)

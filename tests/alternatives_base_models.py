@@ -18,7 +18,10 @@ def rms_norm_by_the_norm(x, weight, eps):
 
 
 def rms_norm_token_by_token(x, weight, eps):
-    rows = [row.float() / ((row.float() @ row.float()) / len(row) + eps) ** 0.5 * weight.float() for row in x.reshape(-1, x.shape[-1])]
+    rows = [
+        row.float() / ((row.float() @ row.float()) / len(row) + eps) ** 0.5 * weight.float()
+        for row in x.reshape(-1, x.shape[-1])
+    ]
     return torch.stack(rows).reshape(x.shape).to(x.dtype)
 
 
@@ -42,7 +45,9 @@ def rope_pair_by_pair(x, positions, theta):
 def rope_as_matrices(x, positions, theta):
     half = x.shape[-1] // 2
     angle = positions[:, None] * torch.exp(-math.log(theta) * torch.arange(half) / half)  # (T, d/2)
-    turn = torch.stack((torch.stack((angle.cos(), -angle.sin()), -1), torch.stack((angle.sin(), angle.cos()), -1)), -2)  # (T, d/2, 2, 2)
+    turn = torch.stack(
+        (torch.stack((angle.cos(), -angle.sin()), -1), torch.stack((angle.sin(), angle.cos()), -1)), -2
+    )  # (T, d/2, 2, 2)
     pairs = x.unflatten(-1, (2, half)).float()  # (B, H, T, 2, d/2)
     return torch.einsum("tiab,...tbi->...tai", turn, pairs).flatten(-2).to(x.dtype)
 
@@ -72,7 +77,13 @@ def attention_softmax_by_hand(q, k, v):
 
 def attention_token_by_token(q, k, v):
     k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-    return torch.cat([F.scaled_dot_product_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1]) for t in range(q.shape[2])], 2)
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
+            for t in range(q.shape[2])
+        ],
+        2,
+    )
 
 
 def swiglu_sigmoid(x, gate, up, down):
@@ -136,7 +147,12 @@ def cached_by_scores(attention, x, past):
 ALTERNATIVES = {
     "rms_norm": [rms_norm_as_in_hugging_face, rms_norm_by_the_norm, rms_norm_token_by_token],
     "rope": [rope_complex, rope_pair_by_pair, rope_as_matrices],
-    "grouped_query_attention": [attention_einsum, attention_head_by_head, attention_softmax_by_hand, attention_token_by_token],
+    "grouped_query_attention": [
+        attention_einsum,
+        attention_head_by_head,
+        attention_softmax_by_hand,
+        attention_token_by_token,
+    ],
     "swiglu": [swiglu_sigmoid, swiglu_fused, swiglu_by_exponent],
     "split_fused": [split_of_the_columns, split_by_reshape, split_as_lists],
     "cached_attention": [cached_with_a_mask, cached_token_by_token, cached_by_scores],

@@ -6,7 +6,9 @@ from torch import nn
 
 
 def start_like_linear(in_features, out_features, rank):
-    return nn.Linear(in_features, rank, bias=False).weight.detach(), nn.Linear(rank, out_features, bias=False).weight.detach() * 0
+    return nn.Linear(in_features, rank, bias=False).weight.detach(), nn.Linear(
+        rank, out_features, bias=False
+    ).weight.detach() * 0
 
 
 def start_gaussian(in_features, out_features, rank):
@@ -61,7 +63,10 @@ class WeightNeverTouched(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.base, self.alpha, self.merged = linear.requires_grad_(False), alpha, False
-        self.A, self.B = nn.Parameter(torch.rand(rank, linear.in_features) - 0.5), nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.A, self.B = (
+            nn.Parameter(torch.rand(rank, linear.in_features) - 0.5),
+            nn.Parameter(torch.zeros(linear.out_features, rank)),
+        )
 
     def weight(self):
         return self.base.weight + self.alpha / len(self.A) * (self.B @ self.A)
@@ -81,7 +86,11 @@ class CopyOfTheBase(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight.detach(), linear.bias.detach()
         linear.requires_grad_(False)
-        self.A, self.B, self.scale = nn.Parameter(torch.randn(rank, linear.in_features)), nn.Parameter(torch.zeros(linear.out_features, rank)), alpha / rank
+        self.A, self.B, self.scale = (
+            nn.Parameter(torch.randn(rank, linear.in_features)),
+            nn.Parameter(torch.zeros(linear.out_features, rank)),
+            alpha / rank,
+        )
         self.folded = None
 
     def merge(self):

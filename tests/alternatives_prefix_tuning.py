@@ -88,7 +88,9 @@ def share_by_attention(q, k, prefix_keys):
 
 def split_by_attention(q, k, v, prefix_keys, prefix_values):
     words = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    prefix = F.scaled_dot_product_attention(q, prefix_keys.expand(len(q), -1, -1, -1), prefix_values.expand(len(q), -1, -1, -1))
+    prefix = F.scaled_dot_product_attention(
+        q, prefix_keys.expand(len(q), -1, -1, -1), prefix_values.expand(len(q), -1, -1, -1)
+    )
     return share_by_logsumexp(q, k, prefix_keys), words, prefix
 
 
@@ -96,17 +98,26 @@ def split_from_one_softmax(q, k, v, prefix_keys, prefix_values):
     """The one softmax cut in two, each part divided by what it sums to; word by word."""
     K, rows = prefix_keys.shape[1], []
     for t in range(q.shape[2]):
-        scores = torch.cat((q[:, :, t : t + 1] @ prefix_keys.mT, q[:, :, t : t + 1] @ k[:, :, : t + 1].mT), -1) / q.shape[-1] ** 0.5
+        scores = (
+            torch.cat((q[:, :, t : t + 1] @ prefix_keys.mT, q[:, :, t : t + 1] @ k[:, :, : t + 1].mT), -1)
+            / q.shape[-1] ** 0.5
+        )
         weights = scores.softmax(-1)
         share = weights[..., :K].sum(-1, keepdim=True)
-        rows.append((share[..., 0], weights[..., K:] @ v[:, :, : t + 1] / (1 - share), weights[..., :K] @ prefix_values / share))
+        rows.append(
+            (share[..., 0], weights[..., K:] @ v[:, :, : t + 1] / (1 - share), weights[..., :K] @ prefix_values / share)
+        )
     return tuple(torch.cat(parts, 2) for parts in zip(*rows))
 
 
 ALTERNATIVES = {
     "soft_prompt": [soft_prompt_row_by_row, soft_prompt_filled_in],
     "turn_back": [turn_back_as_complex, turn_back_pair_by_pair],
-    "prefix_attention": [prefix_attention_words_moved, prefix_attention_kept_in_the_cache, prefix_attention_head_by_head],
+    "prefix_attention": [
+        prefix_attention_words_moved,
+        prefix_attention_kept_in_the_cache,
+        prefix_attention_head_by_head,
+    ],
     "prefix_share": [share_by_logsumexp, share_by_attention],
     "split_softmax": [split_by_attention, split_from_one_softmax],
 }

@@ -8,12 +8,19 @@ import pytest
 import torch
 
 import minillama
-from minillama import hub
 from minillama.adapters import adapter_parameters
+from minillama.checkpoints import hub
 
 THREADS = torch.get_num_threads()
 
-SHAPE = dict(vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=64)
+SHAPE = dict(
+    vocab_size=101,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    max_position_embeddings=64,
+)
 KINDS = ("llama", "grouped", "gpt2")
 
 

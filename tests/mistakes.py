@@ -2,11 +2,11 @@
 `attach`; where one makes no difference to a kind of model, its `harmless_for` says so."""
 
 from minillama.adapters import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
-from minillama.exercises.bottleneck import Adapted, Bottleneck, attach_to_mlp_only
-from minillama.exercises.ia3 import IA3Linear, attach_before_activation, attach_to_queries
-from minillama.exercises.llama_adapter import NormsOfTheBaseTrained, Prefix, ScaledLinear
-from minillama.exercises.lora import LoRALinear
-from minillama.exercises.prefix_tuning import PrefixAttention, PromptEmbedding
+from minillama.course.exercises.bottleneck import Adapted, Bottleneck, attach_to_mlp_only
+from minillama.course.exercises.ia3 import IA3Linear, attach_before_activation, attach_to_queries
+from minillama.course.exercises.llama_adapter import NormsOfTheBaseTrained, Prefix, ScaledLinear
+from minillama.course.exercises.lora import LoRALinear
+from minillama.course.exercises.prefix_tuning import PrefixAttention, PromptEmbedding
 
 # (case in methods.CASES, module, the name that is replaced, by what)
 MISTAKES = (

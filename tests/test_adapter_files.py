@@ -40,14 +40,22 @@ SHARED = {
     ),
     "lora": (
         dict(method="lora", rank=3, alpha=5.0),
-        lambda gpt2: peft.LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn"] if gpt2 else ["q_proj", "v_proj"], fan_in_fan_out=gpt2, task_type="CAUSAL_LM"),
+        lambda gpt2: peft.LoraConfig(
+            r=3,
+            lora_alpha=5,
+            target_modules=["c_attn"] if gpt2 else ["q_proj", "v_proj"],
+            fan_in_fan_out=gpt2,
+            task_type="CAUSAL_LM",
+        ),
     ),
     "lora everywhere": (
         dict(method="lora", rank=2, alpha=3.0, targets=("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")),
         lambda gpt2: peft.LoraConfig(
             r=2,
             lora_alpha=3,
-            target_modules=["c_attn", "c_proj", "c_fc"] if gpt2 else ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"],
+            target_modules=["c_attn", "c_proj", "c_fc"]
+            if gpt2
+            else ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"],
             fan_in_fan_out=gpt2,
             task_type="CAUSAL_LM",
         ),
@@ -55,9 +63,13 @@ SHARED = {
 }
 BASES = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, num_key_value_heads=2)),
-    "llama with biases": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+    "llama with biases": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
+    ),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
+    ),
 }
 PAIRS = [(kind, method) for kind in BASES for method in SHARED]
 
@@ -72,7 +84,11 @@ def test_round_trip(model, ids, case, tmp_path):
     load_adapter(model, tmp_path, name="again")
     # a rank-r path of a fused GPT-2 matrix comes back as paths of a greater rank: the same but for rounding
     exact = not (isinstance(model, minillama.GPT2) and parts[0]["method"] == "lora")
-    assert torch.equal(model(ids), expected) if exact else (model(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (
+        torch.equal(model(ids), expected)
+        if exact
+        else (model(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
+    )
     assert list(model.adapters) == ["again"]
 
 
@@ -136,7 +152,16 @@ def test_we_read_what_peft_writes(pair, method, ids, tmp_path):
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
 @pytest.mark.parametrize(
-    "key, value", [("use_dora", True), ("use_rslora", True), ("init_lora_weights", "pissa"), ("rank_pattern", {"q_proj": 4}), ("layers_to_transform", [1]), ("modules_to_save", ["lm_head"]), ("bias", "all")]
+    "key, value",
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("init_lora_weights", "pissa"),
+        ("rank_pattern", {"q_proj": 4}),
+        ("layers_to_transform", [1]),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+    ],
 )
 def test_what_peft_asks_and_we_do_not_do_is_refused_by_name(pair, key, value, tmp_path):
     theirs, ours, _ = pair
@@ -217,7 +242,7 @@ def test_bad_adapter_files_are_named_and_leave_the_model_alone(model, ids, tmp_p
 
 
 def test_fingerprint_outlives_dtype_and_adaptation(model):
-    from minillama.adapters.folder import fingerprint
+    from minillama.adapters.storage import fingerprint
 
     plain = fingerprint(model)
     assert fingerprint(open_gates(adapt(model, "llama_adapter"))) == plain
@@ -229,7 +254,7 @@ def test_fingerprint_outlives_dtype_and_adaptation(model):
 
 def test_nothing_half_written(model, tmp_path, monkeypatch):
     """A write that fails leaves the old file, and no other."""
-    from minillama import files
+    from minillama.checkpoints import files
 
     save_adapter(adapt(model, "llama_adapter"), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -9,8 +9,8 @@ from conftest import make
 import minillama
 from minillama import attention, llama
 from minillama.attention import Attention, RoPE
-from minillama.exercises import base_models as parts
-from minillama.pretrained import gpt2_to_hf
+from minillama.checkpoints import gpt2_to_hf
+from minillama.course.exercises import base_models as parts
 
 
 def random_model():
@@ -42,7 +42,11 @@ def in_attend(patch, mistake):
 
 
 def in_mlp(patch, mistake):
-    patch.setattr(llama.MLP, "forward", lambda self, x: mistake(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight))
+    patch.setattr(
+        llama.MLP,
+        "forward",
+        lambda self, x: mistake(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight),
+    )
 
 
 def in_cached_attention(patch, mistake):
@@ -57,7 +61,12 @@ def cases(mistakes, plant, but=()):
     return [pytest.param(plant, mistake, id=mistake.__name__) for mistake in mistakes if mistake not in but]
 
 
-DTYPES = (parts.squares_in_half_precision, parts.left_in_float32, parts.angles_in_half_precision, parts.rope_left_in_float32)  # right in float32
+DTYPES = (
+    parts.squares_in_half_precision,
+    parts.left_in_float32,
+    parts.angles_in_half_precision,
+    parts.rope_left_in_float32,
+)  # right in float32
 ONCE = (
     *cases(parts.NORMS, in_norm, (*DTYPES, parts.size_detached)),
     *cases(parts.ROPES, in_rope, (*DTYPES, parts.positions_from_one, parts.own_positions)),
@@ -65,7 +74,12 @@ ONCE = (
     *cases(parts.SWIGLUS, in_mlp),
 )
 SAME_LOGITS = (parts.kept_unturned, parts.heads_repeated_in_the_cache)  # what they cache is wrong
-RIGHT = ((in_norm, parts.right_rms_norm), (in_rope, parts.right_rope), (in_attend, parts.right_attention), (in_mlp, parts.right_swiglu))
+RIGHT = (
+    (in_norm, parts.right_rms_norm),
+    (in_rope, parts.right_rope),
+    (in_attend, parts.right_attention),
+    (in_mlp, parts.right_swiglu),
+)
 
 
 @torch.no_grad()

@@ -11,9 +11,11 @@ import urllib.request
 
 import pytest
 
-from minillama.notebooks import LESSONS
+from minillama.course.notebooks import LESSONS
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
 
 @pytest.fixture
@@ -23,10 +25,23 @@ def lab(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [f"--port={port}", f"--ServerApp.root_dir={tmp_path}", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--allow-root"]
-    environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}  # the other core is for the browser
+    options = [
+        f"--port={port}",
+        f"--ServerApp.root_dir={tmp_path}",
+        "--IdentityProvider.token=",
+        "--LabApp.expose_app_in_browser=True",
+        "--allow-root",
+    ]
+    environment = {
+        **os.environ,
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
+        "JUPYTER_DATA_DIR": str(tmp_path / "data"),
+        "OMP_NUM_THREADS": "1",
+    }  # the other core is for the browser
     with open(tmp_path / "lab.log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", *options], stdout=log, stderr=log, env=environment)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyter", "lab", "--no-browser", *options], stdout=log, stderr=log, env=environment
+        )
         address = f"http://127.0.0.1:{port}"
         try:
             for _ in range(120):
@@ -52,9 +67,13 @@ def test_the_slider_changes_the_answer(lab):
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.goto(f"{lab}/lab/tree/lessons/03_llama_adapter.ipynb")
         page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context?.isReady", timeout=120_000)
-        page.wait_for_function("jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=120_000)
+        page.wait_for_function(
+            "jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=120_000
+        )
         figures = "jupyterapp.shell.currentWidget.content.node.querySelectorAll('.jp-RenderedImage img[src^=\"data:image/png\"]').length"
-        page.wait_for_function(f"{figures} > 0", timeout=30_000)  # stored ones, though nobody has trusted this notebook yet
+        page.wait_for_function(
+            f"{figures} > 0", timeout=30_000
+        )  # stored ones, though nobody has trusted this notebook yet
         page.evaluate("jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
         page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')", None)
         cells = "jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code' && w.model.sharedModel.getSource().trim())"
@@ -63,17 +82,28 @@ def test_the_slider_changes_the_answer(lab):
         assert not [output for output in outputs if output["output_type"] == "error"], outputs
         assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
 
-        place = page.evaluate("jupyterapp.shell.currentWidget.content.widgets.findIndex(w => w.model.sharedModel.getSource().includes('gate_slider'))")
+        place = page.evaluate(
+            "jupyterapp.shell.currentWidget.content.widgets.findIndex(w => w.model.sharedModel.getSource().includes('gate_slider'))"
+        )
         page.evaluate("place => jupyterapp.shell.currentWidget.content.scrollToItem(place, 'start')", place)
-        handle, answer = page.locator(".jupyter-widgets .noUi-handle").first, page.locator(".jupyter-widgets.widget-html-content, .widget-html-content").first
+        handle, answer = (
+            page.locator(".jupyter-widgets .noUi-handle").first,
+            page.locator(".jupyter-widgets.widget-html-content, .widget-html-content").first,
+        )
         handle.wait_for(timeout=30_000)
         adapted = answer.inner_text()
         handle.focus()
         page.keyboard.press("Home")  # the gate at 0
-        page.wait_for_function("before => document.querySelector('.widget-html-content').innerText !== before", arg=adapted, timeout=30_000)
-        (question, right), (again, guess) = (re.search(r"^(.*) = (\S+)", text).groups() for text in (adapted, answer.inner_text()))
+        page.wait_for_function(
+            "before => document.querySelector('.widget-html-content').innerText !== before", arg=adapted, timeout=30_000
+        )
+        (question, right), (again, guess) = (
+            re.search(r"^(.*) = (\S+)", text).groups() for text in (adapted, answer.inner_text())
+        )
         assert question == again and right != guess and "bit for bit" in answer.inner_text()
         handle.focus()
         page.keyboard.press("End")
-        page.wait_for_function("document.querySelector('.widget-html-content').innerText.includes('bit for bit') === false", timeout=30_000)
+        page.wait_for_function(
+            "document.querySelector('.widget-html-content').innerText.includes('bit for bit') === false", timeout=30_000
+        )
         browser.close()

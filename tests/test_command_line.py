@@ -15,18 +15,28 @@ from safetensors.torch import load_file
 
 from minillama.__main__ import main
 from minillama.adapters import METHODS
-from minillama.pretrained import BASES
+from minillama.checkpoints import BASES
 
 
 def minillama(*arguments, cwd, timeout=300):
     """(exit status, stdout, stderr) of python -m minillama."""
-    done = subprocess.run([sys.executable, "-m", "minillama", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, "-m", "minillama", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def inside(*arguments, cwd):
     """The same without starting a process."""
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
         try:
             code = main([str(argument) for argument in arguments])
         except SystemExit as leaving:  # argparse's way out
@@ -41,7 +51,9 @@ def sentence(stderr):
 
 
 def report(stdout, language="fr"):
-    base, adapted = (float(number) / 100 for number in re.search(rf"^ *{language} +([\d.]+)% +([\d.]+)%", stdout, re.M).groups())
+    base, adapted = (
+        float(number) / 100 for number in re.search(rf"^ *{language} +([\d.]+)% +([\d.]+)%", stdout, re.M).groups()
+    )
     share = float(re.search(r"\(([\d.]+)% of the base", stdout).group(1)) / 100
     return base, adapted, share
 
@@ -55,7 +67,12 @@ def test_the_default_run_learns_french(tmp_path):
     assert base <= 0.50 and adapted >= 0.95 and share <= 0.01
     assert "bit-identical" in out
     folder = tmp_path / "runs/dates-llama-llama_adapter-fr"
-    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "training.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.jsonl",
+        "training.png",
+    }
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(history) == 300 and all(max(map(abs, gates)) > 0.05 for gates in history[-1]["gates"].values())
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -72,15 +89,44 @@ def test_gpt2_learns_french_too(tmp_path):
 
 def test_a_short_run_in_float32(tmp_path):
     code, out, err = inside(
-        "adapt", "--steps", 3, "--test-dates", 20, "--option", "layers=2", "--language", "fi", "--dtype", "float32", "--out", "here", cwd=tmp_path
+        "adapt",
+        "--steps",
+        3,
+        "--test-dates",
+        20,
+        "--option",
+        "layers=2",
+        "--language",
+        "fi",
+        "--dtype",
+        "float32",
+        "--out",
+        "here",
+        cwd=tmp_path,
     )
     assert code == 0, err
     config = json.loads((tmp_path / "here/adapter_config.json").read_text())
-    assert config["parts"][0]["method"] == "llama_adapter" and config["parts"][0]["layers"] == 2 and "bit-identical" in out
+    assert (
+        config["parts"][0]["method"] == "llama_adapter" and config["parts"][0]["layers"] == 2 and "bit-identical" in out
+    )
 
 
 def test_several_languages_and_their_mean(tmp_path):
-    code, out, err = inside("adapt", "--steps", 2, "--batch-size", 8, "--test-dates", 10, "--languages", "fr,en,fi", "--checkpointing", "--out", "here", cwd=tmp_path)
+    code, out, err = inside(
+        "adapt",
+        "--steps",
+        2,
+        "--batch-size",
+        8,
+        "--test-dates",
+        10,
+        "--languages",
+        "fr,en,fi",
+        "--checkpointing",
+        "--out",
+        "here",
+        cwd=tmp_path,
+    )
     assert code == 0, err
     after = [report(out, language)[1] for language in ("fr", "en", "fi", "mean of 3")]
     assert sum(after[:3]) / 3 == pytest.approx(after[3], abs=1e-3)
@@ -93,8 +139,12 @@ def test_a_task_of_the_readers_own(tmp_path):
     words = [f"{a}{b}{c}" for a in "bdfg" for b in "aeiou" for c in "lmnr"]
     lines = [json.dumps({"prompt": f"{word}: ", "response": word[::-1]}) for word in words]
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/words.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": "x" * 600, "response": "y"}), '{"prompt": "z", "response": ""}']))
-    code, out, err = inside("adapt", "--data", "data", "--method", "lora", "--steps", 40, "--batch-size", 16, "--out", "here", cwd=tmp_path)
+    (tmp_path / "data/words.jsonl").write_text(
+        "\n".join([*lines, json.dumps({"prompt": "x" * 600, "response": "y"}), '{"prompt": "z", "response": ""}'])
+    )
+    code, out, err = inside(
+        "adapt", "--data", "data", "--method", "lora", "--steps", 40, "--batch-size", 16, "--out", "here", cwd=tmp_path
+    )
     assert code == 0, err
     assert "81 pairs, 8 of them held out; median 9 tokens, longest 602; 1 cut to 512 tokens; 1 left out" in out
     before, after = map(float, re.search(r"answer loss +([\d.]+) nats per token before, ([\d.]+) after", out).groups())
@@ -119,15 +169,32 @@ def test_compare_prints_the_papers_counts(tmp_path):
 def test_compare_draws_and_prints(tmp_path):
     code, out, err = inside("compare", "--steps", 3, "--seeds", 1, "--test-dates", 10, "--out", "here", cwd=tmp_path)
     assert code == 0, err
-    assert all(word in out for word in ("llama_adapter", "full", "base")) and (tmp_path / "here/comparison.png").exists()
+    assert (
+        all(word in out for word in ("llama_adapter", "full", "base")) and (tmp_path / "here/comparison.png").exists()
+    )
     rows = json.loads((tmp_path / "here/comparison.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["base", *METHODS, "full"] and all(len(row["matches"]) == 1 for row in rows)
+    assert [row["method"] for row in rows] == ["base", *METHODS, "full"] and all(
+        len(row["matches"]) == 1 for row in rows
+    )
 
 
 @pytest.mark.slow
 def test_pretrain_writes_a_base_that_opens(tmp_path):
     for model in ("llama", "gpt2"):
-        code, out, err = minillama("pretrain", "--model", model, "--out", model, "--steps", 2, "--batch-size", 4, "--test-dates", 5, cwd=tmp_path)
+        code, out, err = minillama(
+            "pretrain",
+            "--model",
+            model,
+            "--out",
+            model,
+            "--steps",
+            2,
+            "--batch-size",
+            4,
+            "--test-dates",
+            5,
+            cwd=tmp_path,
+        )
         assert code == 0, err
         assert f"--model {model} --out {model} --steps 2" in (tmp_path / model / "README.md").read_text()
         assert minillama("generate", "--base", model, "--prompt", "x", "--max-new-tokens", 2, cwd=tmp_path)[0] == 0

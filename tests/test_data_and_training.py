@@ -42,7 +42,14 @@ def test_every_language_is_real_and_can_be_read(language):
 def test_known_texts():
     day = [datetime.date(2021, 3, 3)]
     texts = {language: {prompt for prompt, _ in data.examples(language, day, 60)} for language in ("en", "fr", "hu")}
-    assert texts["en"] == {"Mar 3, 2021 = ", "March 3, 2021 = ", "Wednesday, March 3, 2021 = ", "3 Mar 2021 = ", "3 March 2021 = ", "Wednesday, 3 March 2021 = "}
+    assert texts["en"] == {
+        "Mar 3, 2021 = ",
+        "March 3, 2021 = ",
+        "Wednesday, March 3, 2021 = ",
+        "3 Mar 2021 = ",
+        "3 March 2021 = ",
+        "Wednesday, 3 March 2021 = ",
+    }
     assert texts["fr"] == {"3 mars 2021 = ", "mercredi 3 mars 2021 = "}
     assert "2021. március 3., szerda = " in texts["hu"]
 
@@ -50,7 +57,11 @@ def test_known_texts():
 def test_several_languages_take_turns():
     days = data.split_dates()[0]
     pairs = data.examples(["en", "fr", "fi"], days, 300, seed=5)
-    months = {"fr": "janv|févr|mars|avr|mai|juin|juil|août|sept|oct|nov|déc", "fi": "kuuta|\\d+\\.\\d+\\.", "en": "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"}
+    months = {
+        "fr": "janv|févr|mars|avr|mai|juin|juil|août|sept|oct|nov|déc",
+        "fi": "kuuta|\\d+\\.\\d+\\.",
+        "en": "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec",
+    }
     for i, language in enumerate(("en", "fr", "fi")):
         assert all(re.search(months[language], prompt) for prompt, _ in pairs[i::3])
     assert data.examples(["fr"], days, 50, seed=5) == data.examples("fr", days, 50, seed=5)
@@ -113,12 +124,21 @@ def test_chat_puts_the_prompt_into_the_template():
 
 
 def write_lines(path, *records):
-    path.write_text("\n".join(record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
+    path.write_text(
+        "\n".join(record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records),
+        encoding="utf-8",
+    )
     return path
 
 
 def test_pairs_are_read_from_a_file_or_a_folder(tmp_path):
-    one = write_lines(tmp_path / "a.jsonl", {"prompt": "p\u2028q", "response": "r\n", "more": 1}, "", {"prompt": "x", "response": "  "}, {"prompt": "", "response": "y"})
+    one = write_lines(
+        tmp_path / "a.jsonl",
+        {"prompt": "p\u2028q", "response": "r\n", "more": 1},
+        "",
+        {"prompt": "x", "response": "  "},
+        {"prompt": "", "response": "y"},
+    )
     assert data.read_pairs(one) == ([("p\u2028q", "r\n")], 2)
     write_lines(tmp_path / "b.jsonl", "\ufeff" + json.dumps({"prompt": "ä", "response": "ö"}))
     write_lines(tmp_path / "c.txt", "not this")
@@ -165,7 +185,11 @@ def test_batches_are_of_like_length_and_lose_nothing():
     stream = data.batches(pairs, 10, seed=0)
     once = [next(stream) for _ in range(100)]
     assert sorted(pair for batch in once for pair in batch) == sorted(pairs)
-    spread = [max(map(len, prompts)) - min(map(len, prompts)) for batch in once for prompts in [[prompt for prompt, _ in batch]]]
+    spread = [
+        max(map(len, prompts)) - min(map(len, prompts))
+        for batch in once
+        for prompts in [[prompt for prompt, _ in batch]]
+    ]
     assert sum(spread) / len(spread) < 4
     again = data.batches(pairs, 10, seed=0)
     assert [next(again) for _ in range(5)] == once[:5]
@@ -173,7 +197,10 @@ def test_batches_are_of_like_length_and_lose_nothing():
     stream = data.batches(pairs, 10, seed=0, stretch=1)
     mixed = [next(stream) for _ in range(100)]
     assert sorted(pair for batch in mixed for pair in batch) == sorted(pairs)
-    assert sum(max(len(prompt) for prompt, _ in batch) - min(len(prompt) for prompt, _ in batch) for batch in mixed) / 100 > 10
+    assert (
+        sum(max(len(prompt) for prompt, _ in batch) - min(len(prompt) for prompt, _ in batch) for batch in mixed) / 100
+        > 10
+    )
 
 
 def test_typos_change_letters_only():
@@ -227,7 +254,9 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(kind, method, ids
             loss = answer_loss(model, ids, ids)
         model.zero_grad()
         loss.backward()
-        measured.append((loss, [parameter.grad for parameter in model.parameters() if parameter.requires_grad], sum(kept)))
+        measured.append(
+            (loss, [parameter.grad for parameter in model.parameters() if parameter.requires_grad], sum(kept))
+        )
     (plain, gradients, much), (again, same, little) = measured
     assert torch.equal(plain, again) and all(map(torch.equal, gradients, same))
     assert little < much / 2
@@ -264,7 +293,17 @@ def test_training_learns_logs_and_repeats_bit_for_bit(tmp_path):
     def once(seed):
         model = small()
         file = tmp_path / "m.jsonl"
-        history = train(model, TOKENIZER, some_pairs(), steps=20, batch_size=8, learning_rate=1e-2, seed=seed, metrics_file=file, progress=False)
+        history = train(
+            model,
+            TOKENIZER,
+            some_pairs(),
+            steps=20,
+            batch_size=8,
+            learning_rate=1e-2,
+            seed=seed,
+            metrics_file=file,
+            progress=False,
+        )
         assert [json.loads(line) for line in file.read_text().splitlines()] == history
         return model, history
 
@@ -278,10 +317,17 @@ def test_training_learns_logs_and_repeats_bit_for_bit(tmp_path):
 def test_only_what_requires_gradients_reaches_the_optimizer(monkeypatch):
     model, given = adapt(small(), "llama_adapter", layers=1), []
     original = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **settings: given.append(list(parameters)) or original(given[0], **settings))
+    monkeypatch.setattr(
+        torch.optim,
+        "AdamW",
+        lambda parameters, **settings: given.append(list(parameters)) or original(given[0], **settings),
+    )
     frozen = {name: parameter.clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
     train(model, TOKENIZER, some_pairs(), steps=3, batch_size=8, progress=False)
-    assert {id(parameter) for parameter in given[0]} == {id(model.layers[1].self_attn.prompt), id(model.layers[1].self_attn.gate)}
+    assert {id(parameter) for parameter in given[0]} == {
+        id(model.layers[1].self_attn.prompt),
+        id(model.layers[1].self_attn.gate),
+    }
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in model.named_parameters() if name in frozen)
 
 
@@ -291,7 +337,17 @@ def test_training_refuses_what_cannot_work():
     with pytest.raises(ValueError, match="steps is 0"):
         train(small(), TOKENIZER, some_pairs(), steps=0, progress=False)
     with pytest.raises(ValueError, match="lower the learning rate"):
-        train(small(), TOKENIZER, some_pairs(), steps=20, batch_size=8, learning_rate=1e18, warmup=0, clip=1e30, progress=False)
+        train(
+            small(),
+            TOKENIZER,
+            some_pairs(),
+            steps=20,
+            batch_size=8,
+            learning_rate=1e18,
+            warmup=0,
+            clip=1e30,
+            progress=False,
+        )
 
 
 def test_exact_match_is_by_generation_not_teacher_forcing():
@@ -310,13 +366,15 @@ def test_exact_match_is_by_generation_not_teacher_forcing():
             return torch.nn.functional.one_hot(following, 256).float()
 
     assert answers(Echo(), TOKENIZER, ["x=", "long ="]) == ["bcd\n", "bcd\n"]
-    assert exact_match(Echo(), TOKENIZER, [("x=", "bcd\n"), ("long =", "bce\n"), ("y=", "bc\n"), ("y=", "bcde")]) == 0.25
+    assert (
+        exact_match(Echo(), TOKENIZER, [("x=", "bcd\n"), ("long =", "bce\n"), ("y=", "bc\n"), ("y=", "bcde")]) == 0.25
+    )
 
 
 @pytest.mark.parametrize("name, least", [("dates-llama", 0.995), ("dates-gpt2", 0.995)])
 def test_bundled_bases(name, least):
     """Small, complete with a card that tells how they were made, and right on English dates they never saw."""
-    from minillama.pretrained import BASES
+    from minillama.checkpoints import BASES
 
     assert (BASES / name / "model.safetensors").stat().st_size <= 4_000_000
     assert f"pretrain --model {name.removeprefix('dates-')}" in (BASES / name / "README.md").read_text()
@@ -343,7 +401,12 @@ def test_device_and_dtype():
 def test_native_bfloat16_by_features(monkeypatch):
     from minillama.device import native_bfloat16
 
-    for features, native in (({}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
+    for features, native in (
+        ({}, False),
+        ({"avx512_f": True}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
         assert native_bfloat16(torch.device("cpu")) == native
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

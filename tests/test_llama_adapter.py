@@ -37,7 +37,10 @@ def test_presets(kind, preset, ids):
         assert distance > 0.01
     else:
         check_closed(build, ids)
-    model, alike = build("open").double(), builder(kind, "llama_adapter", **{**PRESETS[preset], "join": "before"})("open").double()
+    model, alike = (
+        build("open").double(),
+        builder(kind, "llama_adapter", **{**PRESETS[preset], "join": "before"})("open").double(),
+    )
     same = torch.allclose(model(ids), alike(ids))
     assert same == (PRESETS[preset]["join"] == "before" or (preset == "peft" and kind == "llama"))
     with disabled(model):
@@ -110,7 +113,9 @@ def test_standalone_layer(variant):
         gate = layer.gate.tanh() if variant["tanh"] else layer.gate
         return layer.c_proj((words + gate * prompts).transpose(1, 2).flatten(2))
 
-    plain = layer.c_proj(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True).transpose(1, 2).flatten(2))
+    plain = layer.c_proj(
+        F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True).transpose(1, 2).flatten(2)
+    )
     assert torch.equal(layer(x), plain)  # closed
     torch.testing.assert_close(layer(x), formula(causal))
     nn.init.normal_(layer.gate)
@@ -130,7 +135,9 @@ def test_prompts_as_large_as_the_words(model):
     for index, layer in enumerate(model.layers):
         words = layer.input_layernorm(torch.randn(20_000, 48)) - getattr(layer.input_layernorm, "bias", 0)
         ratio = layer.self_attn.prompt / normal[f"layers.{index}.self_attn.prompt"]
-        torch.testing.assert_close(ratio, torch.full_like(ratio, words.square().mean().sqrt().item()), rtol=0.02, atol=0)
+        torch.testing.assert_close(
+            ratio, torch.full_like(ratio, words.square().mean().sqrt().item()), rtol=0.02, atol=0
+        )
         assert not layer.self_attn.gate.any()
     with pytest.raises(ValueError, match="init is 'small'"):
         adapt(detach(model), "llama_adapter", init="small")

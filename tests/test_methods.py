@@ -13,8 +13,7 @@ from mistakes import MISTAKES, Prefix
 
 import minillama
 from minillama import activate, adapt, disabled, merge, unmerge
-from minillama.adapters import METHODS, adapter_parameters, detach, trainable_parameters, wrappers
-from minillama.adapters import llama_adapter
+from minillama.adapters import METHODS, adapter_parameters, detach, llama_adapter, trainable_parameters, wrappers
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -29,7 +28,9 @@ def test_right(kind, case, check, ids):
 def test_mistakes_are_caught(kind, case, module, name, mistake, ids, monkeypatch):
     if kind in getattr(mistake, "harmless_for", ()):
         pytest.skip(f"harmless on {kind}: {mistake.__doc__}")
-    builder(kind, case).reference(ids, torch.ones_like(ids).bool())  # by the right implementation, before it is replaced
+    builder(kind, case).reference(
+        ids, torch.ones_like(ids).bool()
+    )  # by the right implementation, before it is replaced
     builder(kind, case).reference(ids, torch.stack([torch.arange(9) >= 9 - n for n in (9, 4, 6)]))
     monkeypatch.setattr(module, name, mistake)
     assert any(fails(check, builder(kind, case), ids) for check in CHECKS), mistake.__doc__
@@ -108,7 +109,11 @@ def test_two_prompts_stand_one_behind_the_other(model, ids):
 
 def test_reparameterized_prefix_learns(model, ids):
     adapt(model, "prefix_tuning", prefix_length=3, reparameterize=8)
-    assert {name.partition("self_attn.")[2] for name in adapter_parameters(model)} >= {"embedding", "mlp.0.weight", "mlp.2.bias"}
+    assert {name.partition("self_attn.")[2] for name in adapter_parameters(model)} >= {
+        "embedding",
+        "mlp.0.weight",
+        "mlp.2.bias",
+    }
     minillama.answer_loss(model, ids, ids).backward()
     assert all((parameter.grad != 0).any() for parameter in trainable_parameters(model).values())
 
@@ -116,7 +121,9 @@ def test_reparameterized_prefix_learns(model, ids):
 @torch.no_grad()
 def test_several_adapters_on_one_base_are_switched_without_copies(model, ids):
     base, alone = model(ids), {}
-    for seed, (name, case) in enumerate([("fr", "lora"), ("de", "llama_adapter"), ("fi", "ia3"), ("hu", "lora"), ("es", "houlsby")]):
+    for seed, (name, case) in enumerate(
+        [("fr", "lora"), ("de", "llama_adapter"), ("fi", "ia3"), ("hu", "lora"), ("es", "houlsby")]
+    ):
         adapt(model, **CASES[case][0], name=name)
         generator = torch.Generator().manual_seed(seed)
         for parameter in adapter_parameters(model, name).values():
@@ -203,7 +210,7 @@ def test_bad_options_leave_the_model_alone(model, method, options, named):
 
 def test_counts_are_the_papers():
     """Computed from the real shapes, on the meta device."""
-    from minillama.papers import counts
+    from minillama.course.papers import counts
 
     computed = {(method, options, model): trained for method, options, model, trained, _ in counts()}
     m, D = 64, 1024
@@ -226,12 +233,18 @@ def test_counts_are_the_papers():
 @pytest.mark.parametrize("name", METHODS)
 def test_module_imports_torch_alone(name):
     tree = ast.parse(pathlib.Path(METHODS[name].__file__).read_text())
-    imported = {(node.module or ".") if isinstance(node, ast.ImportFrom) else node.names[0].name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))}
+    imported = {
+        (node.module or ".") if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
     assert {module.partition(".")[0] for module in imported} <= {"torch", "math", "copy"}
     assert len(pathlib.Path(METHODS[name].__file__).read_text().splitlines()) <= 170
 
 
-@pytest.mark.parametrize("name, first", [("ia3", "scale"), ("lora", "B"), ("bottleneck", "up"), ("llama_adapter_v2", "")])
+@pytest.mark.parametrize(
+    "name, first", [("ia3", "scale"), ("lora", "B"), ("bottleneck", "up"), ("llama_adapter_v2", "")]
+)
 @pytest.mark.parametrize("architecture", ("Llama", "Mistral"))
 def test_module_alone_adapts_a_transformers_model(name, first, architecture, ids, tmp_path):
     """The file, copied to a folder of its own, closed bit for bit and trained by transformers' own loss."""
@@ -251,4 +264,8 @@ def test_module_alone_adapts_a_transformers_model(name, first, architecture, ids
     loss.backward()
     optimizer.step()
     assert model(ids, labels=ids).loss < loss
-    assert all((parameter.grad != 0).any() == (first in parameter_name) for parameter_name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert all(
+        (parameter.grad != 0).any() == (first in parameter_name)
+        for parameter_name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )

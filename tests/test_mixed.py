@@ -53,7 +53,11 @@ def test_every_row_passes_the_base_once(model, ids):
     rows = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "bottleneck" not in name:
-            module.register_forward_hook(lambda module, inputs, _, name=name: rows.update({name: rows.get(name, 0) + (len(inputs[0]) if inputs[0].dim() == 3 else 0)}))
+            module.register_forward_hook(
+                lambda module, inputs, _, name=name: rows.update(
+                    {name: rows.get(name, 0) + (len(inputs[0]) if inputs[0].dim() == 3 else 0)}
+                )
+            )
     with mixed(model, NAMES):
         model(ids)
     assert set(rows.values()) == {3}
@@ -79,7 +83,10 @@ def test_training_in_a_mixed_batch_reaches_each_rows_own_adapter(model, ids):
 
 def test_what_moves_positions_cannot_be_mixed(model, ids):
     adapt(adapt(model, "prompt_tuning", name="prompt"), "prefix_tuning", name="prefix")
-    with pytest.raises(ValueError, match="prompt_tuning moves the words' positions"), mixed(model, ["prompt", None, None]):
+    with (
+        pytest.raises(ValueError, match="prompt_tuning moves the words' positions"),
+        mixed(model, ["prompt", None, None]),
+    ):
         pass
     if isinstance(model, minillama.LLaMA):
         with torch.no_grad(), mixed(model, ["prefix", None, "prefix"]):
@@ -87,7 +94,10 @@ def test_what_moves_positions_cannot_be_mixed(model, ids):
         activate(model, "prefix")
         assert (together[2] - model(ids[2:])[0]).abs().max() < 1e-5
     else:
-        with pytest.raises(ValueError, match="prefix_tuning moves the words' positions"), mixed(model, ["prefix", None, None]):
+        with (
+            pytest.raises(ValueError, match="prefix_tuning moves the words' positions"),
+            mixed(model, ["prefix", None, None]),
+        ):
             pass
 
 
@@ -112,7 +122,15 @@ def test_32_rows_over_eight_languages():
     for i, language in enumerate(languages):
         method, options, rate = methods[i % 4]
         adapt(model, method, name=language, **options)
-        train(model, tokenizer, data.examples(language, train_days, 200 * 16), steps=200, batch_size=16, learning_rate=rate, progress=False)
+        train(
+            model,
+            tokenizer,
+            data.examples(language, train_days, 200 * 16),
+            steps=200,
+            batch_size=16,
+            learning_rate=rate,
+            progress=False,
+        )
     rows = [(language, pair) for language in languages for pair in data.examples(language, test_days, 4, seed=5)]
     names, pairs = [language for language, _ in rows], [pair for _, pair in rows]
     with mixed(model, names):

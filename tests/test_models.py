@@ -10,7 +10,14 @@ from conftest import SHAPE, left_padded
 import minillama
 from minillama import Cache
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 GPT2_SHAPE = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
 THEIRS = {
     "all heads": lambda: llama(),
@@ -141,7 +148,13 @@ def test_rms_norm_takes_its_mean_in_float32():
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(temperature=0.8), dict(temperature=1.5, top_k=5), dict(temperature=1.0, top_p=0.7), dict(temperature=2.0, top_k=20, top_p=0.9)]
+    "settings",
+    [
+        dict(temperature=0.8),
+        dict(temperature=1.5, top_k=5),
+        dict(temperature=1.0, top_p=0.7),
+        dict(temperature=2.0, top_k=20, top_p=0.9),
+    ],
 )
 def test_sampling_repeats_with_its_seed(model, ids, settings):
     one, two, other = (minillama.generate(model, ids, 20, seed=seed, **settings) for seed in (7, 7, 8))
@@ -209,7 +222,10 @@ def test_config_that_cannot_be_honoured_is_refused_by_name(change, named, tmp_pa
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("change, named", [({"activation_function": "relu"}, "relu"), ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx")])
+@pytest.mark.parametrize(
+    "change, named",
+    [({"activation_function": "relu"}, "relu"), ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx")],
+)
 def test_gpt2_config_that_cannot_be_honoured(change, named, tmp_path):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE)).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -219,7 +235,9 @@ def test_gpt2_config_that_cannot_be_honoured(change, named, tmp_path):
 
 
 def test_sequence_longer_than_the_sliding_window_is_refused(tmp_path):
-    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8)).eval()
+    theirs = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8)
+    ).eval()
     theirs.save_pretrained(tmp_path)
     ours, _ = minillama.load(tmp_path)
     ids = torch.randint(0, 101, (1, 9))

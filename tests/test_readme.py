@@ -5,7 +5,7 @@ import pathlib
 import re
 from collections import defaultdict
 
-from minillama.lessons import percent
+from minillama.course.lessons import percent
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +20,9 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_files_that_the_readme_names_exist():
-    named = set(re.findall(r"\]\((docs/[^)]+)\)", TEXT)) | {name for name in re.findall(r"`([\w/.]+)`", TEXT) if "/" in name and not name.startswith("runs/")}
+    named = set(re.findall(r"\]\((docs/[^)]+)\)", TEXT)) | {
+        name for name in re.findall(r"`([\w/.]+)`", TEXT) if "/" in name and not name.startswith("runs/")
+    }
     assert len(named) > 8
     for name in named:
         assert (ROOT / name).exists(), f"README.md names {name}"
@@ -45,5 +47,8 @@ def test_results_on_smollm2_are_the_stored_runs():
     for gate in (0, 1):
         cells = {key: percent(values) for key, values in matches.items() if key[0] == gate}
         for init, prompts in (("normal", "N(0, 1)"), ("input", "as the words")):
-            assert f"| {gate} | {prompts} | {' | '.join(cell for key, cell in sorted(cells.items()) if key[1] == init)} |" in results
+            assert (
+                f"| {gate} | {prompts} | {' | '.join(cell for key, cell in sorted(cells.items()) if key[1] == init)} |"
+                in results
+            )
         assert cells[max(cells, key=lambda key: sum(matches[key]))] in re.sub(r"\s+", " ", TEXT)

@@ -10,7 +10,8 @@ import transformers
 from test_command_line import minillama as command
 
 import minillama
-from minillama import bench, data
+from minillama import data
+from minillama.commands import bench
 from minillama.device import native_bfloat16, pick_dtype
 from minillama.train import answers
 
@@ -33,12 +34,27 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     model, tokenizer = minillama.load(smollm2, torch.float32)
     minillama.save(model, tmp_path / "base")
     minillama.load_adapter(model, tmp_path / "adapter")
-    prompts = [data.examples(language, data.split_dates()[1], 2, 7, data.WORDS)[i][0] for language in LANGUAGES for i in range(2)]
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    prompts = [
+        data.examples(language, data.split_dates()[1], 2, 7, data.WORDS)[i][0]
+        for language in LANGUAGES
+        for i in range(2)
+    ]
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
     for prompt, answer in zip(prompts, answers(model, tokenizer, prompts)):
         ids = torch.tensor([tokenizer.encode(prompt)])
-        written = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0)
-        assert tokenizer.decode(written[0, ids.shape[1] :].tolist()) == answer and re.fullmatch(r" \d{4}-\d\d-\d\d<\|im_end\|>", answer)
+        written = theirs.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=0,
+        )
+        assert tokenizer.decode(written[0, ids.shape[1] :].tolist()) == answer and re.fullmatch(
+            r" \d{4}-\d\d-\d\d<\|im_end\|>", answer
+        )
 
 
 @pytest.mark.slow

@@ -5,13 +5,28 @@ import json
 import pytest
 
 import minillama
-from minillama import zero_init
+from minillama.commands import zero_init
 
 
 def test_the_command_writes_one_run_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zero_init, "FACTORS", (1,))
     out = tmp_path / "runs.jsonl"
-    zero_init.main(["--base", "dates-llama", "--out", str(out), "--seeds", "1", "--steps", "2", "--batch-size", "4", "--test-dates", "3"])
+    zero_init.main(
+        [
+            "--base",
+            "dates-llama",
+            "--out",
+            str(out),
+            "--seeds",
+            "1",
+            "--steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--test-dates",
+            "3",
+        ]
+    )
     runs = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(run["init"], run["gate"]) for run in runs] == [("normal", 0), ("normal", 1), ("input", 0), ("input", 1)]
     assert all(len(run["losses"]) == 2 and list(run["matches"]) == list(zero_init.LANGUAGES) for run in runs)
@@ -19,5 +34,7 @@ def test_the_command_writes_one_run_a_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gate_of_1_begins_far_from_the_base():
-    closed, opened = (zero_init.learn(*minillama.load("dates-llama"), gate, "normal", 1e-9, 0, 1, 8, 1)[0] for gate in (0.0, 1.0))
+    closed, opened = (
+        zero_init.learn(*minillama.load("dates-llama"), gate, "normal", 1e-9, 0, 1, 8, 1)[0] for gate in (0.0, 1.0)
+    )
     assert opened[0] != pytest.approx(closed[0], abs=0.01)

@@ -1,18 +1,33 @@
-"""What all adapter methods have in common: attaching, switching, merging them, and their files.
+"""The adapter protocol, and what all methods have in common: attaching, switching, merging, and their files.
 
 A method is a module of this folder with a function `attach(model, **options)` that puts wrappers around parts of the
-model. A wrapper keeps what it wraps as `base` and has a switch, `active`; whatever parameters it has besides are the
-adapter's own. Where the method can be folded into the base's weights, `merged()` returns the part that does so.
-Nothing else is agreed between them.
+model; it freezes nothing, `adapt` does. A wrapper is an nn.Module that stands in the place of what it wraps and has
 
-Several adapters, each with a name, may stand on one base; an adapter may consist of several methods.
+    base        what it wraps: kept, called, never changed
+    active      its switch: False, and it is its base again, bit for bit
+    own         names of the attributes that are the adapter's: parameters, which train; buffers, which do not; modules
+    mergeable   (may be missing) True where its `weight` and `bias` say all that it computes
+
+and, around a linear layer, `weight`, `bias`, `in_features` and `out_features`, for code that reads them: a wrapper that
+amounts to another linear layer gives that layer's. `adapt` notes on it which `adapter` and which `method` it is part of.
+
+Everything else follows. The name of a part is the one it has in the bare base, whatever stands around it; the name of an
+adapter's tensor is that place, the method and the tensor's own, "layers.3.self_attn.llama_adapter.gate", so that no two
+share one. Any number of adapters, each with a name and of one method or several, stand on one base in any order.
+
+Beside its `attach`, a method's module has LEARNING_RATES (the peak that suits it on the bundled bases, and on a real
+model), MERGEABLE where it is, and where the PEFT library has the method too, PEFT_TYPE, `to_peft` and `from_peft`
+(peft.py).
 """
 
 import contextlib
+import copy
 import inspect
 
 import torch
+from torch import nn
 
+from .. import train
 from . import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
 
 METHODS = {
@@ -26,59 +41,70 @@ METHODS = {
 }
 
 
-def adapt(model, method, name="default", **options):
-    """Freezes the model, attaches a method under the adapter's name, makes that adapter the active one, and returns
-    the model. Only the active adapter's parameters require gradients.
+def learning_rate(method, real=False):
+    """The peak that suits a method, or "full", which trains all weights: on the bundled bases, or on a real model."""
+    return {"full": train, **METHODS}[method].LEARNING_RATES[real]
 
-    Options are those of the method's `attach`. Called again with the same name, it adds a second method to the adapter;
-    with another name, it begins another adapter. Raises ValueError for an unknown method, option or value.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; it can be {', '.join(METHODS)}")
-    if getattr(model, "merged_from", None):
-        raise ValueError("the model's adapters are merged into its weights: unmerge(model) first")
-    adapters = getattr(model, "adapters", {})
-    if any(part["method"] == method for part in adapters.get(name, ())):
-        raise ValueError(f"the adapter {name!r} has {method} already: detach(model, {name!r}) takes it off, and another name begins another")
-    attach = METHODS[method].attach
-    known = list(inspect.signature(attach).parameters)[1:]
-    if unknown := [option for option in options if option not in known]:
-        raise ValueError(f"{method} has no option {unknown[0]!r}; it has {', '.join(known)}")
-    before = {id(wrapper) for _, wrapper in wrappers(model)}
-    attach(model, **options)
-    for _, wrapper in wrappers(model):
-        if id(wrapper) not in before:
-            wrapper.adapter = name
-    arguments = inspect.signature(attach).bind(model, **options)
-    arguments.apply_defaults()
-    part = {"method": method, **{option: arguments.arguments[option] for option in known}}
-    model.adapters = {**adapters, name: [*adapters.get(name, ()), part]}
-    model.requires_grad_(False)
-    return activate(model, name)
+
+# ── where everything stands ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_wrapper(module):
+    return hasattr(module, "own") and hasattr(module, "active")
+
+
+def walk(module, place=""):
+    """(place, module) of every part of the base and of every wrapper, outer ones first; what is a wrapper's own is not
+    entered. A place is the name that a part has in the bare base."""
+    yield place, module
+    for name, child in module.named_children():
+        if not is_wrapper(module):
+            inner = place if name == "_orig_mod" else f"{place}.{name}".removeprefix(".")  # torch.compile's own wrapper
+            yield from walk(child, inner)
+        elif name == "base":
+            yield from walk(child, place)
 
 
 def wrappers(model):
-    """(name, module) of every wrapper in the model, outer ones before those inside them."""
-    return [(name, module) for name, module in model.named_modules() if hasattr(module, "active")]
+    """(place, wrapper) of every wrapper in the model, outer ones before those inside them."""
+    return [(place, module) for place, module in walk(model) if is_wrapper(module)]
 
 
-def own_parameters(wrapper):
-    """(name, parameter) of what a wrapper adds to its base."""
-    return [(name, parameter) for name, parameter in wrapper.named_parameters() if not name.startswith("base.")]
+def outermost(model):
+    """(parent, attribute, wrapper) of the outermost wrapper at each place that has any."""
+    return [
+        (parent, name, child)
+        for _, parent in walk(model)
+        for name, child in parent.named_children()
+        if is_wrapper(child) and not is_wrapper(parent)
+    ]
 
 
-def is_adapted(model):
-    return bool(wrappers(model))
+def own_tensors(wrapper):
+    """(name, tensor) of what a wrapper adds to its base: parameters and buffers."""
+    for name in wrapper.own:
+        mine = getattr(wrapper, name)
+        if isinstance(mine, nn.Module):
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in mine.named_parameters())
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in mine.named_buffers())
+        else:
+            yield name, mine
+
+
+def adapter_tensors(model, name="default"):
+    """One adapter's parameters and buffers by name; a tensor that several wrappers share stands there once."""
+    tensors, seen = {}, set()
+    for place, wrapper in wrappers(model):
+        for own, tensor in own_tensors(wrapper) if wrapper.adapter == name else ():
+            if id(tensor) not in seen:
+                tensors[f"{place}.{wrapper.method}.{own}"] = tensor
+            seen.add(id(tensor))
+    return tensors
 
 
 def adapter_parameters(model, name="default"):
-    """One adapter's parameters: {"layers.3.self_attn.gate": ...}, named as if nothing else were attached."""
-    return {
-        f"{place}.{own}".replace(".base.", "."): parameter
-        for place, wrapper in wrappers(model)
-        if wrapper.adapter == name
-        for own, parameter in own_parameters(wrapper)
-    }
+    """One adapter's parameters: {"layers.3.self_attn.llama_adapter.gate": ...}, whatever else is attached."""
+    return {key: tensor for key, tensor in adapter_tensors(model, name).items() if isinstance(tensor, nn.Parameter)}
 
 
 def trainable_parameters(model):
@@ -86,29 +112,128 @@ def trainable_parameters(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@torch.no_grad()
-def openings(model):
-    """How far the gates of prefix attention stand open, to watch in training: {"gates": {layer: [one number per head]}}."""
-    gated = [(name, wrapper) for name, wrapper in wrappers(model) if hasattr(wrapper, "gate") and wrapper.active]
-    opened = {name.split(".")[1]: llama_adapter.opening(wrapper.gate, wrapper.tanh) for name, wrapper in gated}
-    return {"gates": {layer: gate.reshape(len(gate), -1).mean(-1).tolist() for layer, gate in opened.items()}} if opened else {}
+def adapters(model):
+    """{adapter's name: its parts, the arguments of `adapt` for each}."""
+    return getattr(model, "adapters", {})
 
 
-def activate(model, *names):
-    """Makes exactly these adapters the active ones, and the trainable ones; nothing is copied. Returns the model."""
-    known = getattr(model, "adapters", {})
+def require(model, *names):
+    """Refuses the name of an adapter that the model does not have."""
+    known = adapters(model)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(map(repr, known)) or 'none'}")
+
+
+@torch.no_grad()
+def gates(model):
+    """How far the active gates of prefix attention stand open, to watch in training: {"gates": {layer: [one number per
+    head]}}. Where several adapters have gates, the adapter's name stands beside the layer's number."""
+    gated = [(place.split(".")[1], wrapper) for place, wrapper in wrappers(model) if "gate" in wrapper.own]
+    gated = [(layer, wrapper) for layer, wrapper in gated if wrapper.active]
+    several = len({wrapper.adapter for _, wrapper in gated}) > 1
+    found = {}
+    for layer, wrapper in gated:
+        gate = llama_adapter.opening(wrapper.gate, wrapper.tanh)
+        key = f"{layer} {wrapper.adapter}" if several else layer
+        found[key] = gate.reshape(len(gate), -1).mean(-1).tolist()
+    return {"gates": found} if found else {}
+
+
+# ── attaching, switching, taking off ─────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(model):
+    """When the block fails, the model's structure, adapters, switches and requires_grad are as they were."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    switches = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = adapters(model)
+    try:
+        yield
+    except BaseException:
+        for module, modules in children:
+            module._modules.clear()
+            module._modules.update(modules)
+        for wrapper, active in switches:
+            wrapper.active = active
+        for parameter, required in trained:
+            parameter.requires_grad_(required)
+        model.adapters = before
+        raise
+
+
+@contextlib.contextmanager
+def bare(model):
+    """Within the block wrappers show nothing but what they wrap: whoever looks for parts of the model finds the base's
+    alone, never a layer that is another adapter's own."""
+    hidden = [(wrapper, dict(wrapper._modules)) for _, wrapper in wrappers(model)]
+    try:
+        for wrapper, modules in hidden:
+            for name in modules.keys() - {"base"}:
+                del wrapper._modules[name]
+        yield
+    finally:
+        for wrapper, modules in hidden:
+            wrapper._modules.update({name: module for name, module in modules.items() if name != "base"})
+
+
+def adapt(model, method, name="default", **options):
+    """Freezes the model, attaches a method under the adapter's name, makes that adapter the active one, and returns
+    the model. Only the active adapter's parameters require gradients.
+
+    Options are those of the method's `attach`. Called again with the same name, it adds a second method to the adapter;
+    with another name, it begins another adapter. Raises ValueError for an unknown method, option or value; the model is
+    then as it was.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; it can be {', '.join(METHODS)}")
+    refuse_stand_ins(model)
+    if any(part["method"] == method for part in adapters(model).get(name, ())):
+        raise ValueError(
+            f"the adapter {name!r} has {method} already: delete_adapter(model, {name!r}) takes it off, "
+            "and another name begins another"
+        )
+    attach = METHODS[method].attach
+    known = list(inspect.signature(attach).parameters)[1:]
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"{method} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    arguments = inspect.signature(attach).bind(model, **options)
+    arguments.apply_defaults()
+    part = {"method": method, **{option: plain(arguments.arguments[option]) for option in known}}
+    before = {id(wrapper) for _, wrapper in wrappers(model)}
+    with whole_or_not_at_all(model):
+        with bare(model):
+            attach(model, **options)
+        for _, wrapper in wrappers(model):
+            if id(wrapper) not in before:
+                wrapper.adapter, wrapper.method = name, method
+        model.adapters = {**adapters(model), name: [*adapters(model).get(name, ()), part]}
+        model.requires_grad_(False)
+        return set_adapter(model, name)
+
+
+def plain(value):
+    """An option as JSON can hold it."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple | set | range) else value
+
+
+def set_adapter(model, *names):
+    """Makes exactly these adapters the active ones, and the trainable ones; nothing is copied. Returns the model."""
+    require(model, *names)
+    refuse_stand_ins(model)
     for _, wrapper in wrappers(model):
         wrapper.active = wrapper.adapter in names
-        for _, parameter in own_parameters(wrapper):
-            parameter.requires_grad_(wrapper.active)
+        for _, tensor in own_tensors(wrapper):
+            tensor.requires_grad_(wrapper.active and isinstance(tensor, nn.Parameter))
     return model
 
 
 @contextlib.contextmanager
 def disabled(model):
-    """Within the block the model is its base again, bit for bit."""
+    """Within the block the model is its base again, bit for bit; also one that is merged, or within `mixed`."""
     states = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
     try:
         for wrapper, _ in states:
@@ -119,47 +244,107 @@ def disabled(model):
             wrapper.active = state
 
 
-def detach(model, name=None):
+def delete_adapter(model, name=None):
     """Takes one adapter off, or all of them; what stays is as it was, the base still frozen. Returns the model."""
-    for parent in list(model.modules()):
+    if name is not None:
+        require(model, name)
+    refuse_stand_ins(model)
+    for parent in [module for _, module in walk(model)]:
         for own, child in list(parent.named_children()):
-            while hasattr(child, "active") and name in (None, child.adapter):
+            while is_wrapper(child) and name in (None, child.adapter):
                 child = child.base
             setattr(parent, own, child)
-    model.adapters = {other: parts for other, parts in getattr(model, "adapters", {}).items() if name not in (None, other)}
+    model.adapters = {other: parts for other, parts in adapters(model).items() if name not in (None, other)}
     return model
 
 
+# ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class StandIn(nn.Module):
+    """Stands in for the wrappers at one place for a while, and follows the protocol itself: `base` are the wrappers."""
+
+    own, adapter, method = (), None, None
+
+    def __init__(self, wrapper):
+        super().__init__()
+        self.base, self.active = wrapper, True
+
+
+class Merged(StandIn):
+    """The wrappers at one place folded into one plain layer. They stay beneath it, for `unmerge` and for `disabled`, go
+    along with .to() and copies, and cost nothing; in the model's state_dict the plain layer stands alone."""
+
+    def __init__(self, wrapper):
+        super().__init__(wrapper)
+        inner = wrapper
+        while is_wrapper(inner):
+            inner = inner.base
+        self.folded = copy.deepcopy(inner)
+        for name in ("weight", "bias"):
+            if (tensor := getattr(wrapper, name, None)) is not None:
+                setattr(self.folded, name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
+
+    def forward(self, x):
+        return self.folded(x) if self.active else self.base(x)
+
+    @property
+    def weight(self):
+        return (self.folded if self.active else self.base).weight
+
+    @property
+    def bias(self):
+        return (self.folded if self.active else self.base).bias
+
+    def state_dict(self, *arguments, **options):
+        return self.folded.state_dict(*arguments, **options)
+
+
+def is_merged(model):
+    return any(isinstance(wrapper, Merged) for _, wrapper in wrappers(model))
+
+
+def refuse_stand_ins(model):
+    """Refuses what would change the adapters beneath a merge or within `mixed`."""
+    if is_merged(model):
+        raise ValueError("the model's adapters are merged into its weights: unmerge(model) first")
+    if any(isinstance(wrapper, StandIn) for _, wrapper in wrappers(model)):
+        raise ValueError(
+            "the model is in a block of mixed(), which holds its adapters as they are: leave the block first"
+        )
+
+
+@torch.no_grad()
 def merge(model):
     """Folds the active adapters into weights of their own, so that they cost nothing at inference; returns the model.
 
-    `unmerge` brings back what was before, bit for bit: the base's weights are not touched, nor copied.
-    Raises ValueError where an active method cannot be merged.
+    `unmerge` brings back what was before, bit for bit: the base's weights are not touched. `disabled` is the base still,
+    `save_adapter` the adapter, and `save` writes the folded weights. Raises ValueError where an active method cannot
+    be merged.
     """
-    if not is_adapted(model):
-        raise ValueError("the model carries no adapter: there is nothing to merge")
+    refuse_stand_ins(model)
+    if not any(wrapper.active for _, wrapper in wrappers(model)):
+        raise ValueError("the model carries no active adapter: there is nothing to merge")
+    foldable = [name for name, method in METHODS.items() if getattr(method, "MERGEABLE", False)]
     for place, wrapper in wrappers(model):
-        if wrapper.active and not hasattr(wrapper, "merged"):
+        if wrapper.active and not getattr(wrapper, "mergeable", False):
             raise ValueError(
-                f"{place}: the adapter {wrapper.adapter!r} has a part ({type(wrapper).__name__}) that no fixed weight can stand for, "
-                "since it is not linear in its input; ia3 and lora can be merged, save_adapter keeps the others in a small file"
+                f"{place}: the adapter {wrapper.adapter!r} has a part ({type(wrapper).__name__}) that no fixed weight can "
+                f"stand for; {', '.join(foldable)} can be merged, save_adapter keeps the others in a small file"
             )
-    model.merged_from = []
-    for place, wrapper in reversed(wrappers(model)):  # inner ones first
-        parent, _, own = place.rpartition(".")
-        parent = model.get_submodule(parent)
-        model.merged_from.append((parent, own, wrapper))
-        setattr(parent, own, wrapper.merged() if wrapper.active else wrapper.base)
+    for parent, name, wrapper in outermost(model):
+        setattr(parent, name, Merged(wrapper))
     return model
 
 
 def unmerge(model):
     """Undoes `merge`, bit for bit, and returns the model."""
-    for parent, own, wrapper in reversed(getattr(model, "merged_from", [])):
-        setattr(parent, own, wrapper)
-    model.merged_from = []
+    for parent, name, wrapper in outermost(model):
+        if isinstance(wrapper, Merged):
+            setattr(parent, name, wrapper.base)
     return model
 
 
-from .folder import load_adapter, save_adapter  # noqa: E402  (they use the names above)
-from .mixed import mixed  # noqa: E402
+from .mixed import mixed as mixed  # noqa: E402  (these use the names above)
+from .storage import load_adapter as load_adapter  # noqa: E402
+from .storage import save_adapter as save_adapter  # noqa: E402

@@ -18,8 +18,8 @@ The sum then goes into the residual stream as the sublayer's output did. Placeme
 are only near the identity and go by name: "houlsby", normal(0, 1e-2) cut at two deviations as in the paper's text, and
 "adapters", normal(0, 0.02) on both matrices as in the AdapterHub library.
 
-Trained parameters: 2·m·D + D + m for each network. The module needs torch alone and works on any model whose blocks
-call their parts `o_proj`, `down_proj` and `mlp`.
+Trained parameters: 2·m·D + D + m for each network. What is added is not linear, so it folds into no weight. The module
+needs torch alone and works on any model whose blocks call their parts `o_proj`, `down_proj` and `mlp`.
 """
 
 import torch
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 PLACES = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",), "parallel": ("mlp",)}
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 INITS = ("zero", "houlsby", "adapters")
+LEARNING_RATES = (1e-2, 3e-3)  # on the bundled bases, and on a real model
 
 
 class Bottleneck(nn.Module):
@@ -36,10 +37,11 @@ class Bottleneck(nn.Module):
 
     def __init__(self, width, size, activation="gelu", init="zero", device=None):
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size is {size}; a bottleneck needs at least 1 feature")
-        if activation not in ACTIVATIONS or init not in INITS:
-            raise ValueError(f"activation is {activation!r} and init {init!r}; they can be {', '.join(ACTIVATIONS)} and {', '.join(INITS)}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size is {size!r}; needed is a whole number from 1 on")
+        for value, name, known in ((activation, "activation", ACTIVATIONS), (init, "init", INITS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it can be {', '.join(known)}")
         self.activation = activation
         self.down, self.up = nn.Linear(width, size, device=device), nn.Linear(size, width, device=device)
         with torch.no_grad():
@@ -53,7 +55,8 @@ class Bottleneck(nn.Module):
                     nn.init.normal_(linear.weight, std=0.02)
 
     def forward(self, x):
-        narrow = ACTIVATIONS[self.activation](F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype)))  # (..., m)
+        narrow = F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))  # (..., m)
+        narrow = ACTIVATIONS[self.activation](narrow)
         return F.linear(narrow, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
@@ -61,13 +64,16 @@ class Adapted(nn.Module):
     """Wraps a module that maps (..., D) to (..., D') and adds a bottleneck's output to its own.
 
     parallel: the bottleneck reads the module's input (then D' must be D) instead of its output.
-    With `active` set to False it is its base again, bit for bit.
+    With `active` set to False it is its base again, bit for bit. Around an nn.Linear, `weight` and `bias` are what it
+    wraps has, for code that asks them for a dtype: with a bottleneck behind it, no weight says all.
     """
+
+    own = ("bottleneck",)
 
     def __init__(self, base, bottleneck, parallel=False, scale=1.0):
         super().__init__()
         self.base, self.bottleneck, self.parallel, self.scale, self.active = base, bottleneck, parallel, scale, True
-        if not parallel:
+        if hasattr(base, "in_features"):
             self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x):
@@ -76,10 +82,18 @@ class Adapted(nn.Module):
             return y
         return y + self.scale * self.bottleneck(x if self.parallel else y)
 
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
 
 def attach(model, size=16, reduction=None, place="houlsby", activation=None, init="zero", scale=1.0):
     """Puts a bottleneck of `size` features, or with `reduction` of D // reduction, at every place of that name;
-    activation None takes the placement's own."""
+    activation None takes the placement's own. Freezes nothing."""
     if place not in PLACES:
         raise ValueError(f"place is {place!r}; it can be {', '.join(PLACES)}")
     activation = activation or ("gelu" if place == "houlsby" else "relu")
@@ -87,8 +101,10 @@ def attach(model, size=16, reduction=None, place="houlsby", activation=None, ini
     if not found:
         raise ValueError(f"the model has no part named {PLACES[place][0]!r}, where {place!r} puts its bottleneck")
     for name, module in found:
-        inner = module if place != "parallel" else next(part for part in module.modules() if hasattr(part, "in_features"))
-        width = inner.out_features if place != "parallel" else inner.in_features
+        inner = next((part for part in module.modules() if hasattr(part, "in_features")), None)
+        if inner is None:
+            raise ValueError(f"{name} holds no nn.Linear, which would say how many features a bottleneck there reads")
+        width = inner.in_features if place == "parallel" else inner.out_features
         narrow = size if reduction is None else width // reduction
         bottleneck = Bottleneck(width, narrow, activation, init, next(module.parameters()).device)
         parent, _, own = name.rpartition(".")

@@ -1,4 +1,5 @@
-"""IA3, "infused adapter by inhibiting and amplifying inner activations" (Liu et al. 2022, https://arxiv.org/abs/2205.05638).
+"""IA3, "infused adapter by inhibiting and amplifying inner activations" (Liu et al. 2022,
+https://arxiv.org/abs/2205.05638).
 
 Three learned vectors per layer multiply what flows through a frozen transformer, feature by feature (section 3.3):
 
@@ -23,11 +24,16 @@ import torch
 from torch import nn
 
 SIDES = ("output", "input")
+LEARNING_RATES = (0.1, 4e-2)  # on the bundled bases, and on a real model
+PEFT_TYPE = "IA3"
+MERGEABLE = True
 
 
 class IA3Linear(nn.Module):
     """Wraps an nn.Linear and multiplies its output (side "output") or its input (side "input") by `scale`, one number
     per feature, float32, ones at first. With `active` set to False it is its base again, bit for bit."""
+
+    own, mergeable = ("scale",), True
 
     def __init__(self, base, side="output"):
         super().__init__()
@@ -42,28 +48,76 @@ class IA3Linear(nn.Module):
         """(..., in_features) -> (..., out_features)."""
         if not self.active:
             return self.base(x)
-        scale = self.scale.to(x.dtype)
-        return self.base(x) * scale if self.side == "output" else self.base(x * scale)
+        if self.side == "input":
+            return self.base(x * self.scale.to(x.dtype))
+        y = self.base(x)
+        return y * self.scale.to(y.dtype)  # under autocast y has another dtype than x
 
-    @torch.no_grad()
-    def merged(self):
-        """A new nn.Linear that computes the same; the base is left as it is."""
-        weight, bias, scale = self.base.weight, self.base.bias, self.scale
-        linear = nn.Linear(self.base.in_features, self.base.out_features, bias is not None, weight.device, weight.dtype)
-        linear.weight.copy_(weight * (scale[:, None] if self.side == "output" else scale))
-        if bias is not None:
-            linear.bias.copy_(bias * scale if self.side == "output" else bias)
-        return linear.requires_grad_(False)
+    @property
+    def weight(self):
+        """Of the linear layer that this amounts to, (out_features, in_features)."""
+        weight = self.base.weight
+        if not self.active:
+            return weight
+        return (weight * (self.scale[:, None] if self.side == "output" else self.scale)).to(weight.dtype)
+
+    @property
+    def bias(self):
+        bias = self.base.bias
+        if bias is None or not self.active or self.side == "input":
+            return bias
+        return (bias * self.scale).to(bias.dtype)
 
 
 def attach(model, outputs=("k_proj", "v_proj"), inputs=("down_proj",)):
-    """Wraps every nn.Linear whose own name is in `outputs` or in `inputs`, on that side; defaults as in the paper."""
+    """Wraps every nn.Linear whose own name is in `outputs` or in `inputs`, on that side; defaults as in the paper.
+    Freezes nothing."""
+    outputs, inputs = ((names,) if isinstance(names, str) else tuple(names) for names in (outputs, inputs))
     sides = {**dict.fromkeys(outputs, "output"), **dict.fromkeys(inputs, "input")}
     if both := set(outputs) & set(inputs):
         raise ValueError(f"{both.pop()!r} stands in outputs and in inputs; a projection is scaled on one side")
-    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_features") and name.rpartition(".")[2] in sides]
+    linear = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_features")]
+    found = [(name, module) for name, module in linear if name.rpartition(".")[2] in sides]
     if missing := sides.keys() - {name.rpartition(".")[2] for name, _ in found}:
         raise ValueError(f"the model has no linear layer named {missing.pop()!r}, which outputs or inputs ask for")
     for name, module in found:
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, IA3Linear(module, sides[own]))
+
+
+# ── the PEFT library's files (peft.py says what `layout` knows) ──────────────────────────────────────────────────────
+
+
+def to_peft(options, tensors, layout):
+    """(config, tensors) as PEFT's IA3 has them: vectors of outputs as columns, of inputs as rows."""
+    own = {name.removesuffix(".scale"): scale for name, scale in tensors.items()}
+    inputs = {place for place in own if place.rpartition(".")[2] in options["inputs"]}
+    if layout.fused and any(place in layout.qkv for place in inputs):
+        return None  # one input of c_attn serves queries, keys and values there
+    own = {place: scale[None] if place in inputs else scale[:, None] for place, scale in own.items()}
+    own = layout.fuse(own, lambda place: torch.ones(layout.size(place)[0], 1), torch.cat)
+    config = {
+        "peft_type": PEFT_TYPE,
+        "target_modules": layout.targets(own),
+        "feedforward_modules": layout.targets(inputs),
+    }
+    return config | {"fan_in_fan_out": layout.fused}, {f"{place}.ia3_l": scale for place, scale in own.items()}
+
+
+def from_peft(config, tensors, layout):
+    """(options, tensors) of ours."""
+    own = {}
+    for name, tensor in tensors.items():
+        place, suffix, _ = name.rpartition(".ia3_l")
+        if not suffix or tensor.dim() != 2 or 1 not in tensor.shape:
+            raise ValueError(
+                f"the tensor {name} of shape {tuple(tensor.shape)} is none of IA3's; "
+                "those end in ia3_l and have one row or one column"
+            )
+        own |= layout.split(place, tensor, 0) if tensor.shape[1] == 1 else {place: tensor}
+    outputs, inputs = (
+        sorted({place.rpartition(".")[2] for place, tensor in own.items() if tensor.shape[axis] == 1})
+        for axis in (1, 0)
+    )
+    scales = {f"{place}.scale": tensor.flatten() for place, tensor in own.items()}
+    return {"outputs": outputs, "inputs": inputs}, scales

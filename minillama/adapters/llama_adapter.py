@@ -1,8 +1,8 @@
 """LLaMA-Adapter: zero-init gated prefix cross-attention (Zhang et al. 2023, https://arxiv.org/abs/2303.16199).
 
 K learned prompt tokens stand before every adapted layer. The layer's own, frozen k_proj and v_proj make keys and
-values of them, without rotary positions; the words' queries attend to these keys in a softmax of their own; and a
-learned gate, zero at first, lets the result into the layer (the paper's eq. 7 to 11):
+values of them, without rotary positions; the tokens' queries attend to these keys in a softmax of their own; and a
+learned gate, zero at first, lets the result into the layer (equations 7 to 11 of the paper's first arXiv version):
 
                     x                        prompt (K, D)  ◀ trained
                     │ project                   │ k_proj, v_proj
@@ -33,10 +33,15 @@ GATES, JOINS, INITS = ("head", "layer", "feature"), ("before", "after", "unproje
 # What the known implementations compute, as options of `attach`; prompts are N(0, 1) and gates 0 in all of them.
 PRESETS = {
     "paper": dict(gate="head", tanh=True, join="before"),  # and its official training code
-    "lit_llama": dict(gate="head", tanh=False, join="before"),  # and the official inference code; lit-llama skips 2 layers
+    "lit_llama": dict(
+        gate="head", tanh=False, join="before"
+    ),  # and the official inference code; lit-llama skips 2 layers
     "peft": dict(gate="layer", tanh=False, join="after"),  # PEFT on LLaMA and Mistral
     "peft_gpt2": dict(gate="layer", tanh=False, join="unprojected"),  # PEFT on GPT-2
 }
+VERBS = ("project", "keys_values", "attend", "output")
+LEARNING_RATES = (0.1, 2e-2)  # on the bundled bases, and on a real model
+PEFT_TYPE = "ADAPTION_PROMPT"
 
 
 def gate_shape(gate, num_heads, head_dim):
@@ -51,7 +56,9 @@ def prefix_attention(q, k, v):
     """softmax(q kᵀ / √d) v, every query seeing every prompt token: q (B, H, T, d), k and v (G, K, d) -> (B, H, T, d)."""
     (B, H, T, d), G = q.shape, len(k)
     q = q.reshape(B, G, H // G * T, d)  # heads that share a key lie side by side: nothing need be repeated
-    weights = (q @ (k * d**-0.5).mT).softmax(-1)  # (B, G, H/G·T, K); with few keys the plain formula beats the fused kernel
+    weights = (q @ (k * d**-0.5).mT).softmax(
+        -1
+    )  # (B, G, H/G·T, K); with few keys the plain formula beats the fused kernel
     return (weights @ v).reshape(B, H, T, d)
 
 
@@ -71,19 +78,28 @@ class AdaptedAttention(nn.Module):
     With `active` set to False the layer is its base again, bit for bit.
     """
 
+    own = ("prompt", "gate")
+
     def __init__(self, base, prompt_length=10, gate="head", tanh=True, join="before"):
         super().__init__()
-        if prompt_length < 1:
-            raise ValueError(f"prompt_length is {prompt_length}; at least 1 prompt token is needed")
+        if not isinstance(prompt_length, int) or prompt_length < 1:
+            raise ValueError(f"prompt_length is {prompt_length!r}; needed is a whole number from 1 on")
         if join not in JOINS:
             raise ValueError(f"join is {join!r}; it can be {', '.join(map(repr, JOINS))}")
         if join == "unprojected" and base.num_heads * base.head_dim != base.width:
-            raise ValueError(f"join is 'unprojected' and the heads have {base.num_heads * base.head_dim} features together; the layer has {base.width}")
+            raise ValueError(
+                f"join is 'unprojected' and the heads have {base.num_heads * base.head_dim} features together; "
+                f"the layer has {base.width}"
+            )
         if getattr(base, "join", "before") != "before":
-            raise ValueError(f"the attention has an adapter with join {base.join!r} already, which no other can wrap: attach that one last")
+            raise ValueError(
+                f"the attention has an adapter with join {base.join!r} already, which no other can wrap: "
+                "attach that one last"
+            )
         device = next(base.parameters()).device
         self.base, self.tanh, self.join, self.active = base, tanh, join, True
-        self.width, self.num_heads, self.num_kv_heads, self.head_dim, self.rope = base.width, base.num_heads, base.num_kv_heads, base.head_dim, base.rope
+        self.width, self.num_heads, self.rope = base.width, base.num_heads, base.rope
+        self.num_kv_heads, self.head_dim = base.num_kv_heads, base.head_dim
         self.prompt = nn.Parameter(torch.randn(prompt_length, self.width, device=device))
         self.gate = nn.Parameter(torch.zeros(gate_shape(gate, self.num_heads, self.head_dim), device=device))
 
@@ -94,7 +110,7 @@ class AdaptedAttention(nn.Module):
         return self.base.keys_values(x)
 
     def attend(self, q, k, v, mask=None, cache=None):
-        """The base's `attend` plus the gated term: (B, H, T, d). The mask is about words; prompts are seen by all.
+        """The base's `attend` plus the gated term: (B, H, T, d). The mask is about tokens; prompts are seen by all.
 
         The prompts' keys and values are made once per call, or once per generation where there is a cache: they
         live in that cache, never in this module, so that none outlasts a training step.
@@ -128,17 +144,26 @@ def attach(model, prompt_length=10, layers=None, gate="head", tanh=True, join="b
     """Wraps `self_attn` of the top `layers` of `model.layers` (None: of all). The paper: 30 of LLaMA-7B's 32.
 
     init: "normal", prompts from N(0, 1); "input", the same times the root mean square of the weight of the norm before
-    the attention: as large as the words there, which in a pre-trained LLaMA are small (0.04 to 0.42 in SmolLM2-135M).
+    the attention: as large as the tokens there, which in a pre-trained LLaMA are small (0.04 to 0.42 in SmolLM2-135M).
+    Freezes nothing.
     """
+    attentions = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", (None,))]
+    if not all(hasattr(attention, verb) for attention in attentions for verb in VERBS):
+        raise ValueError(
+            f"the model has no `layers` whose `self_attn` has the verbs {', '.join(VERBS)}, between which the prompts "
+            "step in: minillama's models have them, and transformers_llama.py gives them to a LLaMA of transformers"
+        )
     if init not in INITS:
         raise ValueError(f"init is {init!r}; it can be {' or '.join(map(repr, INITS))}")
-    layers = len(model.layers) if layers is None else layers
-    if not 1 <= layers <= len(model.layers):
-        raise ValueError(f"layers is {layers}; the model has {len(model.layers)}, so it can be 1 to {len(model.layers)}")
+    L = len(model.layers)
+    layers = L if layers is None else layers
+    if not isinstance(layers, int) or not 1 <= layers <= L:
+        raise ValueError(f"layers is {layers!r}; the model has {L}, so it can be 1 to {L}")
     for layer in model.layers[-layers:]:
         layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh, join)
         if init == "input":
-            layer.self_attn.prompt.data *= next(layer.input_layernorm.parameters()).float().square().mean().sqrt()
+            size = next(layer.input_layernorm.parameters()).detach().float().square().mean().sqrt()
+            layer.self_attn.prompt.data *= size
 
 
 class GatedPrefixAttention(nn.Module):
@@ -162,9 +187,40 @@ class GatedPrefixAttention(nn.Module):
         return self.c_attn(x).unflatten(-1, (3, self.num_heads, -1)).transpose(-4, -2).unbind(-3)
 
     def forward(self, x, attention_mask=None):
-        """x (B, T, D) -> (B, T, D). attention_mask: scaled_dot_product_attention's, for the words alone; None is causal."""
+        """x (B, T, D) -> (B, T, D). attention_mask: scaled_dot_product_attention's, for the tokens alone; None is causal."""
         q, k, v = self.project(x)  # (B, H, T, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None)
         _, k, v = self.project(self.prompt)  # (H, K, d)
         y = y + opening(self.gate, self.tanh) * prefix_attention(q, k, v)
         return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+# ── the PEFT library's files (peft.py says what `layout` knows) ──────────────────────────────────────────────────────
+
+
+def their_joins(layout):
+    """Where PEFT's adaption prompt adds its term, the cheapest of equal ways first."""
+    if layout.fused:
+        return ("unprojected",)
+    return ("after",) if layout.output_bias else ("before", "after")
+
+
+def to_peft(options, tensors, layout):
+    """(config, tensors) as PEFT's adaption prompt has them; None for a gate per head, feature or under a tanh."""
+    if (options["gate"], options["tanh"]) != ("layer", False) or options["join"] not in their_joins(layout):
+        return None
+    config = {"peft_type": PEFT_TYPE, "adapter_len": options["prompt_length"]}
+    config |= {"adapter_layers": options["layers"] or layout.num_layers, "target_modules": layout.attention}
+    theirs = {}
+    for name, tensor in tensors.items():
+        place, _, own = name.rpartition(".")
+        theirs[f"{place}.adaption_{own}"] = tensor[None] if own == "prompt" else tensor
+    return config, theirs
+
+
+def from_peft(config, tensors, layout):
+    """(options, tensors) of ours."""
+    options = {"prompt_length": config["adapter_len"], "layers": config["adapter_layers"]}
+    own = {name.replace("adaption_", ""): tensor for name, tensor in tensors.items()}
+    own = {name: tensor[0] if name.endswith("prompt") else tensor for name, tensor in own.items()}
+    return options | {"gate": "layer", "tanh": False, "join": their_joins(layout)[0]}, own

@@ -9,7 +9,8 @@ trained (equation 4):
 
 The paper and lit-llama compute s · (W x + b), order "output"; the official code W (s · x) + b, order "input". At the
 start y = 1 · (W x + 0): the model returns what it returned, bit for bit. In the paper this stands beside gated prefix
-attention: adapt the model with both methods under one name.
+attention: adapt the model with both methods under one name. lit-llama and litgpt scale the head too; here, as in the
+official code, it stays as it is.
 
 Scale and bias fold into the projection, the trained norms into the base's place. Trained parameters: for each projection
 2 · out (order "input": in + out), for each norm its own.
@@ -25,42 +26,58 @@ from torch import nn
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 ORDERS = ("output", "input")
+LEARNING_RATES = (1e-2, 3e-3)  # on the bundled bases, and on a real model
+MERGEABLE = True
 
 
 class ScaledLinear(nn.Module):
-    """Wraps an nn.Linear: scale · (base(x) + shift), or for order "input" base(scale · x) + shift.
+    """Wraps an nn.Linear: scale · (base(x) + adapter_bias), or for order "input" base(scale · x) + adapter_bias.
 
-    Parameters: scale, ones, and shift, zeros; float32. With `active` set to False it is its base again, bit for bit.
+    Parameters: scale, ones, and adapter_bias, zeros; float32. With `active` set to False it is its base again, bit for
+    bit.
     """
+
+    own, mergeable = ("scale", "adapter_bias"), True
 
     def __init__(self, base, order="output"):
         super().__init__()
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}; it can be 'output' or 'input'")
         self.base, self.order, self.active = base, order, True
-        self.in_features, self.out_features, device = base.in_features, base.out_features, next(base.parameters()).device
-        self.scale = nn.Parameter(torch.ones(base.out_features if order == "output" else base.in_features, device=device))
-        self.shift = nn.Parameter(torch.zeros(base.out_features, device=device))
+        self.in_features, self.out_features = base.in_features, base.out_features
+        device, features = next(base.parameters()).device, base.out_features if order == "output" else base.in_features
+        self.scale = nn.Parameter(torch.ones(features, device=device))
+        self.adapter_bias = nn.Parameter(torch.zeros(base.out_features, device=device))
 
     def forward(self, x):
         """(..., in_features) -> (..., out_features)."""
         if not self.active:
             return self.base(x)
-        scale, shift = self.scale.to(x.dtype), self.shift.to(x.dtype)
-        return scale * (self.base(x) + shift) if self.order == "output" else self.base(scale * x) + shift
+        y = self.base(x if self.order == "output" else self.scale.to(x.dtype) * x)
+        y = y + self.adapter_bias.to(y.dtype)  # under autocast y has another dtype than x
+        return self.scale.to(y.dtype) * y if self.order == "output" else y
 
-    @torch.no_grad()
-    def merged(self):
-        """A new nn.Linear that computes the same; the base is left as it is."""
-        weight, bias = self.base.weight, self.shift if self.base.bias is None else self.base.bias + self.shift
-        linear = nn.Linear(self.in_features, self.out_features, True, weight.device, weight.dtype)
-        linear.weight.copy_(weight * (self.scale[:, None] if self.order == "output" else self.scale))
-        linear.bias.copy_(bias * self.scale if self.order == "output" else bias)
-        return linear.requires_grad_(False)
+    @property
+    def weight(self):
+        """Of the linear layer that this amounts to, (out_features, in_features)."""
+        weight = self.base.weight
+        if not self.active:
+            return weight
+        return (weight * (self.scale[:, None] if self.order == "output" else self.scale)).to(weight.dtype)
+
+    @property
+    def bias(self):
+        bias, dtype = self.base.bias, self.base.weight.dtype
+        if not self.active:
+            return bias
+        bias = self.adapter_bias if bias is None else bias + self.adapter_bias
+        return (bias * self.scale if self.order == "output" else bias).to(dtype)
 
 
 class TrainedNorm(nn.Module):
     """Wraps a norm and uses a trained copy of it instead, float32; the base's own stays for `active` False."""
+
+    own, mergeable = ("trained",), True
 
     def __init__(self, base):
         super().__init__()
@@ -72,15 +89,23 @@ class TrainedNorm(nn.Module):
     def forward(self, x):
         if not self.active:
             return self.base(x)
-        return torch.func.functional_call(self.trained, {name: p.to(x.dtype) for name, p in self.trained.named_parameters()}, (x,))
+        numbers = {name: p.to(x.dtype) for name, p in self.trained.named_parameters()}
+        return torch.func.functional_call(self.trained, numbers, (x,))
 
-    def merged(self):
-        dtype = next(self.base.parameters()).dtype
-        return copy.deepcopy(self.trained).to(dtype).requires_grad_(False)
+    @property
+    def weight(self):
+        weight = self.base.weight
+        return self.trained.weight.to(weight.dtype) if self.active else weight
+
+    @property
+    def bias(self):
+        bias = getattr(self.base, "bias", None)
+        return self.trained.bias.to(bias.dtype) if self.active and bias is not None else bias
 
 
 def attach(model, order="output"):
-    """Wraps every projection and every norm of the model, by their names; the head and the embedding stay as they are."""
+    """Wraps every projection and every norm of the model, by their names; the head and the embedding stay as they are.
+    Freezes nothing."""
     wrapped = []
     for name, module in model.named_modules():
         own = name.rpartition(".")[2]
@@ -88,6 +113,10 @@ def attach(model, order="output"):
             wrapped.append((name, ScaledLinear(module, order)))
         elif own in NORMS:
             wrapped.append((name, TrainedNorm(module)))
+    if not any(isinstance(wrapper, ScaledLinear) for _, wrapper in wrapped):
+        raise ValueError(
+            f"the model has no linear layer named {', '.join(PROJECTIONS)}, which are what this method scales"
+        )
     for name, wrapper in wrapped:
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, wrapper)

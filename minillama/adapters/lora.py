@@ -22,20 +22,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+LEARNING_RATES = (1e-2, 1e-2)  # on the bundled bases, and on a real model
+PEFT_TYPE = "LORA"
+MERGEABLE = True
+
 
 class LoRALinear(nn.Module):
     """Wraps an nn.Linear and adds (alpha / rank) · B A x to its output.
 
     Parameters, float32 whatever the base's dtype: A (rank, in_features) and B (out_features, rank), zeros.
+    dropout: the share of x that the path, not the base, loses in training.
     With `active` set to False it is its base again, bit for bit.
     """
 
-    def __init__(self, base, rank=8, alpha=16.0):
+    own, mergeable = ("A", "B"), True
+
+    def __init__(self, base, rank=8, alpha=16.0, dropout=0.0):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank is {rank}; at least 1 is needed")
-        self.base, self.scaling, self.active = base, alpha / rank, True
-        self.in_features, self.out_features, device = base.in_features, base.out_features, next(base.parameters()).device
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank is {rank!r}; needed is a whole number from 1 on")
+        self.base, self.scaling, self.dropout, self.active = base, alpha / rank, nn.Dropout(dropout), True
+        self.in_features, self.out_features = base.in_features, base.out_features
+        device = next(base.parameters()).device
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -45,25 +53,63 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.active:
             return y
-        narrow = F.linear(x, self.A.to(x.dtype))  # (..., rank)
+        narrow = F.linear(self.dropout(x), self.A.to(x.dtype))  # (..., rank)
         return y + F.linear(narrow, self.B.to(x.dtype)) * self.scaling
 
-    @torch.no_grad()
-    def merged(self):
-        """A new nn.Linear that computes the same; the base is left as it is."""
-        weight, bias = self.base.weight, self.base.bias
-        linear = nn.Linear(self.base.in_features, self.base.out_features, bias is not None, weight.device, weight.dtype)
-        linear.weight.copy_(weight + self.scaling * (self.B @ self.A))
-        if bias is not None:
-            linear.bias.copy_(bias)
-        return linear.requires_grad_(False)
+    @property
+    def weight(self):
+        """Of the linear layer that this amounts to, (out_features, in_features)."""
+        weight = self.base.weight
+        return (weight + self.scaling * (self.B @ self.A)).to(weight.dtype) if self.active else weight
+
+    @property
+    def bias(self):
+        return self.base.bias
 
 
-def attach(model, rank=8, alpha=16.0, targets=("q_proj", "v_proj")):
-    """Wraps every nn.Linear whose own name is in `targets`; query and value by default, as in the paper."""
-    found = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_features") and name.rpartition(".")[2] in targets]
-    if missing := set(targets) - {name.rpartition(".")[2] for name, _ in found}:
+def linear_layers(model, targets):
+    """(name, module) of every nn.Linear whose own name is in `targets`; "all-linear" takes all but the head."""
+    linear = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_features")]
+    linear = [(name, module) for name, module in linear if name.rpartition(".")[2] != "base"]  # inside another wrapper
+    if targets == "all-linear":
+        return [(name, module) for name, module in linear if name.rpartition(".")[2] != "lm_head"]
+    targets = {targets} if isinstance(targets, str) else set(targets)
+    found = [(name, module) for name, module in linear if name.rpartition(".")[2] in targets]
+    if missing := targets - {name.rpartition(".")[2] for name, _ in found}:
         raise ValueError(f"the model has no linear layer named {missing.pop()!r}, which targets asks for")
-    for name, module in found:
+    return found
+
+
+def attach(model, rank=8, alpha=16.0, targets=("q_proj", "v_proj"), dropout=0.0):
+    """Wraps every nn.Linear whose own name is in `targets`; query and value by default, as in the paper; "all-linear":
+    all but the head. Freezes nothing."""
+    for name, module in linear_layers(model, targets):
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, LoRALinear(module, rank, alpha))
+        setattr(model.get_submodule(parent), own, LoRALinear(module, rank, alpha, dropout))
+
+
+# ── the PEFT library's files (peft.py says what `layout` knows) ──────────────────────────────────────────────────────
+
+
+def to_peft(options, tensors, layout):
+    """(config, tensors) as PEFT's LoRA has them."""
+    A, B = ({n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)} for end in (".A", ".B"))
+    stacked, A, B = layout.stack_low_rank(A, B)  # one rank for the file, and the same alpha / rank
+    config = {"peft_type": PEFT_TYPE, "r": options["rank"] * stacked, "lora_alpha": options["alpha"] * stacked}
+    config |= {"lora_dropout": options["dropout"], "target_modules": layout.targets(A), "fan_in_fan_out": layout.fused}
+    matrices = (("lora_A.weight", A), ("lora_B.weight", B))
+    return config, {f"{place}.{own}": tensor for own, matrix in matrices for place, tensor in matrix.items()}
+
+
+def from_peft(config, tensors, layout):
+    """(options, tensors) of ours."""
+    own = {}
+    for name, tensor in tensors.items():
+        place, _, rest = name.rpartition(".lora_")
+        if rest not in ("A.weight", "B.weight"):
+            raise ValueError(f"the tensor {name} is none of LoRA's; those end in lora_A.weight or lora_B.weight")
+        own |= {
+            f"{p}.{rest[0]}": half for p, half in layout.split(place, tensor, None if rest[0] == "A" else 0).items()
+        }
+    options = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
+    return options | {"targets": sorted({name.split(".")[-2] for name in own})}, own

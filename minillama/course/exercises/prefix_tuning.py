@@ -5,10 +5,10 @@ from torch import nn
 
 import minillama
 
-from ..adapters import llama_adapter
-from ..adapters.prefix_tuning import PrefixAttention
-from ..adapters.prompt_tuning import PromptEmbedding
-from ..attention import Attention, Cache, LayerCache, RoPE, embed, rotate
+from ...adapters import llama_adapter
+from ...adapters.prefix_tuning import PrefixAttention
+from ...adapters.prompt_tuning import PromptEmbedding
+from ...attention import Attention, Cache, LayerCache, RoPE, embed, rotate
 from . import Exercise, Question, filled, gradients, named
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -133,7 +133,9 @@ def embedding_of(wrapper):
     """A wrapper of the embedding as the function that the exercise asks for."""
 
     def function(embedding, ids, prompt, past=0, active=True):
-        return torch.func.functional_call(Embedded(wrapper, embedding, len(prompt)), {"inner.prompt": prompt}, (ids, past, active))
+        return torch.func.functional_call(
+            Embedded(wrapper, embedding, len(prompt)), {"inner.prompt": prompt}, (ids, past, active)
+        )
 
     function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
     return function
@@ -183,7 +185,9 @@ def rows_cut_from_copies(embedding, ids, prompt, past=0, active=True):
 def copies_cut_into_rows(embedding, ids, prompt, past=0, active=True):
     """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt (copies one behind the other
     are (B, K, D) already, with no transpose)"""
-    return right_up_to(lambda p, B: p.repeat(B, 1).view(len(p), B, -1).transpose(0, 1), embedding, ids, prompt, past, active)
+    return right_up_to(
+        lambda p, B: p.repeat(B, 1).view(len(p), B, -1).transpose(0, 1), embedding, ids, prompt, past, active
+    )
 
 
 def right_up_to(spread, embedding, ids, prompt, past, active):
@@ -384,7 +388,9 @@ def words_cached_twice(attention, x, positions, keys, values, cache=None):
 
 
 def probe_prefix_attention(answer, draw):
-    attention = filled(Attention(40, 6, 2, 8, RoPE(8), bias=True), draw)  # grouped queries, biases, H·d wider than D: nothing can hide
+    attention = filled(
+        Attention(40, 6, 2, 8, RoPE(8), bias=True), draw
+    )  # grouped queries, biases, H·d wider than D: nothing can hide
     x, positions = draw(2, 6, 40), torch.arange(6)
     keys, values = draw(2, 3, 8).requires_grad_(), draw(2, 3, 8).requires_grad_()
     out = answer(attention, x, positions, keys, values)
@@ -438,7 +444,11 @@ def word_hidden_from_itself(q, k, prefix_keys):
 def hidden_with_zero(q, k, prefix_keys):
     """hidden words given the score 0, which still weighs e^0 = 1; a hidden word has the score -∞"""
     on_prefix, on_words = scores_of(q, k, prefix_keys)
-    return torch.cat((on_prefix, on_words.masked_fill(on_words == -torch.inf, 0)), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
+    return (
+        torch.cat((on_prefix, on_words.masked_fill(on_words == -torch.inf, 0)), -1)
+        .softmax(-1)[..., : prefix_keys.shape[1]]
+        .sum(-1)
+    )
 
 
 def share_unscaled(q, k, prefix_keys):
@@ -619,7 +629,10 @@ def probe_split(answer, draw):
     pieces = named(names, answer(q, k, v, prefix_keys, prefix_values))
     yield from pieces
     share, words, prefix = (piece for _, piece in pieces)
-    yield "the blend (1 - share) · words + share · prefix (B, H, T, d)", (1 - share[..., None]) * words + share[..., None] * prefix
+    yield (
+        "the blend (1 - share) · words + share · prefix (B, H, T, d)",
+        (1 - share[..., None]) * words + share[..., None] * prefix,
+    )
 
 
 # ── predictions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -640,7 +653,9 @@ def zero_prefix_makes():
     torch.manual_seed(0)
     attention = Attention(16, 2, rope=RoPE(8)).requires_grad_(False)
     x = torch.randn(1, 6, 16)
-    ten, twenty = (joined(attention, x, torch.arange(6), *torch.zeros(2, 2, K, 8), None).norm().item() for K in (10, 20))
+    ten, twenty = (
+        joined(attention, x, torch.arange(6), *torch.zeros(2, 2, K, 8), None).norm().item() for K in (10, 20)
+    )
     return "same" if abs(twenty - ten) < 1e-6 * ten else "smaller" if twenty < ten else "larger"
 
 

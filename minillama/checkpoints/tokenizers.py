@@ -1,7 +1,7 @@
 """Text to ids and back through the `tokenizers` library, chat templates, and text from a stream of ids.
 
-    "3 mars 2021" ──encode──▶ [35, 2216, 216, ...] ──decode──▶ "3 mars 2021"
-    [{"role": "user", "content": "Hi"}] ──chat──▶ "<|im_start|>user\\nHi<|im_end|>\\n..." ──encode(special=True)──▶ ids
+"3 mars 2021" ──encode──▶ [35, 2216, 216, ...] ──decode──▶ "3 mars 2021"
+[{"role": "user", "content": "Hi"}] ──chat──▶ "<|im_start|>user\\nHi<|im_end|>\\n..." ──encode(special=True)──▶ ids
 """
 
 import datetime
@@ -47,7 +47,10 @@ class TextTokenizer:
         if self.template is None:
             raise ValueError("the model has no chat template: it continues texts, so give it the text itself")
         messages = json.loads(json.dumps(messages))  # a template is someone else's program: it sees plain data only
-        values = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None) | self.tokens
+        values = (
+            dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
+            | self.tokens
+        )
         try:
             return ENVIRONMENT.from_string(self.template).render(values)
         except jinja2.TemplateError as error:
@@ -58,7 +61,9 @@ class TextTokenizer:
         with replacing(folder / "tokenizer.json") as temporary:
             self.inner.save(str(temporary))
         template = {} if self.template is None else {"chat_template": self.template}
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | self.tokens | template)
+        write_json(
+            folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | self.tokens | template
+        )
 
 
 def read_tokenizer(folder):
@@ -73,14 +78,18 @@ def read_tokenizer(folder):
     inner.no_truncation()
     inner.no_padding()
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    tokens = {role: token["content"] if isinstance(token, dict) else token for role in ROLES if (token := settings.get(role))}
+    tokens = {
+        role: token["content"] if isinstance(token, dict) else token for role in ROLES if (token := settings.get(role))
+    }
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     eos = read_json(folder / "config.json").get("eos_token_id")
-    return TextTokenizer(inner, tokens, None if "eos_token" in tokens else eos[0] if isinstance(eos, list) else eos, template)
+    return TextTokenizer(
+        inner, tokens, None if "eos_token" in tokens else eos[0] if isinstance(eos, list) else eos, template
+    )
 
 
 # ── what chat templates are written for: the sandbox and the few names that transformers gives them ──────────────────
@@ -101,7 +110,9 @@ def refuse(message):
 
 
 ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-ENVIRONMENT.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(value, ensure_ascii=ensure_ascii, **options)
+ENVIRONMENT.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+    value, ensure_ascii=ensure_ascii, **options
+)
 ENVIRONMENT.globals["raise_exception"] = refuse
 ENVIRONMENT.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
 

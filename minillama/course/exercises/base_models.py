@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 import minillama
 
-from ..attention import Attention, RoPE, rotate
+from ...attention import Attention, RoPE, rotate
+from ...checkpoints.architectures import ARCHITECTURES, from_hf
 from ..papers import smollm2
-from ..pretrained import gpt2_from_hf
 from . import Exercise, Question, Wrong, describe, filled, gradients, named
 
 # ── RMSNorm ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -111,7 +111,10 @@ def probe_rms_norm(answer, draw):
         yield what, gradient
     yield "the output for one vector (D)", answer(x[0, 0].detach(), weight.detach(), 0.3)
     yield "the output for zeros (B, T, D)", answer(torch.zeros(1, 2, 8), weight.detach(), 1e-6)
-    yield "the output for large numbers in float16 (B, T, D)", answer((400 * x.detach()).half(), weight.detach().half(), 0.3)
+    yield (
+        "the output for large numbers in float16 (B, T, D)",
+        answer((400 * x.detach()).half(), weight.detach().half(), 0.3),
+    )
 
 
 # ── RoPE ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -220,7 +223,9 @@ def added(x, positions, theta):
 
 def angles_in_half_precision(x, positions, theta):
     """the angles computed in bfloat16, which cannot tell position 1001 from 1000; compute them in float32 and cast cos and sin"""
-    angle = positions[:, None].to(x.dtype) * (theta ** -(torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])).to(x.dtype)
+    angle = positions[:, None].to(x.dtype) * (theta ** -(torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])).to(
+        x.dtype
+    )
     return turned(x, angle)
 
 
@@ -240,7 +245,10 @@ def probe_rope(answer, draw):
     x = draw(2, 3, 5, 8)
     yield "the output (B, H, T, d)", answer(x, torch.arange(5), 100.0)
     yield "the output at positions 7, 3, 0, 20, 21 (B, H, T, d)", answer(x, torch.tensor([7, 3, 0, 20, 21]), 10000.0)
-    yield "the output in bfloat16 at positions 1000 to 1004 (B, H, T, d)", answer(x.bfloat16(), torch.arange(1000, 1005), 100.0)
+    yield (
+        "the output in bfloat16 at positions 1000 to 1004 (B, H, T, d)",
+        answer(x.bfloat16(), torch.arange(1000, 1005), 100.0),
+    )
 
 
 # ── attention ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -377,11 +385,16 @@ def probe_attention(answer, draw):
     q, k, v = (draw(2, heads, 5, 8).requires_grad_() for heads in (6, 2, 2))
     out = answer(q, k, v)
     yield "the output (B, H, T, d)", out
-    for what, gradient in zip(("q's gradient (B, H, T, d)", "k's gradient (B, G, T, d)", "v's gradient (B, G, T, d)"), gradients(out, q, k, v)):
+    for what, gradient in zip(
+        ("q's gradient (B, H, T, d)", "k's gradient (B, G, T, d)", "v's gradient (B, G, T, d)"), gradients(out, q, k, v)
+    ):
         yield what, gradient
     yield "the output with as many key heads as query heads (B, H, T, d)", answer(*(draw(2, 4, 3, 8) for _ in range(3)))
     yield "the output for a single token (B, H, T, d)", answer(draw(1, 6, 1, 8), draw(1, 2, 1, 8), draw(1, 2, 1, 8))
-    yield "the output in bfloat16 (B, H, T, d)", answer(q.detach().bfloat16(), k.detach().bfloat16(), v.detach().bfloat16())
+    yield (
+        "the output in bfloat16 (B, H, T, d)",
+        answer(q.detach().bfloat16(), k.detach().bfloat16(), v.detach().bfloat16()),
+    )
 
 
 # ── SwiGLU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -453,10 +466,17 @@ SWIGLUS = (
 
 
 def probe_swiglu(answer, draw):
-    x, gate, up, down = draw(2, 5, 8).requires_grad_(), *(draw(12, 8).div(2).requires_grad_() for _ in range(2)), draw(8, 12).div(3).requires_grad_()
+    x, gate, up, down = (
+        draw(2, 5, 8).requires_grad_(),
+        *(draw(12, 8).div(2).requires_grad_() for _ in range(2)),
+        draw(8, 12).div(3).requires_grad_(),
+    )
     out = answer(x, gate, up, down)
     yield "the output (B, T, D)", out
-    for what, gradient in zip(("x's gradient (B, T, D)", "gate's gradient", "up's gradient", "down's gradient"), gradients(out, x, gate, up, down)):
+    for what, gradient in zip(
+        ("x's gradient (B, T, D)", "gate's gradient", "up's gradient", "down's gradient"),
+        gradients(out, x, gate, up, down),
+    ):
         yield what, gradient
     yield "the output in bfloat16 (B, T, D)", answer(*(z.detach().bfloat16() for z in (x, gate, up, down)))
 
@@ -466,8 +486,10 @@ def probe_swiglu(answer, draw):
 
 def right_split(weight, bias):
     file = {"transformer.h.0.attn.c_attn.weight": weight, "transformer.h.0.attn.c_attn.bias": bias}
-    ours = gpt2_from_hf(file)
-    return tuple(torch.stack([ours[f"layers.0.self_attn.{name}_proj.{kind}"] for name in "qkv"]) for kind in ("weight", "bias"))
+    ours = from_hf(ARCHITECTURES["gpt2"], file)
+    return tuple(
+        torch.stack([ours[f"layers.0.self_attn.{name}_proj.{kind}"] for name in "qkv"]) for kind in ("weight", "bias")
+    )
 
 
 def not_transposed(weight, bias):
@@ -508,7 +530,15 @@ def biases_take_turns(weight, bias):
     return right_split(weight, bias)[0], bias.unflatten(0, (-1, 3)).T
 
 
-SPLITS = (not_transposed, cut_along_the_inputs, cut_along_the_inputs_and_transposed, every_third, keys_first, order_reversed, biases_take_turns)
+SPLITS = (
+    not_transposed,
+    cut_along_the_inputs,
+    cut_along_the_inputs_and_transposed,
+    every_third,
+    keys_first,
+    order_reversed,
+    biases_take_turns,
+)
 
 
 def probe_split(answer, draw):
@@ -523,7 +553,9 @@ def answer_pair(result, names):
     for what, value in named(names, result):
         if isinstance(value, tuple | list):
             if len({tuple(part.shape) for part in value if isinstance(part, torch.Tensor)}) != 1:
-                raise Wrong("shape", f"{what} should be one tensor, or three of the same shape; it is {describe(value)}")
+                raise Wrong(
+                    "shape", f"{what} should be one tensor, or three of the same shape; it is {describe(value)}"
+                )
             value = torch.stack(tuple(value))
         yield value
 
@@ -655,7 +687,10 @@ def heads_repeated_in_the_cache(attention, x, past):
     """key and value heads repeated before they are cached, which makes the cache H / G times as large; keep G heads and repeat afterwards"""
     q, k, v = attention.project(x, places(x, past))
     k, v = behind(past, repeated(k, q), repeated(v, q))
-    return with_mask(attention, q, k, v, torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()), (k, v)
+    return with_mask(attention, q, k, v, torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()), (
+        k,
+        v,
+    )
 
 
 CACHES = (
@@ -667,7 +702,11 @@ CACHES = (
 
 def probe_cached(answer, draw):
     attention, past, S = filled(Attention(40, 6, 2, 8, RoPE(8), bias=True), draw), None, 0
-    for T, what in ((4, "of the first 4 tokens"), (3, "of 3 tokens behind 4 cached ones"), (1, "of 1 token behind 7 cached ones")):
+    for T, what in (
+        (4, "of the first 4 tokens"),
+        (3, "of 3 tokens behind 4 cached ones"),
+        (1, "of 1 token behind 7 cached ones"),
+    ):
         x, S = draw(2, T, 40), S + T
         (_, out), (_, past) = named(("the output", "the cache"), answer(attention, x, past))
         yield f"the output {what} (B, T, D)", out
@@ -692,7 +731,11 @@ def shifted(model, by=100):
     """Whether the logits stay the same when every position is `by` further on: "same" or "different"."""
     torch.manual_seed(0)
     config = dict(vocab_size=31, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    model = minillama.LLaMA(minillama.LLaMAConfig(**config)) if model == "llama" else minillama.GPT2(minillama.GPT2Config(**config))
+    model = (
+        minillama.LLaMA(minillama.LLaMAConfig(**config))
+        if model == "llama"
+        else minillama.GPT2(minillama.GPT2Config(**config))
+    )
     ids = torch.randint(0, 31, (1, 6))
     logits = []
     for positions in (torch.arange(6), torch.arange(6) + by):

@@ -8,10 +8,10 @@ from torch import nn
 
 import minillama
 
-from ..adapters import bottleneck
-from ..adapters.bottleneck import Adapted, Bottleneck
-from ..attention import RoPE
-from ..llama import Layer, LLaMAConfig
+from ...adapters import bottleneck
+from ...adapters.bottleneck import Adapted, Bottleneck
+from ...attention import RoPE
+from ...llama import Layer, LLaMAConfig
 from . import Exercise, Question, Wrong, close, filled, gradients, named
 
 right_attach = bottleneck.attach
@@ -135,7 +135,9 @@ def activated_twice(x, down_weight, down_bias, up_weight, up_bias):
 
 def activated_first(x, down_weight, down_bias, up_weight, up_bias):
     """the non-linearity in front of down instead of between down and up"""
-    return F.linear(F.linear(F.gelu(x), down_weight.to(x.dtype), down_bias.to(x.dtype)), up_weight.to(x.dtype), up_bias.to(x.dtype))
+    return F.linear(
+        F.linear(F.gelu(x), down_weight.to(x.dtype), down_bias.to(x.dtype)), up_weight.to(x.dtype), up_bias.to(x.dtype)
+    )
 
 
 def up_bias_forgotten(x, down_weight, down_bias, up_weight, up_bias):
@@ -156,7 +158,9 @@ def tanh_gelu(x, down_weight, down_bias, up_weight, up_bias):
 
 def silu_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
     """SiLU (swish) for GELU, as the AdapterHub library has it in its Houlsby configuration; asked is GELU"""
-    return F.linear(F.silu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype))), up_weight.to(x.dtype), up_bias.to(x.dtype))
+    return F.linear(
+        F.silu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype))), up_weight.to(x.dtype), up_bias.to(x.dtype)
+    )
 
 
 def computed_in_float32(x, down_weight, down_bias, up_weight, up_bias):
@@ -199,12 +203,18 @@ def down_bias_behind_gelu(x, down_weight, down_bias, up_weight, up_bias):
 
 def sigmoid_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
     """a sigmoid for GELU: it squashes what should be bent"""
-    return F.linear(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).sigmoid(), up_weight.to(x.dtype), up_bias.to(x.dtype))
+    return F.linear(
+        F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).sigmoid(),
+        up_weight.to(x.dtype),
+        up_bias.to(x.dtype),
+    )
 
 
 def tanh_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
     """tanh for GELU: it squashes what should be bent"""
-    return F.linear(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).tanh(), up_weight.to(x.dtype), up_bias.to(x.dtype))
+    return F.linear(
+        F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).tanh(), up_weight.to(x.dtype), up_bias.to(x.dtype)
+    )
 
 
 def input_detached(x, down_weight, down_bias, up_weight, up_bias):
@@ -225,7 +235,10 @@ def probe_bottleneck(answer, draw):
     for name, gradient in zip(names, gradients(out, x, *tensors)):
         yield f"the gradient of {name}", gradient
     yield "the output in bfloat16 (B, T, D)", answer(x.bfloat16(), *tensors)
-    yield "the output with up_weight at 0: up_bias for every token (B, T, D)", answer(x, tensors[0], tensors[1], tensors[2] * 0, tensors[3])
+    yield (
+        "the output with up_weight at 0: up_bias for every token (B, T, D)",
+        answer(x, tensors[0], tensors[1], tensors[2] * 0, tensors[3]),
+    )
 
 
 # ── where it starts ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,7 +249,9 @@ def start_of(network):
 
     def function(D, m):
         module = network(D, m)
-        return tuple(tensor.detach() for tensor in (module.down.weight, module.down.bias, module.up.weight, module.up.bias))
+        return tuple(
+            tensor.detach() for tensor in (module.down.weight, module.down.bias, module.up.weight, module.up.bias)
+        )
 
     function.__name__, function.__doc__ = network.__name__, network.__doc__
     return function
@@ -283,7 +298,6 @@ def down_too_small(D, m):
     return 1e-6 * torch.randn(m, D), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
 
 
-
 def shapes_swapped(D, m):
     """the two matrices in the shape (in, out); nn.Linear and F.linear keep them as (out, in): down (m, D), up (D, m)"""
     return torch.randn(D, m) / D**0.5, torch.zeros(m), torch.zeros(m, D), torch.zeros(D)
@@ -293,7 +307,9 @@ def probe_start(answer, draw):
     D, m = 240, 12
     shapes = ((m, D), (m,), (D, m), (D,))
     tensors = []
-    for (what, value), shape in zip(named(("down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)"), answer(D, m)), shapes):
+    for (what, value), shape in zip(
+        named(("down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)"), answer(D, m)), shapes
+    ):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise Wrong("shape", f"{what} should be a tensor of float32")
         if value.shape != shape:
@@ -813,7 +829,9 @@ def learned(steps, start="zero", activation="gelu"):
 
     def truth():
         torch.manual_seed(0)
-        model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "bottleneck", size=3, activation=activation)
+        model = minillama.adapt(
+            minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "bottleneck", size=3, activation=activation
+        )
         ids, own = torch.randint(0, 31, (2, 6)), minillama.adapters.adapter_parameters(model)
         if start == "all zero":
             for p in own.values():
@@ -837,7 +855,11 @@ def nudges(truth, wrongly, missing):
     """A sentence for every wrong set of names: on the first name that it wrongly has, else on the first that is missing."""
     subsets = [frozenset(names) for count in range(5) for names in itertools.combinations(NAMED, count)]
     said = lambda found: next((sentence for name, sentence in wrongly.items() if name in found - truth), None)  # noqa: E731
-    return {found: said(found) or next(missing[name] for name in missing if name not in found) for found in subsets if found != truth}
+    return {
+        found: said(found) or next(missing[name] for name in missing if name not in found)
+        for found in subsets
+        if found != truth
+    }
 
 
 EXERCISES = {

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..adapters import llama_adapter
-from ..adapters.llama_adapter import AdaptedAttention
-from ..adapters.llama_adapter_v2 import ScaledLinear, TrainedNorm
-from ..attention import Attention, RoPE, rotate
+from ...adapters import llama_adapter
+from ...adapters.llama_adapter import AdaptedAttention
+from ...adapters.llama_adapter_v2 import ScaledLinear, TrainedNorm
+from ...attention import Attention, RoPE, rotate
 from . import Exercise, Question, Wrong, as_function, filled, gradients, moved, named
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -85,7 +85,9 @@ class BiasTwice(Prefix):
 
     def forward(self, x, positions=None, mask=None, cache=None):
         q, k, v = self.project(x, positions)
-        return self.output(self.base.attend(q, k, v, mask, cache)) + self.output(self.opened(q) * self.attention(q, *self.prefix(q.dtype)))
+        return self.output(self.base.attend(q, k, v, mask, cache)) + self.output(
+            self.opened(q) * self.attention(q, *self.prefix(q.dtype))
+        )
 
 
 class HeadsInTheWrongOrder(Prefix):
@@ -173,7 +175,9 @@ class UnrotatedQueries(Prefix):
         plain = self.project(x, None)[0]
         if self.base.rope is None:
             plain = plain + 1.0  # a GPT-2's queries have no RoPE to forget: here the mistake is another query
-        return self.output(self.base.attend(q, k, v, mask, cache) + self.opened(q) * self.attention(plain, *self.prefix(q.dtype)))
+        return self.output(
+            self.base.attend(q, k, v, mask, cache) + self.opened(q) * self.attention(plain, *self.prefix(q.dtype))
+        )
 
 
 class DetachedPrompt(Prefix):
@@ -278,16 +282,15 @@ class ShiftUnscaled(ScaledLinear):
     """s · (W x + b₀) + b: the new shift b left out of the scaling; s · (W x + b₀ + b) is asked"""
 
     def forward(self, x):
-        return self.scale.to(x.dtype) * self.base(x) + self.shift.to(x.dtype)
+        return self.scale.to(x.dtype) * self.base(x) + self.adapter_bias.to(x.dtype)
 
 
 class MergeForgetsShift(ScaledLinear):
     """a merge that scales and forgets to shift"""
 
-    def merged(self):
-        linear = super().merged()
-        linear.bias.data.copy_(self.base.bias * self.scale if self.base.bias is not None else 0 * self.shift)
-        return linear
+    @property
+    def bias(self):
+        return self.base.bias * self.scale if self.base.bias is not None else 0 * self.adapter_bias
 
 
 class NormsOfTheBaseTrained(TrainedNorm):
@@ -318,12 +321,16 @@ def keys_rotated(attention, prompt):
 
 def heads_cut_wrongly(attention, prompt):
     """the features viewed as (G, K, d) at once, which mixes tokens and heads; view them as (K, G, d), then transpose"""
-    return tuple(z.reshape(-1, len(prompt), attention.head_dim) for z in (attention.k_proj(prompt), attention.v_proj(prompt)))
+    return tuple(
+        z.reshape(-1, len(prompt), attention.head_dim) for z in (attention.k_proj(prompt), attention.v_proj(prompt))
+    )
 
 
 def heads_not_moved(attention, prompt):
     """heads cut but left behind the tokens, (K, G, d); attention wants (G, K, d)"""
-    return tuple(z.unflatten(-1, (-1, attention.head_dim)) for z in (attention.k_proj(prompt), attention.v_proj(prompt)))
+    return tuple(
+        z.unflatten(-1, (-1, attention.head_dim)) for z in (attention.k_proj(prompt), attention.v_proj(prompt))
+    )
 
 
 def heads_not_cut(attention, prompt):
@@ -339,7 +346,9 @@ def values_from_keys(attention, prompt):
 
 def keys_repeated(attention, prompt):
     """the key heads repeated for every query head already here: correct attention later, but G heads are what is asked"""
-    return tuple(z.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0) for z in attention.keys_values(prompt))
+    return tuple(
+        z.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0) for z in attention.keys_values(prompt)
+    )
 
 
 def bias_dropped(attention, prompt):
@@ -349,15 +358,23 @@ def bias_dropped(attention, prompt):
 
 def heads_innermost(attention, prompt):
     """the features cut as (d, G) instead of (G, d): the features of one head lie side by side"""
-    return tuple(z.unflatten(-1, (attention.head_dim, -1)).permute(2, 0, 1) for z in (attention.k_proj(prompt), attention.v_proj(prompt)))
+    return tuple(
+        z.unflatten(-1, (attention.head_dim, -1)).permute(2, 0, 1)
+        for z in (attention.k_proj(prompt), attention.v_proj(prompt))
+    )
 
 
 def probe_keys_values(answer, draw):
     attention, prompt = attention_of(draw), draw(3, 40).requires_grad_()
-    k, v = pieces = [piece for _, piece in named(("the keys (G, K, d)", "the values (G, K, d)"), answer(attention, prompt))]
+    k, v = pieces = [
+        piece for _, piece in named(("the keys (G, K, d)", "the values (G, K, d)"), answer(attention, prompt))
+    ]
     yield "the keys (G, K, d)", k
     yield "the values (G, K, d)", v
-    yield "the prompt's gradient (K, D)", gradients(sum(piece.sum() * (1 + i) for i, piece in enumerate(pieces)), prompt)[0]
+    yield (
+        "the prompt's gradient (K, D)",
+        gradients(sum(piece.sum() * (1 + i) for i, piece in enumerate(pieces)), prompt)[0],
+    )
 
 
 def start_of(wrapper):
@@ -378,7 +395,9 @@ def probe_start(answer, draw):
             raise Wrong("shape", f"the {what} should be a tensor of float32")
     for what, value, shape in ("prompt (K, D)", prompt, (50, 240)), ("gate (H, 1, 1)", gate, (6, 1, 1)):
         if value.shape != shape:
-            raise Wrong("shape", f"the {what} has shape {tuple(value.shape)}; needed is {shape} for K = 50, D = 240, H = 6")
+            raise Wrong(
+                "shape", f"the {what} has shape {tuple(value.shape)}; needed is {shape} for K = 50, D = 240, H = 6"
+            )
     yield "the number of gates that are not 0", gate.count_nonzero()
     yield from drawn(prompt)
 
@@ -388,7 +407,10 @@ def drawn(prompt):
     numbers = prompt.detach().double()
     mean, deviation = numbers.mean().item(), numbers.std().item()
     if deviation and ((numbers - mean) / deviation).pow(4).mean() < 2.1:  # 1.8 of uniform numbers, 3 of normal ones
-        raise Wrong("value", "the prompt's numbers are uniform, as torch.rand draws them; needed are normal ones, N(0, 1), from torch.randn")
+        raise Wrong(
+            "value",
+            "the prompt's numbers are uniform, as torch.rand draws them; needed are normal ones, N(0, 1), from torch.randn",
+        )
     for what, value, needed in (("the prompt's mean", mean, 0.0), ("the prompt's standard deviation", deviation, 1.0)):
         yield what, torch.tensor(needed if abs(value - needed) < 0.1 else round(value, 1 if abs(value) > 0.3 else 2))
 
@@ -416,7 +438,10 @@ def probe_prefix(answer, draw):
     of_prompt, of_gate = gradients(out, prompt, gate)
     yield "the prompt's gradient (K, D)", of_prompt
     yield "the gate's gradient (H, 1, 1)", of_gate
-    yield "the base's weights that train (none should)", torch.tensor(sum(p.requires_grad for p in attention.parameters()))
+    yield (
+        "the base's weights that train (none should)",
+        torch.tensor(sum(p.requires_grad for p in attention.parameters())),
+    )
     attention.requires_grad_(False)
     yield "the output after the prompt has changed (B, T, D)", answer(attention, x, positions, prompt + 1, gate)
     yield "the output at gate 0 (B, T, D)", answer(attention, x, positions, prompt, gate * 0)
@@ -457,7 +482,10 @@ class HeadsReadAtOnce(Circulating):
     """the features viewed as (G, K, d) at once, which mixes tokens and heads; view them as (K, G, d), then transpose"""
 
     def term(self, q):
-        k, v = (z.reshape(-1, len(z), self.base.head_dim) for z in (self.base.k_proj(self.prompt), self.base.v_proj(self.prompt)))
+        k, v = (
+            z.reshape(-1, len(z), self.base.head_dim)
+            for z in (self.base.k_proj(self.prompt), self.base.v_proj(self.prompt))
+        )
         return self.gate * llama_adapter.prefix_attention(q, k, v)
 
 
@@ -476,7 +504,9 @@ class LengthFromTheHeads(Circulating):
     def term(self, q):
         k, v = self.base.keys_values(self.prompt.to(q.dtype))
         words = q.shape[1]
-        return self.gate.to(q.dtype) * llama_adapter.prefix_attention(q[:, :, :words], k, v)[:, :, :words].reshape(len(q), words, q.shape[1], -1).transpose(1, 2)
+        return self.gate.to(q.dtype) * llama_adapter.prefix_attention(q[:, :, :words], k, v)[:, :, :words].reshape(
+            len(q), words, q.shape[1], -1
+        ).transpose(1, 2)
 
 
 class ProjectedByItself(Circulating):
@@ -552,20 +582,36 @@ class LeftBehind(Circulating):
 def probe_circulating(answer, draw):
     attention, positions, x = attention_of(draw), torch.arange(5), draw(2, 5, 40)
     module = answer(attention, 50)
-    own = {name: p for name, p in module.named_parameters() if not any(p is theirs for theirs in attention.parameters())} if isinstance(module, nn.Module) else {}
-    prompts, gates = [name for name, p in own.items() if tuple(p.shape) == (50, 40)], [name for name, p in own.items() if p.numel() == 1]
+    own = (
+        {name: p for name, p in module.named_parameters() if not any(p is theirs for theirs in attention.parameters())}
+        if isinstance(module, nn.Module)
+        else {}
+    )
+    prompts, gates = (
+        [name for name, p in own.items() if tuple(p.shape) == (50, 40)],
+        [name for name, p in own.items() if p.numel() == 1],
+    )
     if len(prompts) != 1 or len(gates) != 1 or len(own) != 2:
-        raise Wrong("shape", f"needed is a module with two trained parameters of its own, a prompt of shape (50, 40) for prompt_length 50 and width 40, and a gate of one number; it has { {name: tuple(p.shape) for name, p in own.items()} or 'none'}")
+        raise Wrong(
+            "shape",
+            f"needed is a module with two trained parameters of its own, a prompt of shape (50, 40) for prompt_length 50 and width 40, and a gate of one number; it has { {name: tuple(p.shape) for name, p in own.items()} or 'none' }",
+        )
     yield "the gate at the start (1)", own[gates[0]].detach().flatten()
     yield from drawn(own[prompts[0]])
-    yield "the base's weights that train (none should)", torch.tensor(sum(p.requires_grad for p in attention.parameters()))
+    yield (
+        "the base's weights that train (none should)",
+        torch.tensor(sum(p.requires_grad for p in attention.parameters())),
+    )
     attention.requires_grad_(False)
     yield "the fresh module's output: the base's (B, T, D)", module(x, positions)
     values = {prompts[0]: draw(50, 40).requires_grad_(), gates[0]: draw(1).view(own[gates[0]].shape).requires_grad_()}
     out = torch.func.functional_call(module, values, (x, positions))
     yield "the output with an open gate (B, T, D)", out
     yield "the prompt's gradient (K, D)", gradients(out, values[prompts[0]])[0]
-    yield "the output for a batch of three (B, T, D)", torch.func.functional_call(module, values, (draw(3, 5, 40), positions))
+    yield (
+        "the output for a batch of three (B, T, D)",
+        torch.func.functional_call(module, values, (draw(3, 5, 40), positions)),
+    )
     plain = [name for part in module.modules() for name, value in vars(part).items() if isinstance(value, torch.Tensor)]
     yield "the number of tensors that a move to another device leaves behind", torch.tensor(len(plain))
 
@@ -611,7 +657,9 @@ class MaskedPrefix(Flow):
     """the words' causal mask used for the prefix too, which every word should see whole"""
 
     def prefix(self, q, k, v):
-        return F.scaled_dot_product_attention(q, k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1), is_causal=True)
+        return F.scaled_dot_product_attention(
+            q, k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1), is_causal=True
+        )
 
 
 class DropoutAlways(Flow):
@@ -727,19 +775,30 @@ def probe_flow(answer, draw):
     shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in module.named_parameters()}
     needed = {"prompt": (50, 24), "gate": (1, 24), "c_attn": (72, 24)}
     if set(shapes) != {*needed, "c_proj"} or any(shapes[name] != shape for name, shape in needed.items()):
-        raise Wrong("shape", f"needed are the parameters {needed} and c_proj, without biases, for width 24 and prompt_length 50; it has {shapes}")
+        raise Wrong(
+            "shape",
+            f"needed are the parameters {needed} and c_proj, without biases, for width 24 and prompt_length 50; it has {shapes}",
+        )
     module.eval()
     own = {name.removesuffix(".weight"): (name, p) for name, p in module.named_parameters()}
     yield "the number of gates that are not 0 at the start", own["gate"][1].count_nonzero()
     yield from drawn(own["prompt"][1])
-    values = {name: (draw(*p.shape) * (24**-0.5 if short.startswith("c_") else 1)).requires_grad_() for short, (name, p) in sorted(own.items())}
+    values = {
+        name: (draw(*p.shape) * (24**-0.5 if short.startswith("c_") else 1)).requires_grad_()
+        for short, (name, p) in sorted(own.items())
+    }
     x = draw(2, 5, 24)
     out = torch.func.functional_call(module, values, (x,))
     yield "the output (B, T, D)", out
     names = [own[short][0] for short in ("prompt", "gate", "c_attn", "c_proj")]
-    for short, gradient in zip(("prompt", "gate", "c_attn", "c_proj"), gradients(out, *[values[name] for name in names])):
+    for short, gradient in zip(
+        ("prompt", "gate", "c_attn", "c_proj"), gradients(out, *[values[name] for name in names])
+    ):
         yield f"the gradient of {short} (K, D)" if short == "prompt" else f"the gradient of {short}", gradient
-    yield "the output at gate 0 (B, T, D)", torch.func.functional_call(module, {**values, names[1]: values[names[1]] * 0}, (x,))
+    yield (
+        "the output at gate 0 (B, T, D)",
+        torch.func.functional_call(module, {**values, names[1]: values[names[1]] * 0}, (x,)),
+    )
 
 
 def scale_plus_one(linear, x, scale, shift):
@@ -849,9 +908,8 @@ def merged_by(wrapper):
 
     def function(linear, scale, shift):
         module = wrapper(linear)
-        module.scale.data.copy_(scale), module.shift.data.copy_(shift)
-        merged = module.merged()
-        return merged.weight, merged.bias
+        module.scale.data.copy_(scale), module.adapter_bias.data.copy_(shift)
+        return module.weight.detach(), module.bias.detach()
 
     function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
     return function

@@ -42,9 +42,18 @@ def read_tensors(path):
         raise FileError(f"{path} is missing: check the folder's name, or copy the file there again") from None
     except SafetensorError as error:
         size = path.stat().st_size
-        raise FileError(f"{path} ({size:,} bytes) is not a whole safetensors file ({error}): it may have been cut short, copy it again") from None
+        raise FileError(
+            f"{path} ({size:,} bytes) is not a whole safetensors file ({error}): it may have been cut short, copy it again"
+        ) from None
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def umask():
+    """The process's; the system tells it only where one is set."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
@@ -59,7 +68,7 @@ def replacing(path):
     os.close(handle)
     try:
         yield Path(temporary)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,23 +1,22 @@
 """Seconds per training step beside the PEFT library: the same base, gated prefix attention, batches, dtype and machine,
 in turns. Needs transformers and peft, which the tests need too.
 
-    python -m minillama.bench --base smollm2 --dtype float32
+    python -m minillama bench --base smollm2 --dtype float32
 """
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 
 import torch
 
-from . import data
-from .adapters import adapt, save_adapter
-from .adapters.llama_adapter import PRESETS
-from .device import pick_device, pick_dtype
-from .pretrained import load, save
-from .train import answer_loss
+from .. import data
+from ..adapters import adapt, save_adapter
+from ..adapters.llama_adapter import PRESETS
+from ..checkpoints import load, save
+from ..device import pick_device, pick_dtype
+from ..train import answer_loss
+from . import add_machine, positive
 
 
 def both(base, dtype, device):
@@ -50,12 +49,15 @@ def stepper(model, loss):
     return step
 
 
-def run(base="smollm2", dtype=None, device="cpu", batch_size=16, rounds=4, steps=3):
+def measure(base="smollm2", dtype=None, device="cpu", batch_size=16, rounds=4, steps=3):
     """(ratio, rounds): PEFT's time over ours, the median, and [(our seconds per step, PEFT's, our loss, PEFT's)]."""
     model, theirs, tokenizer = both(base, dtype, device)
-    pairs = data.examples(("en", "fr", "de", "es", "fi"), data.split_dates()[0], steps * batch_size, 0, data.form(tokenizer))
-    batches = [tuple(tensor.to(device) for tensor in data.collate(batch, tokenizer)) for batch, _ in zip(data.batches(pairs, batch_size, stretch=1), range(steps))]
-    ours, peft = stepper(model, lambda ids, labels: answer_loss(model, ids, labels)), stepper(theirs, lambda ids, labels: theirs(input_ids=ids, labels=labels).loss)
+    languages, days = ("en", "fr", "de", "es", "fi"), data.split_dates()[0]
+    pairs = data.examples(languages, days, steps * batch_size, 0, data.form(tokenizer))
+    drawn = zip(data.batches(pairs, batch_size, bucket=1), range(steps))
+    batches = [tuple(tensor.to(device) for tensor in data.collate(batch, tokenizer)) for batch, _ in drawn]
+    ours = stepper(model, lambda ids, labels: answer_loss(model, ids, labels))
+    peft = stepper(theirs, lambda ids, labels: theirs(input_ids=ids, labels=labels).loss)
     measured = []
     for _ in range(rounds + 1):
         seconds, losses = [], []
@@ -68,21 +70,23 @@ def run(base="smollm2", dtype=None, device="cpu", batch_size=16, rounds=4, steps
     return statistics.median(theirs / ours for ours, theirs, _, _ in measured), measured
 
 
-def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m minillama.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--base", default="smollm2")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch-size", type=int, default=16)
-    args = parser.parse_args(argv)
+def add_arguments(parser):
+    parser.add_argument("--base", default="smollm2", metavar="NAME", help="whatever minillama.load opens (smollm2)")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="dates per step (16)")
+    add_machine(parser, seed=False)
+
+
+def run(args):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    ratio, rounds = run(args.base, dtype, device, args.batch_size)
-    print(f"{args.base}, {dtype}, {device}, {torch.get_num_threads()} threads, batches of {args.batch_size}; seconds per step and mean loss of each round:")
+    ratio, rounds = measure(args.base, dtype, device, args.batch_size)
+    print(
+        f"{args.base}, {dtype}, {device}, {torch.get_num_threads()} threads, batches of {args.batch_size}; seconds per step "
+        "and mean loss of each round:"
+    )
     for ours, theirs, our_loss, their_loss in rounds:
-        print(f"  minillama {ours:.3f} s, loss {our_loss:.4f}    PEFT {theirs:.3f} s, loss {their_loss:.4f}    ratio {theirs / ours:.2f}")
+        print(
+            f"  minillama {ours:.3f} s, loss {our_loss:.4f}    PEFT {theirs:.3f} s, loss {their_loss:.4f}    "
+            f"ratio {theirs / ours:.2f}"
+        )
     print(f"PEFT takes {ratio:.2f} times as long (median)")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..adapters import ia3
-from ..adapters.ia3 import SIDES, IA3Linear
-from ..attention import RoPE, rotate
-from ..gpt2 import GPT2, GPT2Config
-from ..llama import Layer as LLaMALayer
-from ..llama import LLaMA, LLaMAConfig
+from ...adapters import ia3
+from ...adapters.ia3 import SIDES, IA3Linear
+from ...attention import RoPE, rotate
+from ...gpt2 import GPT2, GPT2Config
+from ...llama import Layer as LLaMALayer
+from ...llama import LLaMA, LLaMAConfig
 from . import Exercise, Question, Wrong, close, filled, gradients, named, planted
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -40,7 +40,11 @@ class OnePlusScale(IA3Linear):
         nn.init.zeros_(self.scale)
 
     def forward(self, x):
-        return self.base(x) * (1 + self.scale).to(x.dtype) if self.side == "output" else self.base(x * (1 + self.scale).to(x.dtype))
+        return (
+            self.base(x) * (1 + self.scale).to(x.dtype)
+            if self.side == "output"
+            else self.base(x * (1 + self.scale).to(x.dtype))
+        )
 
 
 class BiasUnscaled(IA3Linear):
@@ -59,31 +63,28 @@ class MergeForgetsBias(IA3Linear):
 
     harmless_for = ("llama",)
 
-    def merged(self):
-        linear = super().merged()
-        if linear.bias is not None:
-            linear.bias.data.copy_(self.base.bias)
-        return linear
+    @property
+    def bias(self):
+        return self.base.bias
 
 
 class MergeWrongAxis(IA3Linear):
     """a merge that scales rows for columns; a row of the weight makes an output feature (scale[:, None]), a column meets an input feature (scale)"""
 
-    def merged(self):
-        linear = super().merged()
+    @property
+    def weight(self):
         scale = self.scale.detach()
         wrong = scale.repeat(8)[: self.in_features] if self.side == "output" else scale[: self.out_features, None]
-        linear.weight.data.copy_(self.base.weight * wrong)
-        return linear
+        return self.base.weight * wrong
 
 
 class MergeInPlace(IA3Linear):
     """a merge that writes into the base's own weight, which a scale of 0 destroys; make a new weight"""
 
-    def merged(self):
-        linear = super().merged()
-        self.base.weight.data.copy_(linear.weight)
-        return self.base
+    @property
+    def weight(self):
+        self.base.weight.data.copy_(super().weight)
+        return self.base.weight
 
 
 class SoftmaxScale(IA3Linear):
@@ -97,7 +98,10 @@ class SoftmaxScale(IA3Linear):
 def attach_before_activation(model, outputs=("k_proj", "v_proj"), inputs=("down_proj",)):
     """l_ff before the non-linearity (on LLaMA: on the branch that goes through it); it multiplies the hidden activation, behind it"""
     for layer in model.layers:
-        layer.self_attn.k_proj, layer.self_attn.v_proj = IA3Linear(layer.self_attn.k_proj), IA3Linear(layer.self_attn.v_proj)
+        layer.self_attn.k_proj, layer.self_attn.v_proj = (
+            IA3Linear(layer.self_attn.k_proj),
+            IA3Linear(layer.self_attn.v_proj),
+        )
         name = "gate_proj" if hasattr(layer.mlp, "gate_proj") else "up_proj"
         setattr(layer.mlp, name, IA3Linear(getattr(layer.mlp, name)))
 
@@ -105,7 +109,10 @@ def attach_before_activation(model, outputs=("k_proj", "v_proj"), inputs=("down_
 def attach_to_queries(model, outputs=("k_proj", "v_proj"), inputs=("down_proj",)):
     """queries scaled where keys should be; with RoPE between projection and score the two differ"""
     for layer in model.layers:
-        layer.self_attn.q_proj, layer.self_attn.v_proj = IA3Linear(layer.self_attn.q_proj), IA3Linear(layer.self_attn.v_proj)
+        layer.self_attn.q_proj, layer.self_attn.v_proj = (
+            IA3Linear(layer.self_attn.q_proj),
+            IA3Linear(layer.self_attn.v_proj),
+        )
         layer.mlp.down_proj = IA3Linear(layer.mlp.down_proj, "input")
 
 
@@ -210,12 +217,19 @@ def leaving(answer, module, *arguments):
     before = copy.deepcopy(module.state_dict())
     out = answer(module, *arguments)
     if not all(torch.equal(value, before[name]) for name, value in module.state_dict().items()):
-        raise Wrong("in place", "it changes the base's own weights, which are frozen: multiply what flows and leave the weights as they are.")
+        raise Wrong(
+            "in place",
+            "it changes the base's own weights, which are frozen: multiply what flows and leave the weights as they are.",
+        )
     return out
 
 
 def probe_linear(answer, draw):
-    square, x, scale = filled(nn.Linear(10, 10), draw), draw(2, 5, 10), draw(10)  # as many in as out: what is on the wrong side runs too
+    square, x, scale = (
+        filled(nn.Linear(10, 10), draw),
+        draw(2, 5, 10),
+        draw(10),
+    )  # as many in as out: what is on the wrong side runs too
     outs = [leaving(answer, square, x, scale, side) for side in SIDES]
     for side, out in zip(SIDES, outs):
         yield f'the output with side "{side}" (B, T, out)', out
@@ -228,7 +242,10 @@ def probe_linear(answer, draw):
         yield "the output of 10 features in and 7 out (B, T, out)", out
         yield "the gradient of scale (features)", gradients(out, scale)[0]
         yield "the output at a scale of 1: the base's (B, T, out)", answer(linear, x, torch.ones(features), side)
-        yield "the output in bfloat16 (B, T, out)", answer(filled(nn.Linear(10, 7), draw).bfloat16(), x.bfloat16(), scale, side)
+        yield (
+            "the output in bfloat16 (B, T, out)",
+            answer(filled(nn.Linear(10, 7), draw).bfloat16(), x.bfloat16(), scale, side),
+        )
         linear = filled(nn.Linear(10, 7), draw)
 
 
@@ -281,8 +298,7 @@ def probe_start(answer, draw):
 def right_merge(linear, scale, side):
     module = IA3Linear(linear, side)
     module.scale.data.copy_(scale)
-    merged = module.merged()
-    return merged.weight.detach(), merged.bias.detach()
+    return module.weight.detach(), module.bias.detach()
 
 
 def merge_by(wrapper):
@@ -291,8 +307,7 @@ def merge_by(wrapper):
     def function(linear, scale, side):
         module = wrapper(linear, side)
         module.scale.data.copy_(scale)
-        merged = module.merged()
-        return merged.weight.detach(), merged.bias.detach()
+        return module.weight.detach(), module.bias.detach()
 
     function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
     return function
@@ -358,7 +373,11 @@ def merge_added_bias_kept(linear, scale, side):
 
 def merge_added_on_the_output_side(linear, scale, side):
     """the vector added to the weight, and on the output side to the bias; IA3 multiplies"""
-    return (linear.weight + scale[:, None], linear.bias + scale) if side == "output" else (linear.weight + scale, linear.bias)
+    return (
+        (linear.weight + scale[:, None], linear.bias + scale)
+        if side == "output"
+        else (linear.weight + scale, linear.bias)
+    )
 
 
 def merge_bias_added(linear, scale, side):
@@ -416,7 +435,11 @@ def by_attaching(attach, wrapper=IA3Linear):
         with planted(ia3, "IA3Linear", wrapper):
             attach(block)
         vectors = {"q_proj": l_k, "k_proj": l_k, "v_proj": l_v}
-        own = {f"{name}.scale": vectors.get(name.rpartition(".")[2], l_ff) for name, module in block.layers[0].named_modules() if hasattr(module, "scale")}
+        own = {
+            f"{name}.scale": vectors.get(name.rpartition(".")[2], l_ff)
+            for name, module in block.layers[0].named_modules()
+            if hasattr(module, "scale")
+        }
         return torch.func.functional_call(block.layers[0], own, (x, positions))
 
     named_by = attach if wrapper is IA3Linear else wrapper
@@ -431,7 +454,14 @@ class Block:
     """The block written out, in pieces that the mistakes below replace; l_k, l_v, l_ff in the dtype of x."""
 
     def __init__(self, layer, l_k, l_v, l_ff):
-        self.layer, self.attention, self.mlp, self.l_k, self.l_v, self.l_ff = layer, layer.self_attn, layer.mlp, l_k, l_v, l_ff
+        self.layer, self.attention, self.mlp, self.l_k, self.l_v, self.l_ff = (
+            layer,
+            layer.self_attn,
+            layer.mlp,
+            l_k,
+            l_v,
+            l_ff,
+        )
 
     def rotate(self, heads, positions):
         return rotate(heads, *self.attention.rope(positions))
@@ -712,7 +742,11 @@ class BesideEachOther(Block):
     """attention and feed-forward both fed with x; the feed-forward reads the sum of x and attention's output"""
 
     def forward(self, x, positions):
-        return x + self.attend(self.layer.input_layernorm(x), positions) + self.feed(self.layer.post_attention_layernorm(x))
+        return (
+            x
+            + self.attend(self.layer.input_layernorm(x), positions)
+            + self.feed(self.layer.post_attention_layernorm(x))
+        )
 
 
 def layer_detached(layer, x, positions, l_k, l_v, l_ff):
@@ -733,12 +767,18 @@ def layer_weights_in_place(layer, x, positions, l_k, l_v, l_ff):
 
 
 def probe_layer(answer, draw):
-    layer, positions = layer_of(draw, 3, 24), torch.arange(4, 9)  # all widths alike: a vector in the wrong place runs too
+    layer, positions = (
+        layer_of(draw, 3, 24),
+        torch.arange(4, 9),
+    )  # all widths alike: a vector in the wrong place runs too
     x, vectors = draw(2, 5, 24), [draw(24) for _ in range(3)]
     silent = copy.deepcopy(layer)
     for parameter in silent.mlp.down_proj.parameters():
         nn.init.zeros_(parameter)
-    blocks = {"x and what attention adds to it: the output where down_proj is 0 (B, T, D)": silent, "the output (B, T, D)": layer}
+    blocks = {
+        "x and what attention adds to it: the output where down_proj is 0 (B, T, D)": silent,
+        "the output (B, T, D)": layer,
+    }
     outs = [leaving(answer, block, x, positions, *vectors) for block in blocks.values()]
     yield from zip(blocks, outs)
     if not all(close(out, right_layer(block, x, positions, *vectors)) for out, block in zip(outs, blocks.values())):
@@ -750,7 +790,10 @@ def probe_layer(answer, draw):
     for what, gradient in zip(("l_k (G·d)", "l_v (G·d)", "l_ff (F)"), gradients(out, *vectors)):
         yield f"the gradient of {what}", gradient
     yield "the base's weights that train (none should)", torch.tensor(sum(p.requires_grad for p in layer.parameters()))
-    yield "the output at vectors of 1: the base's (B, T, D)", answer(layer, x, positions, *(torch.ones_like(vector) for vector in vectors))
+    yield (
+        "the output at vectors of 1: the base's (B, T, D)",
+        answer(layer, x, positions, *(torch.ones_like(vector) for vector in vectors)),
+    )
     yield "the output in bfloat16 (B, T, D)", answer(layer.bfloat16(), x.bfloat16(), positions, *vectors)
 
 

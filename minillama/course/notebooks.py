@@ -14,9 +14,9 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
-from .files import FileError, replacing
+from ..checkpoints.files import FileError, replacing
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 LESSONS = ROOT / "lessons"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
 RUNTIME = re.compile(r"(?<=\*\*Runs in )(\d+|–)(?= seconds\*\* on two CPU cores)")
@@ -28,7 +28,9 @@ def find(names=()):
     chosen = [path for path in every if not names or any(path.name.startswith(name) for name in names)]
     for name in names:
         if not any(path.name.startswith(name) for path in chosen):
-            raise FileError(f"{LESSONS} has no lesson {name!r}; it has {', '.join(path.stem for path in every) or 'none'}")
+            raise FileError(
+                f"{LESSONS} has no lesson {name!r}; it has {', '.join(path.stem for path in every) or 'none'}"
+            )
     return chosen
 
 
@@ -36,7 +38,9 @@ def read(path):
     try:
         return nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat lets through whatever its parser raises
-        raise FileError(f"{path} is not a notebook ({str(error).splitlines()[0]}): restore it from the repository") from None
+        raise FileError(
+            f"{path} is not a notebook ({str(error).splitlines()[0]}): restore it from the repository"
+        ) from None
 
 
 def code_hash(notebook):
@@ -57,7 +61,14 @@ def execute(path, timeout=600):
         cell.metadata.pop("execution", None)
     notebook.metadata.pop("widgets", None)
     start = time.perf_counter()
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", record_timing=False, extra_arguments=["--log-level=40"], resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        record_timing=False,
+        extra_arguments=["--log-level=40"],
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError) as error:
@@ -78,10 +89,14 @@ def store(path, notebook, seconds):
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.cells[0].source, found = RUNTIME.subn(shown, notebook.cells[0].source)
     if not found:
-        raise ValueError(f"{path.name}: the first cell does not say '**Runs in – seconds** on two CPU cores', where the measured time goes")
+        raise ValueError(
+            f"{path.name}: the first cell does not say '**Runs in – seconds** on two CPU cores', where the measured time goes"
+        )
     for cell in notebook.cells:
         for name in (tag.removeprefix("docs:") for tag in cell.metadata.get("tags", []) if tag.startswith("docs:")):
-            picture = next(output.data["image/svg+xml"] for output in cell.outputs if "image/svg+xml" in output.get("data", {}))
+            picture = next(
+                output.data["image/svg+xml"] for output in cell.outputs if "image/svg+xml" in output.get("data", {})
+            )
             with replacing(ROOT / "docs" / f"{name}.svg") as temporary:
                 temporary.write_text(picture, encoding="utf-8")
     with replacing(path) as temporary:

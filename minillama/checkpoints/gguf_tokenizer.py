@@ -3,7 +3,7 @@
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from .tokenizer import TextTokenizer
+from .tokenizers import TextTokenizer
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -11,7 +11,12 @@ LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 CUTS = {
     "gpt-2": BYTES,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES]),
-    "llama-bpe": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
 }
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
@@ -26,7 +31,9 @@ def read_gguf_tokenizer(fields):
         return None
     model, pre = ggml["model"], ggml.get("pre")
     if model != "llama" and (model != "gpt2" or pre not in CUTS):
-        raise ValueError(f"its tokenizer is {model!r} with {pre!r}; only 'llama', and 'gpt2' with {', '.join(map(repr, CUTS))} can be honoured")
+        raise ValueError(
+            f"its tokenizer is {model!r} with {pre!r}; only 'llama', and 'gpt2' with {', '.join(map(repr, CUTS))} can be honoured"
+        )
     tokens = ggml["tokens"]
     vocab = {token: id for id, token in enumerate(tokens)}
     try:
@@ -36,17 +43,37 @@ def read_gguf_tokenizer(fields):
             inner.pre_tokenizer, inner.decoder = CUTS[pre], decoders.ByteLevel()
         else:  # SentencePiece: a space, written ▁, before the text, and what has no token in bytes
             unknown = tokens[ggml.get("unknown_token_id", 0)]
-            inner = tokenizers.Tokenizer(models.BPE(vocab, merges_by_score(vocab, ggml["scores"]), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+            inner = tokenizers.Tokenizer(
+                models.BPE(
+                    vocab, merges_by_score(vocab, ggml["scores"]), unk_token=unknown, fuse_unk=True, byte_fallback=True
+                )
+            )
             first = ggml.get("add_space_prefix", True)
-            inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * first + [normalizers.Replace(" ", "▁")])
-            inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * first)
+            inner.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁")] * first + [normalizers.Replace(" ", "▁")]
+            )
+            inner.decoder = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+                + [decoders.Strip(" ", 1, 0)] * first
+            )
     except KeyError:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"its tokenizer cannot be built ({error}): it is damaged, copy it again") from None
     kinds = zip(tokens, ggml.get("token_type", []))
-    inner.add_tokens([AddedToken(token, special=kind != USER_DEFINED, normalized=False) for token, kind in kinds if kind in (UNKNOWN, CONTROL, USER_DEFINED)])
-    ids = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+    inner.add_tokens(
+        [
+            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+            for token, kind in kinds
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+    )
+    ids = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
     roles = {role: tokens[ggml[key]] for role, key in ids.items() if key in ggml}
     return TextTokenizer(inner, roles, ggml.get("eos_token_id"), fields.get("tokenizer.chat_template"))
 
@@ -54,4 +81,9 @@ def read_gguf_tokenizer(fields):
 def merges_by_score(vocab, scores):
     """SentencePiece joins the two neighbours whose joint token has the highest score; as a list of merges, best first."""
     best = sorted(vocab, key=lambda token: -scores[vocab[token]])
-    return [(token[:i], token[i:]) for token in best for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab]
+    return [
+        (token[:i], token[i:])
+        for token in best
+        for i in range(1, len(token))
+        if token[:i] in vocab and token[i:] in vocab
+    ]

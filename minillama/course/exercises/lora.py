@@ -6,9 +6,8 @@ from torch import nn
 
 import minillama
 
-from ..adapters.lora import LoRALinear
+from ...adapters.lora import LoRALinear
 from . import Exercise, Question, Wrong, describe, filled, gradients, moved, named
-
 
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -66,16 +65,17 @@ class LoRADropoutInEval(LoRALinear):
     """dropout in front of A in eval mode too; ask for it only while `self.training`, here not at all"""
 
     def forward(self, x):
-        return self.base(x) + F.linear(F.linear(F.dropout(x, 0.1), self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scaling
+        return (
+            self.base(x) + F.linear(F.linear(F.dropout(x, 0.1), self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scaling
+        )
 
 
 class MergeUnscaled(LoRALinear):
     """a merge that forgets α / r"""
 
-    def merged(self):
-        linear = super().merged()
-        linear.weight.data.copy_(self.base.weight + self.B @ self.A)
-        return linear
+    @property
+    def weight(self):
+        return self.base.weight + self.B @ self.A
 
 
 class DetachedA(LoRALinear):
@@ -120,10 +120,18 @@ def probe_start(answer, draw):
     for what, value, shape in (("A (r, in)", A, (24, 480)), ("B (out, r)", B, (360, 24))):
         if not isinstance(value, torch.Tensor) or value.shape != shape:
             found = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-            raise Wrong("shape", f"{what} is {found}; needed is a tensor of shape {shape} for in = 480, out = 360 and r = 24")
+            raise Wrong(
+                "shape", f"{what} is {found}; needed is a tensor of shape {shape} for in = 480, out = 360 and r = 24"
+            )
     yield "B (out, r)", B.detach()
-    yield "A's standard deviation · √(3 · in), to one digit", (A.detach().float().std() * (3 * 480) ** 0.5).mul(10).round() / 10
-    yield "A's mean · √(3 · in), to one digit", (A.detach().float().mean() * (3 * 480) ** 0.5).mul(10).round().abs() / 10
+    yield (
+        "A's standard deviation · √(3 · in), to one digit",
+        (A.detach().float().std() * (3 * 480) ** 0.5).mul(10).round() / 10,
+    )
+    yield (
+        "A's mean · √(3 · in), to one digit",
+        (A.detach().float().mean() * (3 * 480) ** 0.5).mul(10).round().abs() / 10,
+    )
 
 
 def path_of(wrapper):
@@ -166,7 +174,10 @@ def probe_path(answer, draw):
     x, A, B = draw(2, 5, 10), draw(3, 10).requires_grad_(), draw(7, 3).requires_grad_()
     out = answer(linear, x, A, B, 5.0)
     if not isinstance(out, torch.Tensor) or out.shape != (2, 5, 7):
-        raise Wrong("shape", f"the output (B, T, out) is {describe(out)}; needed is a tensor of shape (2, 5, 7) for an x of shape (2, 5, 10) and a Linear(10, 7)")
+        raise Wrong(
+            "shape",
+            f"the output (B, T, out) is {describe(out)}; needed is a tensor of shape (2, 5, 7) for an x of shape (2, 5, 10) and a Linear(10, 7)",
+        )
     yield "what is added to linear(x) (B, T, out)", out - linear(x)
     of_A, of_B = gradients(out, A, B)
     yield "A's gradient (r, in)", of_A
@@ -176,7 +187,10 @@ def probe_path(answer, draw):
     try:
         yield "the output in bfloat16 (B, T, out)", answer(linear.bfloat16(), x.bfloat16(), A, B, 5.0)
     except RuntimeError as error:
-        raise Wrong("dtype", f"right in float32; with linear and x in bfloat16 it stopped ({error}): A and B are float32 there, cast them to x.dtype") from None
+        raise Wrong(
+            "dtype",
+            f"right in float32; with linear and x in bfloat16 it stopped ({error}): A and B are float32 there, cast them to x.dtype",
+        ) from None
 
 
 def merged_by(wrapper):
@@ -185,7 +199,7 @@ def merged_by(wrapper):
     def function(linear, A, B, alpha):
         module = wrapper(linear, A.shape[0], alpha)
         module.A.data, module.B.data = A, B
-        return module.merged().weight
+        return module.weight.detach()
 
     function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
     return function
@@ -218,7 +232,10 @@ def probe_merge(answer, draw):
         before = linear.weight.clone()
         merged = answer(linear, A, B, 5.0)
         if not isinstance(merged, torch.Tensor) or merged.shape != before.shape:
-            raise Wrong("shape", f"the merged weight (out, in) is {describe(merged)}; needed is a tensor of shape {tuple(before.shape)} for a Linear{size}")
+            raise Wrong(
+                "shape",
+                f"the merged weight (out, in) is {describe(merged)}; needed is a tensor of shape {tuple(before.shape)} for a Linear{size}",
+            )
         yield f"what the merge of a Linear{size} adds to its weight (out, in)", merged - before
         yield "the number of the base's own weights that were overwritten", (linear.weight != before).sum().clamp(max=1)
     linear = linear.bfloat16()
@@ -249,13 +266,20 @@ def probe_merge_turned(answer, draw):
         weight = draw(*size)
         merged = answer(weight, draw(3, size[0]), draw(size[1], 3), 5.0)
         if not isinstance(merged, torch.Tensor) or merged.shape != size:
-            raise Wrong("shape", f"the merged weight (in, out) is {describe(merged)}; needed is a tensor of shape {size} for {size[0]} inputs and {size[1]} outputs")
+            raise Wrong(
+                "shape",
+                f"the merged weight (in, out) is {describe(merged)}; needed is a tensor of shape {size} for {size[0]} inputs and {size[1]} outputs",
+            )
         yield f"what the merge adds to the weight (in, out) of {size[0]} inputs and {size[1]} outputs", merged - weight
 
 
 def right_fused(A_q, B_q, A_v, B_v, alpha):
     zero = torch.zeros_like(B_q)
-    return torch.cat((A_q, A_v)), torch.cat((torch.cat((B_q, zero), 1), torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1))), 2 * alpha
+    return (
+        torch.cat((A_q, A_v)),
+        torch.cat((torch.cat((B_q, zero), 1), torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1))),
+        2 * alpha,
+    )
 
 
 def alpha_as_it_was(A_q, B_q, A_v, B_v, alpha):
@@ -273,7 +297,11 @@ def value_in_the_place_of_key(A_q, B_q, A_v, B_v, alpha):
 
 def both_read_both(A_q, B_q, A_v, B_v, alpha):
     """no zeros beside the blocks, or one A, the sum, for both: the query's rows read A_v's directions too, and the value's A_q's"""
-    return torch.cat((A_q, A_v)), torch.cat((torch.cat((B_q, B_q), 1), torch.zeros(len(B_q), 2 * len(A_q)), torch.cat((B_v, B_v), 1))), 2 * alpha
+    return (
+        torch.cat((A_q, A_v)),
+        torch.cat((torch.cat((B_q, B_q), 1), torch.zeros(len(B_q), 2 * len(A_q)), torch.cat((B_v, B_v), 1))),
+        2 * alpha,
+    )
 
 
 def blocks_crossed(A_q, B_q, A_v, B_v, alpha):
@@ -287,9 +315,18 @@ def probe_fused(answer, draw):
     if not isinstance(result, tuple | list) or len(result) != 3:
         raise Wrong("shape", "needed are three things: A, B and α")
     A, B, alpha = result
-    if not isinstance(A, torch.Tensor) or not isinstance(B, torch.Tensor) or A.shape[-1] != 10 or B.shape[0] != 18 or A.shape[0] != B.shape[-1]:
+    if (
+        not isinstance(A, torch.Tensor)
+        or not isinstance(B, torch.Tensor)
+        or A.shape[-1] != 10
+        or B.shape[0] != 18
+        or A.shape[0] != B.shape[-1]
+    ):
         shapes = " and ".join(str(tuple(z.shape)) if isinstance(z, torch.Tensor) else type(z).__name__ for z in (A, B))
-        raise Wrong("shape", f"A and B are {shapes}; for paths of rank 3 from 10 inputs to 6 outputs needed are (6, 10) and (18, 6), the rank being the axis they share")
+        raise Wrong(
+            "shape",
+            f"A and B are {shapes}; for paths of rank 3 from 10 inputs to 6 outputs needed are (6, 10) and (18, 6), the rank being the axis they share",
+        )
     change = float(alpha) / len(A) * (B @ A)  # (3 · out, in)
     for i, name in enumerate(("query", "key", "value")):
         yield f"the change (α / rank) B A in the {name}'s rows (out, in)", change[6 * i : 6 * i + 6]
@@ -400,14 +437,20 @@ def probe_layer(answer, draw):
     for name, shape in (("A", (3, 10)), ("B", (7, 3))):
         if not isinstance(getattr(module, name, None), nn.Parameter) or getattr(module, name).shape != shape:
             found = {own: tuple(p.shape) for own, p in module.named_parameters()}
-            raise Wrong("shape", f"needed is a parameter {name} of shape {shape} for a Linear(10, 7) and rank 3; the module has {found}")
+            raise Wrong(
+                "shape",
+                f"needed is a parameter {name} of shape {shape} for a Linear(10, 7) and rank 3; the module has {found}",
+            )
     for name in ("merge", "unmerge"):
         if not callable(getattr(module, name, None)):
             raise Wrong("shape", f"needed is a method {name}()")
     module.eval()
     if module(x) is None:
         raise NotImplementedError
-    yield "the number of numbers that train", torch.tensor(sum(p.numel() for p in module.parameters() if p.requires_grad))
+    yield (
+        "the number of numbers that train",
+        torch.tensor(sum(p.numel() for p in module.parameters() if p.requires_grad)),
+    )
     yield "the fresh layer's output, less the base's (B, T, out)", module(x) - expected
     yield "whether A is all 0 (then nothing ever learns)", (module.A == 0).all()
     module.A.data, module.B.data = draw(3, 10), draw(7, 3)
@@ -433,13 +476,21 @@ def trained_on_llama_7b():
 def rank_of_change():
     """The rank of (α / r) B A for r = 4."""
     torch.manual_seed(0)
-    return int(torch.linalg.matrix_rank(16 / 4 * torch.randn(48, 4, dtype=torch.float64) @ torch.randn(4, 64, dtype=torch.float64)))
+    return int(
+        torch.linalg.matrix_rank(
+            16 / 4 * torch.randn(48, 4, dtype=torch.float64) @ torch.randn(4, 64, dtype=torch.float64)
+        )
+    )
 
 
 def rank_of_two():
     """The rank of the sum of two such changes."""
     torch.manual_seed(0)
-    return int(torch.linalg.matrix_rank(sum(torch.randn(48, 4, dtype=torch.float64) @ torch.randn(4, 64, dtype=torch.float64) for _ in range(2))))
+    return int(
+        torch.linalg.matrix_rank(
+            sum(torch.randn(48, 4, dtype=torch.float64) @ torch.randn(4, 64, dtype=torch.float64) for _ in range(2))
+        )
+    )
 
 
 EXERCISES = {

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
-from .attention import RoPE
+from ..attention import RoPE
+from ..llama import LLaMAConfig
 from .files import FileError
 from .gguf_tokenizer import read_gguf_tokenizer
-from .llama import LLaMAConfig
 
 STRING, ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
-FORMATS = dict(zip((GGUFValueType(kind) for kind in (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)), "BbHhIif?Qqd"))  # as `struct` writes them
+FORMATS = dict(
+    zip((GGUFValueType(kind) for kind in (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)), "BbHhIif?Qqd")
+)  # as `struct` writes them
 PLAIN = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
 CHUNK = 2**20  # weights that are dequantised at once
 
@@ -64,7 +66,9 @@ def read_gguf(path, dtype=None):
             for name, entry in tensors.items():
                 weight = read_tensor(file, name, entry, dtype)
                 for part, H in heads.items():
-                    if f".{part}." in name and len(weight) % (2 * H) == 0:  # another length is refused later, with its shape
+                    if (
+                        f".{part}." in name and len(weight) % (2 * H) == 0
+                    ):  # another length is refused later, with its shape
                         weight = interleaved_to_halves(weight, H)
                 weights[".".join(NAMES.get(word, word) for word in name.split("."))] = weight
         return config, weights, tokenizer
@@ -73,9 +77,13 @@ def read_gguf(path, dtype=None):
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
     except (struct.error, ArithmeticError, IndexError, MemoryError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} ({os.path.getsize(path):,} bytes) ends within its header or is damaged ({error}): copy it again") from None
+        raise FileError(
+            f"{path} ({os.path.getsize(path):,} bytes) ends within its header or is damaged ({error}): copy it again"
+        ) from None
     except KeyError as error:
-        raise FileError(f"{path} has no {error.args[0]} in its header, which a LLaMA needs: convert the model again") from None
+        raise FileError(
+            f"{path} has no {error.args[0]} in its header, which a LLaMA needs: convert the model again"
+        ) from None
     except (ValueError, TypeError) as error:
         raise FileError(f"{path}: {error}") from None
 
@@ -87,7 +95,9 @@ def read_header(path):
     """
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError("it does not begin with the word GGUF, so it is no .gguf file, or a damaged one: copy it again")
+            raise ValueError(
+                "it does not begin with the word GGUF, so it is no .gguf file, or a damaged one: copy it again"
+            )
         data, at = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), 4
 
     def take(form):
@@ -106,7 +116,9 @@ def read_header(path):
             kind, count = take("IQ")
             return list(take(f"{count}{FORMATS[kind]}")) if kind in FORMATS else [value(kind) for _ in range(count)]
         if kind not in FORMATS:
-            raise ValueError(f"its header holds a value of kind {kind}, which the format does not have: it is damaged, copy it again")
+            raise ValueError(
+                f"its header holds a value of kind {kind}, which the format does not have: it is damaged, copy it again"
+            )
         return take(FORMATS[kind])[0]
 
     with data:
@@ -119,8 +131,12 @@ def read_header(path):
     known = {kind.value for kind in GGMLQuantizationType}
     for name, _, kind, _ in table:
         if kind not in known:
-            raise ValueError(f"{name} is quantised by kind {kind}, which nobody here knows: take a file in Q8_0, Q6_K, Q4_K, F16 or BF16")
-    return fields, {name: (shape[::-1], GGMLQuantizationType(kind), start + offset) for name, shape, kind, offset in table}
+            raise ValueError(
+                f"{name} is quantised by kind {kind}, which nobody here knows: take a file in Q8_0, Q6_K, Q4_K, F16 or BF16"
+            )
+    return fields, {
+        name: (shape[::-1], GGMLQuantizationType(kind), start + offset) for name, shape, kind, offset in table
+    }
 
 
 def read_config(fields, tensors):
@@ -129,7 +145,12 @@ def read_config(fields, tensors):
     values = {name.removeprefix("llama."): value for name, value in fields.items()}
     D, H = values["embedding_length"], values["attention.head_count"]
     head_dim = values.get("attention.key_length", D // H)
-    refused = {"expert_count": (0,), "rope.scaling.type": ("none",), "rope.dimension_count": (head_dim,), "attention.value_length": (head_dim,)}
+    refused = {
+        "expert_count": (0,),
+        "rope.scaling.type": ("none",),
+        "rope.dimension_count": (head_dim,),
+        "attention.value_length": (head_dim,),
+    }
     for name, honoured in refused.items():
         if values.get(name, honoured[0]) not in honoured:
             raise ValueError(f"llama.{name} is {values[name]!r}; only {honoured[0]!r} can be honoured")
@@ -156,7 +177,9 @@ def with_factors(config, factors):
     scaling = (factors.max().item(), 1.0, 4.0, 8192.0)  # the three that all of them share
     plain, scaled = (RoPE(config.head_dim, config.rope_theta, s).frequencies() for s in (None, scaling))
     if factors.shape != plain.shape or not torch.allclose(plain / factors, scaled, rtol=1e-4):
-        raise ValueError("rope_freqs.weight holds other factors than those of Llama 3.1 to 3.3, which alone can be honoured")
+        raise ValueError(
+            "rope_freqs.weight holds other factors than those of Llama 3.1 to 3.3, which alone can be honoured"
+        )
     return dataclasses.replace(config, rope_scaling=scaling)
 
 
@@ -166,10 +189,14 @@ def read_tensor(file, name, entry, dtype):
     block, size = GGML_QUANT_SIZES[kind]
     rows, columns = math.prod(shape[:-1]), shape[-1]
     if columns % block:
-        raise ValueError(f"{name} has rows of {columns} weights and {kind.name} holds {block} a block: the file is damaged, copy it again")
+        raise ValueError(
+            f"{name} has rows of {columns} weights and {kind.name} holds {block} a block: the file is damaged, copy it again"
+        )
     width = columns // block * size  # bytes a row
     if (length := os.fstat(file.fileno()).st_size) < place + rows * width:
-        raise ValueError(f"{name} should end at byte {place + rows * width:,} and the file has {length:,}: it was cut short, copy it again")
+        raise ValueError(
+            f"{name} should end at byte {place + rows * width:,} and the file has {length:,}: it was cut short, copy it again"
+        )
     file.seek(place)
     weight = torch.empty(rows, columns, dtype=dtype)
     for part in weight.split(max(1, CHUNK // columns)):
@@ -177,7 +204,9 @@ def read_tensor(file, name, entry, dtype):
         try:
             part.copy_(torch.from_numpy(dequantize(data, kind)))
         except NotImplementedError:
-            raise ValueError(f"{name} is quantised as {kind.name}, which cannot be opened: take a file in Q8_0, Q6_K, Q4_K, F16 or BF16") from None
+            raise ValueError(
+                f"{name} is quantised as {kind.name}, which cannot be opened: take a file in Q8_0, Q6_K, Q4_K, F16 or BF16"
+            ) from None
     return weight.view(shape)
 
 

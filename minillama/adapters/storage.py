@@ -1,0 +1,116 @@
+"""Adapter folders: adapter_config.json beside adapter_model.safetensors.
+
+Where the PEFT library has the method and computes the same, the folder is in PEFT's layout and both read it (peft.py).
+Elsewhere `peft_type` is "MINILLAMA", which PEFT refuses by name instead of computing something else, and the file holds
+the arguments of `adapt` and the tensors under the names of `adapter_tensors`.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from ..checkpoints.files import FileError, read_json, read_metadata, read_tensors, write_json, write_tensors
+from . import adapt, adapter_tensors, adapters, is_wrapper, peft, walk, whole_or_not_at_all
+
+BLOCK = 2**16
+STEP = 2.0**-9  # to which a projection is rounded
+
+
+def fingerprint(model):
+    """Tells one base from another, and the same base in float32, bfloat16 and float16 from none of them: 8 hex digits
+    for all names and shapes, then 4 for each tensor, in order of their names.
+
+    A tensor's four are its projection on a fixed pattern of ±1 over its norm, rounded: every weight counts, and the
+    rounding of a dtype moves it by less than two of the steps that `same_base` allows.
+    """
+    base = {
+        f"{place}.{name}": tensor.detach()
+        for place, module in walk(getattr(model, "_orig_mod", model))
+        if not is_wrapper(module)
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    }
+    signs = torch.randint(0, 2, (BLOCK,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).float()
+    digest, projections = hashlib.sha256(), ""
+    for name, tensor in sorted(base.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        along, square = 0.0, 0.0
+        for i, part in enumerate(tensor.flatten().split(BLOCK)):
+            part, pattern = part.float(), signs[: len(part)].to(tensor.device)
+            along += signs[i % BLOCK].item() * (part @ pattern).item()
+            square += (part @ part).item()
+        step = round(along / (square**0.5 or 1.0) / STEP)
+        projections += f"{max(-0x7FFF, min(0x7FFF, step)) & 0xFFFF:04x}"
+    return digest.hexdigest()[:8] + projections
+
+
+def same_base(one, other):
+    """Whether two fingerprints are of one base, in whatever dtypes."""
+    if len(one) != len(other) or one[:8] != other[:8]:
+        return False
+    steps = [[int(text[i : i + 4], 16) for i in range(8, len(text), 4)] for text in (one, other)]
+    return all((a - b + 4) & 0xFFFF <= 8 for a, b in zip(*steps))  # at most 4 apart
+
+
+def save_adapter(model, folder, name="default"):
+    """Writes one adapter's options and tensors, and the fingerprint of its base, to a folder."""
+    if name not in adapters(model):
+        raise ValueError(f"the model carries no adapter {name!r}: adapt(model, method) gives it one")
+    parts = adapters(model)[name]
+    tensors = {key: tensor.detach().cpu() for key, tensor in adapter_tensors(model, name).items()}
+    config, tensors = peft.to_peft(model, parts, tensors) or ({"peft_type": "MINILLAMA", "parts": parts}, tensors)
+    config |= {"base_model_name_or_path": getattr(model, "source", None)}
+    config |= {"task_type": "CAUSAL_LM", "inference_mode": True}
+    folder = Path(folder)
+    write_tensors(folder / "adapter_model.safetensors", tensors, base_fingerprint=fingerprint(model))
+    write_json(folder / "adapter_config.json", config)
+
+
+def load_adapter(model, folder, name="default", check_base=True):
+    """Attaches the adapter of a folder under a name, makes it the active one, and returns the model.
+
+    Raises FileError for a missing or damaged file, for options or shapes that do not fit the model, and, unless
+    `check_base` is False, for an adapter that was trained on another base. The model is then as it was.
+    """
+    config_path, path = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    config, tensors = read_json(config_path), read_tensors(path)
+    remembered = read_metadata(path).get("base_fingerprint")
+    if check_base and remembered is not None and not same_base(remembered, ours := fingerprint(model)):
+        raise FileError(
+            f"{path} was trained on a base with fingerprint {remembered[:16]}, this one has {ours[:16]}: load that base, "
+            "or pass check_base=False (--any-base on the command line)"
+        )
+    if name in adapters(model):
+        raise ValueError(
+            f"the model has an adapter {name!r} already: load this one under another name, or delete_adapter that one"
+        )
+    try:
+        with whole_or_not_at_all(model):
+            if config.get("peft_type") == "MINILLAMA":
+                parts = config["parts"]
+            else:
+                parts, tensors = peft.from_peft(model, config, tensors)
+            for part in parts:
+                adapt(model, name=name, **part)
+            fill(adapter_tensors(model, name), tensors, path)
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+        raise FileError(f"{config_path}: {reason}") from None
+    return model
+
+
+@torch.no_grad()
+def fill(own, tensors, path):
+    """Copies a file's tensors into an adapter's, after every name and shape was compared."""
+    if unlike := sorted(own.keys() ^ tensors.keys()):
+        what = "missing" if unlike[0] in own else "one tensor too many"
+        raise ValueError(f"{unlike[0]} is {what} in {path.name}: the two files do not belong together")
+    for key, tensor in own.items():
+        if tensor.shape != tensors[key].shape:
+            raise ValueError(
+                f"{key} has shape {tuple(tensors[key].shape)} in {path.name} and this base needs {tuple(tensor.shape)}: "
+                "it was made for another base"
+            )
+    for key, tensor in own.items():
+        tensor.copy_(tensors[key])

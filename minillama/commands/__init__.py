@@ -1,0 +1,155 @@
+"""What each word of the command line does, a module each: `add_arguments(parser)` and `run(arguments)`; and what they share."""
+
+import argparse
+
+import torch
+
+from .. import data
+from ..adapters import adapt, gates, learning_rate
+from ..checkpoints import load
+from ..device import pick_device, pick_dtype
+from ..train import train
+
+
+def count(parameters):
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def table(rows, left=(0,)):
+    """Lines of columns, those in `left` flush left and the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = [
+        [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))] for row in rows
+    ]
+    return "\n".join(f"  {'  '.join(row)}".rstrip() for row in cells)
+
+
+# ── arguments that several commands have ─────────────────────────────────────────────────────────────────────────────
+
+# What the command line may leave open, by kind of base: a bundled one, whose tokens are bytes, and a real one.
+LEFT_OPEN = {"steps": (300, 120), "batch_size": (16, 16), "test_dates": (500, 200)}
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; needed is 1 or more")
+    return number
+
+
+def at_least_two(text):
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError(
+            "1 is too small; needed is room for a token of the prompt and one of the response"
+        )
+    return int(text)
+
+
+def names(text):
+    return list(dict.fromkeys(text.split(",")))
+
+
+def add_machine(parser, seed=True):
+    parser.add_argument(
+        "--device", default="auto", help="auto takes CUDA, then the CPU; or cpu, cuda, cuda:1, mps (auto)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="float32 or bfloat16; auto takes the second where it is native (auto)"
+    )
+    if seed:
+        parser.add_argument("--seed", type=int, default=0, help="repeats a run bit for bit on one CPU machine (0)")
+
+
+def add_base(parser):
+    parser.add_argument(
+        "--base", default="dates-llama", metavar="NAME",
+        help="dates-llama, dates-gpt2, smollm2, a folder in Hugging Face's layout, a hub name (owner/model), or a .gguf "
+        "file (dates-llama)",
+    )  # fmt: skip
+
+
+def add_training(parser):
+    def default(name):
+        small, real = LEFT_OPEN[name]
+        return f"({small})" if small == real else f"({small}; {real} with a real base)"
+
+    parser.add_argument(
+        "--languages", "--language", type=names, default=["fr"], metavar="NAMES",
+        help=f"one or several, such as en,fr,fi: en, {', '.join(data.LANGUAGES)}, or any locale of CLDR (fr)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=positive, metavar="N", help=f"training steps {default('steps')}")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help=f"examples per step {default('batch_size')}")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        help="peak of warm-up and cosine (what suits the method and base)",
+    )
+    parser.add_argument(
+        "--test-dates", type=positive, metavar="N",
+        help=f"dates per language to measure on, never seen in training {default('test_dates')}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction,
+        help="less memory for about a third more time: layers are computed again for the backward pass (for a real base "
+        "in bfloat16 on the CPU)",
+    )  # fmt: skip
+
+
+# ── what several commands do ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_real(tokenizer):
+    """Whether a base is a real one, in contrast to the small ones of bytes."""
+    return data.form(tokenizer) is data.LABELLED
+
+
+def open_base(args):
+    """(model, tokenizer) of args.base, after a line on what was opened."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model, tokenizer = load(args.base, dtype, device)
+    if tokenizer is None:
+        raise ValueError(
+            f"{args.base} has no tokenizer, without which text cannot become ids: copy its tokenizer.json into the folder"
+        )
+    shown = f"{count(model.parameters()):,} parameters · {device} · {str(dtype).removeprefix('torch.')}"
+    print(f"{args.base}: {shown} · {torch.get_num_threads()} threads · seed {args.seed}")
+    return model, tokenizer
+
+
+def settle(args, model, tokenizer):
+    """Fills in what the command line left open."""
+    real, weight = is_real(tokenizer), model.embed_tokens.weight
+    for name, values in LEFT_OPEN.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[real])
+    if args.checkpointing is None:  # where memory is dear and arithmetic cheap
+        args.checkpointing = real and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
+def teach(model, tokenizer, method, options, pairs, args, seed):
+    """Adapts the model (method "full": trains it whole) on pairs; the history."""
+    real = is_real(tokenizer)
+    torch.manual_seed(seed)
+    if method == "full":
+        model.float().requires_grad_(True)
+    else:
+        own = {"init": "input"} if real and method == "llama_adapter" else {}
+        adapt(model, method, **own | options)
+    rate = learning_rate(method, real) if args.learning_rate is None else args.learning_rate
+    return train(
+        model, tokenizer, pairs, steps=args.steps, batch_size=args.batch_size, learning_rate=rate, seed=seed,
+        checkpointing=args.checkpointing, bucket=1 if real else 16, watch=gates,
+    )  # fmt: skip
+
+
+def train_dates(args, tokenizer, seed):
+    days, form = data.split_dates()[0], data.form(tokenizer)
+    return data.examples(args.languages, days, args.steps * args.batch_size, seed, form)
+
+
+def test_dates(args, tokenizer, languages):
+    """{language: unseen pairs}"""
+    days, form = data.split_dates()[1], data.form(tokenizer)
+    return {language: data.examples(language, days, args.test_dates, 1, form) for language in languages}

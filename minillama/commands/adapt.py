@@ -1,0 +1,202 @@
+"""Teaches a frozen base the dates of other languages, or a task of your own: before and after, the adapter's file, a
+picture."""
+
+import argparse
+import ast
+import contextlib
+import inspect
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from .. import data
+from ..adapters import METHODS, adapt, adapter_parameters, disabled, save_adapter
+from ..checkpoints.files import FileError, replacing
+from ..checkpoints.pairs import read_pairs
+from ..device import peak_memory
+from ..train import exact_match, mean_loss
+from . import (
+    add_base,
+    add_machine,
+    add_training,
+    at_least_two,
+    count,
+    is_real,
+    open_base,
+    settle,
+    table,
+    teach,
+    test_dates,
+    train_dates,
+)
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def assignment(text):
+    """ "rank=4" -> ("rank", 4); a value that is no Python literal stays text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no '='; needed is NAME=VALUE, such as prompt_length=10")
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(value)
+    return name, value
+
+
+def add_arguments(parser):
+    add_base(parser)
+    add_training(parser)
+    options = "; ".join(
+        f"{name}: {', '.join(list(inspect.signature(method.attach).parameters)[1:])}"
+        for name, method in METHODS.items()
+    )
+    parser.add_argument("--method", default="llama_adapter", choices=list(METHODS), help="(llama_adapter)")
+    parser.add_argument(
+        "--option", type=assignment, action="append", default=[], metavar="NAME=VALUE",
+        help=f"one of the method's own, as often as needed: {options}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", metavar="PATH",
+        help='instead of dates: a .jsonl file, or a folder of them, of lines {"prompt": "...", "response": "..."}; a tenth '
+        "is held out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-length", type=at_least_two, default=512, metavar="N",
+        help="tokens of prompt and response together; where there are more, the prompt loses its beginning (512)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chat", action="store_true",
+        help="prompts of --data are questions, put into the base's chat template; else prompt and response stand side by "
+        "side as they are",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="for what is written (the next free one under runs/)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the adapter that --out already holds")
+    add_machine(parser)
+
+
+def pick_folder(args, subject):
+    """The folder to write to: --out, or the first under runs/ that holds no adapter yet."""
+    if args.out:
+        if (Path(args.out) / WEIGHTS).exists() and not args.overwrite:
+            raise FileError(f"{args.out} holds an adapter already: give another --out, or --overwrite to replace it")
+        return Path(args.out)
+    first = Path(f"runs/{Path(args.base).name}-{args.method}-{subject.replace(', ', '-')}")
+    folder, number = first, 1
+    while (folder / WEIGHTS).exists():
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    return folder
+
+
+def own_pairs(args, tokenizer):
+    """(training pairs, {"held out": unseen pairs}) of args.data as ids, after a line on what is there."""
+    pairs, empty = read_pairs(args.data)
+    kept, held = data.hold_out(pairs, args.test_dates)
+    lengths = sorted(len(prompt) + len(answer) for prompt, answer in data.encode(pairs, tokenizer, chat=args.chat))
+    cut = sum(length > args.max_length for length in lengths)
+    print(
+        f"{args.data}: {len(pairs):,} pairs, {len(held):,} of them held out; "
+        f"median {statistics.median_low(lengths)} tokens, longest {lengths[-1]:,}; "
+        f"{cut:,} cut to {args.max_length:,} tokens; {empty:,} left out, their prompt or response empty"
+    )
+    train_on, test_on = (data.encode(part, tokenizer, args.max_length, args.chat) for part in (kept, held))
+    return train_on, {"held out": test_on}
+
+
+def refuse_early(args):
+    """What is wrong with the arguments alone ends here, before any work."""
+    for language in args.languages:
+        data.locales(language)
+    if args.data is not None and not Path(args.data).exists():
+        raise FileError(f"{args.data} is missing: needed is a .jsonl file or a folder of them")
+    if args.learning_rate is not None and not 0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate is {args.learning_rate}; needed is a number above 0")
+    if args.chat and args.data is None:
+        raise ValueError(
+            "--chat puts the prompts of --data into a chat template, and there is no --data: leave --chat out"
+        )
+
+
+def run(args):
+    start = time.perf_counter()
+    refuse_early(args)
+    subject = ", ".join(args.languages) if args.data is None else Path(args.data).stem
+    out = pick_folder(args, subject)
+    model, tokenizer = open_base(args)
+    if args.chat and getattr(tokenizer, "template", None) is None:
+        raise ValueError(
+            f"--chat puts the prompts of --data into a chat template, and {args.base} has none: leave --chat out"
+        )
+    settle(args, model, tokenizer)
+    with torch.device("meta"):
+        shapes = type(model)(model.config)
+    adapt(shapes, args.method, **dict(args.option))  # a wrong option ends here, before any work
+    size, device = count(model.parameters()), next(model.parameters()).device
+    if args.data is None:
+        pairs = train_dates(args, tokenizer, args.seed)
+        tests = test_dates(args, tokenizer, dict.fromkeys([*args.languages, "en"]))
+    else:
+        pairs, tests = own_pairs(args, tokenizer)
+    # what is measured with the adapter disabled too, and how many prompts are answered at once
+    kept, at_once = ("en", 64) if args.data is None else ("held out", args.batch_size)
+
+    def measure():
+        matches = {name: exact_match(model, tokenizer, unseen, at_once) for name, unseen in tests.items()}
+        return matches, mean_loss(model, tokenizer, tests[kept], at_once) if args.data is not None else None
+
+    probe = data.collate(tests[kept][:at_once], tokenizer)[0].to(device)
+
+    @torch.no_grad()
+    def last_logits():
+        return model.lm_head(model.hidden(probe)[:, -1:])
+
+    base_logits = last_logits()
+    print(f"the base answers {sum(map(len, tests.values())):,} unseen prompts", flush=True)
+    before, loss_before = measure()
+
+    print(f"{args.method} learns {subject}: {args.steps} steps of {args.batch_size}, the base frozen")
+    history = teach(model, tokenizer, args.method, dict(args.option), pairs, args, args.seed)
+    save_adapter(model, out)
+    with replacing(out / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+
+    after, loss_after = measure()
+    with disabled(model):
+        identical = torch.equal(last_logits(), base_logits)
+        off = exact_match(model, tokenizer, tests[kept], at_once)
+    trained = count(adapter_parameters(model).values())
+    draw(history, f"{args.method} on {args.base}, {subject}: {trained:,} of {size:,} parameters trained", out)
+
+    verdict = f"{off:.1%} ({'logits bit-identical' if identical else 'LOGITS DIFFER'})"
+    rows = [(name, f"{before[name]:.1%}", f"{after[name]:.1%}", verdict if name == kept else "") for name in tests]
+    if args.data is None and len(args.languages) > 1:
+        means = (f"{statistics.mean(matches[name] for name in args.languages):.1%}" for matches in (before, after))
+        rows.append((f"mean of {len(args.languages)}", *means, ""))
+    what = "dates" if args.data is None else "prompts"
+    print(f"\nExact match on {len(tests[kept]):,} {what} never seen in training, by generation:\n")
+    print(table([("", "base", "adapted", "adapter disabled"), *rows]))
+    file, peak = out / WEIGHTS, peak_memory(device)
+    if args.data is not None:
+        print(f"\n  answer loss         {loss_before:.3f} nats per token before, {loss_after:.3f} after", end="")
+    print(f"\n  trained parameters  {trained:,} ({trained / size:.2%} of the base's {size:,})")
+    print(f"  seconds             {time.perf_counter() - start:.0f} ({history[-1]['seconds']:.0f} of training)")
+    if peak is not None:
+        where = "on the GPU" if device.type == "cuda" else "for the whole process"
+        print(f"  peak memory         {peak / 1e9:.2f} GB {where}")
+    print(f"  adapter             {file} ({file.stat().st_size / 1024:.0f} KiB)")
+    print(f"  figure              {out / 'training.png'}")
+    if args.data is None:
+        prompt, real = next(iter(tests.values()))[0][0], is_real(tokenizer)
+        base = f" --base {args.base}" if real or args.base != "dates-llama" else ""
+        print(f'\nTry it: python -m minillama generate{base} --adapter {out} --prompt "{prompt}"')
+    if not identical:
+        raise ValueError("with the adapter disabled the logits differ from the base's: this is a bug, please report it")
+
+
+def draw(history, title, out):
+    from ..course.plots import save_figure, training_figure  # late: matplotlib is slow to import
+
+    save_figure(training_figure(history, title), out / "training.png")

@@ -1,0 +1,377 @@
+"""The figures that the command line and the lessons share, in one visual language: frozen is grey-blue, trained is warm,
+a gate is crimson; each also differs in shape or label, so that nothing rests on colour alone."""
+
+import io
+import math
+import re
+
+import matplotlib
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ..checkpoints.files import replacing
+
+FROZEN, TRAINED, GATE, INK = "#7f9bb3", "#d9822b", "#b3224a", "#2b2b2b"
+PAGE = 690  # points: what a notebook shows beside its margins
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "font.size": 10.5,
+    "figure.facecolor": "white",
+    "legend.frameon": False,
+}
+
+
+def use():
+    """For a notebook's first cell: figures show as SVG, no wider than the page and the same bytes each time, with a PNG
+    beside it for JupyterLab, which draws no stored SVG until it is told to trust the notebook. Elsewhere only the style is set."""
+    matplotlib.rcParams.update({**STYLE, "svg.hashsalt": "minillama"})
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        formatters = get_ipython().display_formatter.formatters
+        formatters["image/svg+xml"].for_type(Figure, svg)
+        formatters["image/png"].for_type(Figure, png)
+
+
+def svg(figure):
+    """A figure as SVG text, shrunk to a page's width where it is wider."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', buffer.getvalue())
+    share = min(1, PAGE / float(size[1]))
+    return buffer.getvalue().replace(
+        size[0], f'width="{share * float(size[1]):.1f}pt" height="{share * float(size[2]):.1f}pt"', 1
+    )
+
+
+def png(figure):
+    """A figure as PNG, as wide on the page as its SVG, in 128 colours to keep the file small: (bytes, {"width": pixels})."""
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", dpi=144)
+    image = Image.open(buffer).convert("RGB").quantize(128)
+    image.save(small, format="png", optimize=True)
+    return small.getvalue(), {"width": round(min(PAGE * 96 / 72, image.width * 96 / 144))}
+
+
+def save_figure(figure, path):
+    """Writes a figure (PNG, SVG or PDF by the ending), whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def training_figure(history, title):
+    """Loss and accuracy over the steps, and where there are gates, each opening from zero. history: what `train` returned."""
+    steps = [record["step"] for record in history]
+    with matplotlib.rc_context(STYLE):
+        gated = "gates" in history[0]
+        figure = Figure(figsize=(11 if gated else 6.5, 3.9), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06)
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        left, *right = figure.subplots(1, 1 + gated, squeeze=False)[0]
+        left.plot(steps, [record["loss"] for record in history], color=TRAINED)
+        left.set(
+            xlabel="step",
+            ylabel="loss (nats per answer token)",
+            ylim=(0, None),
+            title="Loss and accuracy on the training batches",
+        )
+        accuracy = left.twinx()
+        accuracy.plot(
+            steps, [100 * record["accuracy"] for record in history], color=FROZEN, linewidth=1, linestyle="--"
+        )
+        accuracy.set(ylabel="whole answers right (%)", ylim=(0, 101))
+        accuracy.spines["right"].set_visible(True)
+        accuracy.grid(False)
+        left.plot([], [], color=FROZEN, linewidth=1, linestyle="--", label="accuracy (right axis)")
+        left.lines[0].set_label("loss (left axis)")
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below: the curves may go anywhere
+
+        if gated:
+            draw_gates(right[0], history)
+    return figure
+
+
+def draw_gates(axes, history):
+    """One line per head (or layer), coloured and dashed by layer, from the 0 before the first step."""
+    layers, shades, dashes = list(history[0]["gates"]), matplotlib.colormaps["YlOrRd"], ("-", "--", "-.", ":")
+    for i, layer in enumerate(layers):
+        color = shades(0.4 + 0.55 * i / max(1, len(layers) - 1))
+        rows = [[0.0] * len(history[0]["gates"][layer])] + [record["gates"][layer] for record in history]
+        for head, line in enumerate(zip(*rows)):
+            axes.plot(
+                range(len(line)),
+                line,
+                color=color,
+                linestyle=dashes[i % 4],
+                linewidth=1.2,
+                label=f"layer {layer}" if head == 0 else None,
+            )
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(
+        xlabel="step",
+        ylabel="gate (0: the base, bit for bit)",
+        title=f"The gates open from zero, one line per {'head' if len(rows[0]) > 1 else 'layer'}",
+    )
+    if len(layers) <= 12:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def comparison_figure(rows, title):
+    """Exact match against trained parameters, one shape for each method with its spread over seeds; names in the legend.
+
+    rows: dicts with method, parameters, matches (a share per seed). The methods "full" and "base" are drawn as lines.
+    """
+    shapes, warm = "osD^vP*X", matplotlib.colormaps["YlOrRd"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 4.5), layout="constrained")
+        axes = figure.subplots()
+        methods = sorted(
+            (row for row in rows if row["method"] not in ("full", "base")), key=lambda row: row["parameters"]
+        )
+        for row in (
+            [row for row in rows if row["method"] == "full"]
+            + methods
+            + [row for row in rows if row["method"] == "base"]
+        ):
+            percent = [100 * match for match in row["matches"]]
+            mean = sum(percent) / len(percent)
+            if row in methods:
+                i = methods.index(row)
+                spread, label = (
+                    [[mean - min(percent)], [max(percent) - mean]],
+                    f"{row['method']}, {row['parameters']:,}: {mean:.1f} %",
+                )
+                color = warm(0.4 + 0.5 * i / len(methods))
+                axes.errorbar(
+                    row["parameters"],
+                    mean,
+                    yerr=spread,
+                    fmt=shapes[i % 8],
+                    color=color,
+                    markeredgecolor=INK,
+                    capsize=4,
+                    markersize=9,
+                    alpha=0.85,
+                    label=label,
+                )
+            elif row["method"] == "full":
+                axes.axhline(
+                    mean,
+                    color=INK,
+                    linestyle="--",
+                    linewidth=1.2,
+                    label=f"full fine-tuning, {row['parameters']:,}: {mean:.1f} %",
+                )
+            else:
+                axes.axhline(mean, color=FROZEN, linestyle=":", linewidth=1.6, label=f"the frozen base: {mean:.1f} %")
+        axes.set(
+            xscale="log",
+            xlabel="trained parameters",
+            ylabel="exact match on unseen dates (%)",
+            ylim=(0, 105),
+            title=title,
+        )
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 1.5, high * 1.5)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def curve_figure(curves, xlabel, ylabel, title, log=False):
+    """Means with their spread over seeds. curves: {label: (xs, [[a value per seed] per x])}; lines differ in dash and marker too."""
+    shades, dashes, markers = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":"), "osD^vP*X"
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for i, (label, (xs, values)) in enumerate(curves.items()):
+            means, color = [sum(row) / len(row) for row in values], shades[i % 4]
+            marker = markers[i % 8] if len(means) <= 20 else ""
+            axes.plot(xs, means, color=color, linestyle=dashes[i % 4], marker=marker, label=label)
+            axes.fill_between(
+                xs, [min(row) for row in values], [max(row) for row in values], color=color, alpha=0.2, linewidth=0
+            )
+        axes.set(
+            xlabel=xlabel,
+            ylabel=ylabel,
+            title=title,
+            ylim=(0, 105) if "%" in ylabel else None,
+            xscale="log" if log else "linear",
+        )
+        if all(isinstance(x, int) for xs, _ in curves.values() for x in xs) and not log:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(curves) > 1:
+            axes.legend()
+    return figure
+
+
+def attention_figure(prompts, words, characters, rows, title):
+    """Heat maps side by side: gated weights on K prompts (R, K), which may be negative, and weights on T words (R, T), a
+    character of the text below each column; rows: R labels, empty ones skipped, a line above each that is not."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        left, right = figure.subplots(1, 2, width_ratios=(prompts.shape[1], words.shape[1]), sharey=True)
+        extent = max(0.05, abs(prompts).max().item())
+        images = (
+            left.imshow(prompts, aspect="auto", cmap="PuOr_r", vmin=-extent, vmax=extent),
+            right.imshow(words, aspect="auto", cmap="Blues", vmin=0, vmax=1),
+        )
+        left.set(
+            title="gate · softmax over the prompts",
+            xlabel="prompt token",
+            xticks=range(prompts.shape[1]),
+            xticklabels=range(1, prompts.shape[1] + 1),
+        )
+        right.set(title="softmax over the words", xlabel="text", xticks=range(len(characters)), xticklabels=characters)
+        starts = [i for i, label in enumerate(rows) if label]
+        left.set(
+            yticks=[i + 0.5 * (len(rows) / len(starts) - 1) for i in starts], yticklabels=[rows[i] for i in starts]
+        )
+        for axes, image in zip((left, right), images):
+            for i in starts[1:]:
+                axes.axhline(i - 0.5, color=INK, linewidth=0.8)
+            figure.colorbar(image, ax=axes, fraction=0.06, pad=0.01, aspect=30)
+    return figure
+
+
+def share_figure(panels, characters, rows, title):
+    """The share of each softmax that a prefix takes: heat maps side by side, {heading: (R, T)}, a character of the text below each
+    column; rows: R labels, empty ones skipped, a line above each that is not."""
+    starts = [i for i, label in enumerate(rows) if label]
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(11, 3.9), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (heading, shares) in zip(every, panels.items()):
+            image = axes.imshow(100 * shares, aspect="auto", cmap="Oranges", vmin=0, vmax=100)
+            axes.set(
+                title=f"{heading}: {100 * shares.mean():.0f} % on average",
+                xlabel="the word that looks",
+                xticks=range(len(characters)),
+            )
+            axes.set_xticklabels(characters, fontsize=7.5)
+            axes.set(
+                yticks=[i + 0.5 * (len(rows) / len(starts) - 1) for i in starts], yticklabels=[rows[i] for i in starts]
+            )
+            axes.title.set_fontsize(10.5)
+            for i in starts[1:]:
+                axes.axhline(i - 0.5, color=INK, linewidth=0.8)
+        figure.colorbar(image, ax=every[-1], fraction=0.06, pad=0.02, aspect=30, label="share of the prefix (%)")
+    return figure
+
+
+def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2f}"):
+    """A heat map with the number in each cell; values: a list of rows, None where a cell stays empty; scale: what the colours say.
+    write None: no numbers, for maps with many cells."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        wide = len(columns) > 8
+        height = 1.5 + (0.26 if write is None else 0.45) * len(rows)
+        figure = Figure(figsize=(11 if wide else 2.6 + 1.1 * len(columns), max(2.8, height)), layout="constrained")
+        axes = figure.subplots()
+        numbers = [[float("nan") if value is None else value for value in row] for row in values]
+        image = axes.imshow(numbers, aspect="auto", cmap="YlOrRd", vmin=0)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+        top = image.get_clim()[1]
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if write is not None and value is not None:
+                    axes.text(
+                        j, i, write.format(value), ha="center", va="center", color="white" if value > 0.6 * top else INK
+                    )
+        figure.colorbar(image, ax=axes, label=scale, fraction=0.06, pad=0.02)
+    return figure
+
+
+def rotation_figure(speeds, scores):
+    """How RoPE turns pairs of features. speeds: {title: radians a position}, drawn at positions 0 to 7; scores: {label: (distances,
+    scores)}, drawn as curves."""
+    shades, dashes = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":")
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(11, 3.3), layout="constrained")
+        *circles, right = figure.subplots(1, len(speeds) + 1, width_ratios=[1] * len(speeds) + [1.7])
+        for axes, (title, speed) in zip(circles, speeds.items()):
+            axes.add_patch(matplotlib.patches.Circle((0, 0), 1, fill=False, edgecolor="#bbbbbb"))
+            for position in reversed(range(8)):
+                x, y = math.cos(position * speed), math.sin(position * speed)
+                color = matplotlib.colormaps["YlOrRd_r"](position / 10)
+                axes.plot((0, x), (0, y), color=color, linewidth=1.6)
+                axes.plot(x, y, marker="o", markersize=4, color=color)
+                if 8 * speed > 2:
+                    axes.text(1.18 * x, 1.18 * y, str(position), ha="center", va="center", fontsize=9)
+            axes.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[], yticks=[], title=title)
+            axes.spines[:].set_visible(False)
+        for i, (label, (distances, values)) in enumerate(scores.items()):
+            right.plot(distances, values, color=shades[i % 4], linestyle=dashes[i % 4], linewidth=1.3, label=label)
+        right.axhline(0, color=INK, linewidth=0.8)
+        right.set(
+            xlabel="distance from key to query (tokens)",
+            ylabel="score, 1 at distance 0",
+            title="The score of a query and a key that match",
+        )
+        right.legend()
+    return figure
+
+
+def maps_figure(maps, rows, columns, title, xlabel, ylabel):
+    """Heat maps of numbers from 0 to 1, two in a row. maps: {title: (R, C)}; rows, columns: a label for each, empty ones allowed."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        lines = (len(maps) + 1) // 2
+        figure = Figure(figsize=(11, 0.9 + lines * (0.9 + 0.19 * len(rows))), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        every = figure.subplots(lines, 2, squeeze=False, sharex=True, sharey=True)
+        for axes, (heading, values) in zip(every.flat, maps.items()):
+            image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+            axes.set(
+                title=heading,
+                xticks=range(len(columns)),
+                xticklabels=columns,
+                yticks=range(len(rows)),
+                yticklabels=rows,
+            )
+            axes.tick_params(length=0, labelbottom=True)
+        for axes in every[-1]:
+            axes.set_xlabel(xlabel)
+        for axes in every[:, 0]:
+            axes.set_ylabel(ylabel)
+        figure.colorbar(image, ax=every, fraction=0.03, pad=0.01)
+    return figure
+
+
+def scale_figure(scales, title):
+    """Learned factors around 1, each vector sorted: a row of panels for each layer, a column for each kind, widths as their
+    lengths; amplified above 1, inhibited below, turned round below 0. scales: {layer: {kind: (features,)}}."""
+    kinds = list(next(iter(scales.values())))
+    widths = [max(25, len(next(iter(scales.values()))[kind]) ** 0.75) for kind in kinds]
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(11, 0.5 + 1.45 * len(scales)), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        grid = figure.subplots(len(scales), len(kinds), width_ratios=widths, sharey=True, squeeze=False)
+        for axes, kind in zip(grid[0], kinds):
+            axes.set_title(kind)
+        for row, (layer, vectors) in zip(grid, scales.items()):
+            row[0].set_ylabel(f"layer {layer}\nfactor")
+            for axes, kind in zip(row, kinds):
+                every = sorted(vectors[kind].tolist())
+                values = every[:: max(1, len(every) // 64)]  # enough of them for the eye, and a small file
+                edges = [i - 0.5 for i in range(len(values) + 1)]
+                for color, part in (
+                    (TRAINED, [max(v, 1) for v in values]),
+                    (FROZEN, [min(max(v, 0), 1) for v in values]),
+                ):
+                    axes.stairs(part, edges, baseline=1, fill=True, color=color)
+                axes.stairs([min(v, 0) for v in values], edges, baseline=0, fill=True, color=GATE)
+                axes.axhline(1, color=INK, linewidth=0.8), axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+                axes.set(xticks=(), xlim=(-0.5, len(values) - 0.5))
+                axes.spines["bottom"].set_visible(False)
+        for axes, kind in zip(grid[-1], kinds):
+            axes.set_xlabel(f"{len(vectors[kind])} features, sorted")
+    return figure
