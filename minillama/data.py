@@ -71,7 +71,8 @@ def form(tokenizer):
 
 
 def examples(languages, days, count, seed=0, form=LINE):
-    """`count` pairs (prompt, answer) of one language or of several in turn; days, locales and formats drawn by `seed`."""
+    """`count` pairs (prompt, answer) of one language or of several in turn;
+    days, locales and formats drawn by `seed`."""
     draw, names = (
         random.Random(seed),
         [locales(language) for language in ([languages] if isinstance(languages, str) else languages)],

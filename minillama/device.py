@@ -11,7 +11,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name="auto"):
-    """ "auto" takes CUDA, then the CPU (Apple's "mps" by name only); any other name must exist here, else ValueError."""
+    """What "auto" takes is CUDA, then the CPU (Apple's "mps" by name only); another name must exist here, else ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

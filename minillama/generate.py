@@ -62,7 +62,7 @@ def stream(
         if was_training:
             model.eval()
         try:
-            last = model.hidden(ids, attention_mask if step == 0 else None, cache)[:, -1:]  # (B, 1, D)
+            last = model.hidden(ids, attention_mask if step == 0 else None, cache)[:, -1:].contiguous()  # (B, 1, D)
             logits = model.lm_head(last)[:, 0]  # (B, V)
         finally:
             if was_training:

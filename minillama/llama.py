@@ -136,8 +136,8 @@ class LLaMA(nn.Module):
 
 def init_weights(model):
     """Embeddings from N(0, 1), matrices from N(0, 1/fan_in) (LeCun et al. 1998), biases 0: every activation starts with
-    unit variance. A small base so begins with rich random features, where one that began near zero (normal(0, 0.02)) has
-    features that all bend to the task it was trained on."""
+    unit variance. A small base so begins with rich random features, where one that began near zero (normal(0, 0.02))
+    has features that all bend to the task it was trained on."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)

@@ -1,4 +1,5 @@
-"""One loop for pre-training and adaptation, and the two measures: the loss on answers, and exact match by generation."""
+"""One loop for pre-training and adaptation, and the two measures: the loss on answers,
+and exact match by generation."""
 
 import contextlib
 import functools
@@ -127,7 +128,8 @@ def train(
 
 
 def answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=256):
-    """What the model writes behind each prompt (a text, or its ids), greedily, up to and with the end token: strings."""
+    """What the model writes behind each prompt (a text, or its ids), greedily,
+    up to and with the end token: strings."""
     device, written = next(model.parameters()).device, []
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]

@@ -13,15 +13,15 @@ from conftest import left_padded, make, open_gates
 
 import minillama
 from minillama import Cache, adapt
-from minillama.adapters import adapter_parameters
+from minillama.adapters import Merged, adapter_parameters, base_tensors, outermost
 
 LENGTHS = [9, 4, 6]  # of the rows of `ids`, when padded on the left
 
 # Every method, by a name for the test's title: the arguments of `adapt`, and the parameters that move at the first step.
 CASES = {
     "llama_adapter": (dict(method="llama_adapter", prompt_length=4), ("gate",)),
-    "v2": (dict(method="llama_adapter_v2"), ("scale", "shift", "weight", "bias")),
-    "v2, official": (dict(method="llama_adapter_v2", order="input"), ("scale", "shift", "weight", "bias")),
+    "v2": (dict(method="llama_adapter_v2"), ("scale", "adapter_bias", "weight", "bias")),
+    "v2, official": (dict(method="llama_adapter_v2", order="input"), ("scale", "adapter_bias", "weight", "bias")),
     "prefix_tuning": (dict(method="prefix_tuning", prefix_length=4), ("keys", "values")),
     "prompt_tuning": (dict(method="prompt_tuning", prompt_length=4), ("prompt",)),
     "ia3": (dict(method="ia3"), ("scale",)),
@@ -81,8 +81,8 @@ def reference(kind, case, changes, ids, real):
 def reference_logits(model, ids, real):
     """Logits of an adapted model, its parameters read by name and every adapter term written out."""
     (part,) = model.adapters["default"]
-    own = adapter_parameters(model)
-    weight = {name.replace(".base.", "."): parameter for name, parameter in model.named_parameters()}
+    own = {name.replace(f".{part['method']}.", "."): tensor for name, tensor in adapter_parameters(model).items()}
+    weight = base_tensors(model) | own
     llama = isinstance(model, minillama.LLaMA)
     before = part.get("prefix_length", 0)  # tokens that stand before the words
 
@@ -94,9 +94,9 @@ def reference_logits(model, ids, real):
         return part["scale"] * (narrow @ own[f"{place}.bottleneck.up.weight"].T + own[f"{place}.bottleneck.up.bias"])
 
     def linear(place, x):
-        if f"{place}.shift" in own:
+        if f"{place}.adapter_bias" in own:
             x = x * own[f"{place}.scale"] if part["order"] == "input" else x
-            y = x @ weight[f"{place}.weight"].T + weight.get(f"{place}.bias", 0) + own[f"{place}.shift"]
+            y = x @ weight[f"{place}.weight"].T + weight.get(f"{place}.bias", 0) + own[f"{place}.adapter_bias"]
             return y * own[f"{place}.scale"] if part["order"] == "output" else y
         scaled = f"{place}.scale" in own and place.rpartition(".")[2]
         y = (x * own[f"{place}.scale"] if scaled and scaled in part["inputs"] else x) @ weight[f"{place}.weight"].T
@@ -226,7 +226,8 @@ def check_two_steps(build, ids):
     """The first step moves what starts at zero and nothing else, the second everything trainable; the base never moves."""
     model = build("closed").double().train()  # in float64 no step is too small to be seen
     own = adapter_parameters(model)
-    before = {name.replace(".base.", "."): parameter.detach().clone() for name, parameter in model.named_parameters()}
+    every = base_tensors(model) | own
+    before = {name: tensor.detach().clone() for name, tensor in every.items()}
 
     def step():
         model.zero_grad()
@@ -234,11 +235,7 @@ def check_two_steps(build, ids):
         for parameter in model.parameters():  # also one that was unfrozen on the way
             if parameter.requires_grad and parameter.grad is not None:
                 parameter.data -= 0.1 * parameter.grad
-        return {
-            name
-            for name, p in ((n.replace(".base.", "."), p) for n, p in model.named_parameters())
-            if not torch.equal(p, before[name])
-        }
+        return {name for name, tensor in every.items() if not torch.equal(tensor, before[name])}
 
     assert step() == {name for name in own if name.endswith(build.first)}
     assert step() == set(own)
@@ -277,7 +274,7 @@ def check_merge(build, ids):
         parameter.view(-1)[0] = 0.0
     adapted = model(ids)
     minillama.merge(model)
-    assert not hasattr(model.layers[0].self_attn.k_proj, "base")
+    assert all(isinstance(wrapper, Merged) for _, _, wrapper in outermost(model))
     assert (model(ids) - adapted).abs().max() < 1e-9 * adapted.abs().max()
     minillama.unmerge(model)
     assert torch.equal(model(ids), adapted)

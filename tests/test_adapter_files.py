@@ -1,17 +1,18 @@
 """Adapter folders: written whole, read back to the same logits, exchanged with PEFT, and refused when anything is off."""
 
+import copy
 import json
 
 import peft
 import pytest
 import torch
 import transformers
-from conftest import SHAPE, open_gates
+from conftest import SHAPE, make, open_gates
 from methods import CASES
 
 import minillama
 from minillama import adapt, load_adapter, save_adapter
-from minillama.adapters import detach, wrappers
+from minillama.adapters import delete_adapter, wrappers
 from minillama.adapters.llama_adapter import PRESETS
 
 NATIVE = list(CASES) + [dict(method="llama_adapter", gate="feature", layers=2, prompt_length=3)]
@@ -80,7 +81,7 @@ def test_round_trip(model, ids, case, tmp_path):
     expected = open_gates(adapt(model, **(CASES[case][0] if isinstance(case, str) else case)))(ids)
     parts = model.adapters["default"]
     save_adapter(model, tmp_path)
-    detach(model)
+    delete_adapter(model)
     load_adapter(model, tmp_path, name="again")
     # a rank-r path of a fused GPT-2 matrix comes back as paths of a greater rank: the same but for rounding
     exact = not (isinstance(model, minillama.GPT2) and parts[0]["method"] == "lora")
@@ -97,7 +98,7 @@ def test_an_adapter_of_two_methods_comes_back(model, ids, tmp_path):
     adapt(adapt(model, "bottleneck", size=3, place="parallel"), "llama_adapter")
     expected = open_gates(model)(ids)
     save_adapter(model, tmp_path)
-    assert torch.equal(load_adapter(detach(model), tmp_path)(ids), expected)
+    assert torch.equal(load_adapter(delete_adapter(model), tmp_path)(ids), expected)
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_bad_adapter_files_are_named_and_leave_the_model_alone(model, ids, tmp_p
 
     refused("adapter_config.json is missing")
     save_adapter(adapt(model, "llama_adapter"), tmp_path)
-    detach(model)
+    delete_adapter(model)
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     content, text = weights.read_bytes(), config.read_text()
     for parameter in model.layers[0].parameters():
@@ -231,7 +232,7 @@ def test_bad_adapter_files_are_named_and_leave_the_model_alone(model, ids, tmp_p
         load_adapter(model, tmp_path, name="second")
     assert torch.equal(model(ids), other) and list(model.adapters) == ["default"]
     assert len(minillama.trainable_parameters(model)) == len(wrappers(model)) == 9
-    detach(model)
+    delete_adapter(model)
     config.write_text(text)
     with torch.no_grad():
         model.layers[0].mlp.down_proj.weight += 1
@@ -241,15 +242,22 @@ def test_bad_adapter_files_are_named_and_leave_the_model_alone(model, ids, tmp_p
     assert len(wrappers(model)) == 3
 
 
-def test_fingerprint_outlives_dtype_and_adaptation(model):
-    from minillama.adapters.storage import fingerprint
+def test_fingerprint_outlives_dtypes_and_adaptation_and_sees_every_weight(model):
+    from minillama.adapters.storage import fingerprint, same_base
 
-    plain = fingerprint(model)
+    plain, half = fingerprint(model), copy.deepcopy(model).half()
     assert fingerprint(open_gates(adapt(model, "llama_adapter"))) == plain
-    assert fingerprint(detach(model).to(torch.bfloat16)) == plain
-    with torch.no_grad():
-        model.norm.weight += 1
-    assert fingerprint(model) != plain
+    assert same_base(fingerprint(half), plain)
+    assert fingerprint(torch.compile(delete_adapter(model), backend="eager")) == plain
+    assert same_base(fingerprint(model.to(torch.bfloat16)), plain)
+    for place in (0, 1, -1):  # no weight is left out
+        with torch.no_grad():
+            model.norm.weight[place] += 1
+        assert not same_base(fingerprint(model), plain)
+        with torch.no_grad():
+            model.norm.weight[place] -= 1
+    other = make("llama")
+    assert not same_base(fingerprint(other), plain)
 
 
 def test_nothing_half_written(model, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from conftest import make
 import minillama
 from minillama import attention, llama
 from minillama.attention import Attention, RoPE
-from minillama.checkpoints import gpt2_to_hf
+from minillama.checkpoints.architectures import ARCHITECTURES, to_hf
 from minillama.course.exercises import base_models as parts
 
 
@@ -137,7 +137,7 @@ def test_a_wrong_cache_moves_the_logits(plant, mistake, monkeypatch, ids):
 def test_a_wrong_split_moves_the_logits(split, ids):
     torch.manual_seed(0)
     model = make("gpt2")
-    logits, file = model(ids), gpt2_to_hf(model.state_dict())
+    logits, file = model(ids), to_hf(ARCHITECTURES["gpt2"], model.state_dict())
     for i, layer in enumerate(model.layers):
         matrices, biases = split(*(file[f"transformer.h.{i}.attn.c_attn.{kind}"] for kind in ("weight", "bias")))
         for name, matrix, bias in zip(("q_proj", "k_proj", "v_proj"), matrices, biases):

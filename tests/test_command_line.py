@@ -262,4 +262,4 @@ def test_help_helps(tmp_path):
     code, out, _ = inside("--help", cwd=tmp_path)
     assert code == 0 and all(word in out for word in ("adapt", "pretrain", "generate", "compare", "check"))
     code, out, _ = inside("adapt", "--help", cwd=tmp_path)
-    assert code == 0 and "prompt_length" in out and "default: dates-llama" in out
+    assert code == 0 and "prompt_length" in out and "(dates-llama)" in out

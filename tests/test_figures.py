@@ -11,6 +11,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
 
+from minillama.course import plots, schematics
+
 
 def faults(figure, dpi=200):
     """What is wrong with a figure as it is drawn, in sentences; the tolerance is one pixel."""
@@ -58,52 +60,52 @@ def drawn(patch):
     return Path.make_compound_path(*map(Path, patch.get_path().to_polygons(patch.get_transform(), closed_only=False)))
 
 
-@pytest.mark.parametrize("name", figures.SCHEMATICS)
+@pytest.mark.parametrize("name", schematics.SCHEMATICS)
 def test_schematic_is_tidy(name):
-    figure = figures.SCHEMATICS[name]()
+    figure = schematics.SCHEMATICS[name]()
     assert len(figure.axes[0].texts) > 15 < len(figure.axes[0].patches)
     assert 9 <= figure.get_figwidth() <= 11 and 3.5 <= figure.get_figheight() <= 5.5
     assert faults(figure) == []
 
 
 def two_texts(axes):
-    figures.note(axes, 1, 1, "one text")
-    figures.note(axes, 1.3, 1.05, "another")
+    schematics.note(axes, 1, 1, "one text")
+    schematics.note(axes, 1.3, 1.05, "another")
 
 
 def over_the_page(axes):
-    figures.note(axes, 3.5, 1, "a text that is too long")
+    schematics.note(axes, 3.5, 1, "a text that is too long")
 
 
 def too_long_for_its_box(axes):
-    figures.box(axes, 2, 1, 0.8, 0.4, "scaled attention")
+    schematics.box(axes, 2, 1, 0.8, 0.4, "scaled attention")
 
 
 def larger_than_its_box(axes):
-    figures.box(axes, 2, 1, 0.1, 0.05, "attention")
+    schematics.box(axes, 2, 1, 0.1, 0.05, "attention")
 
 
 def struck_through(axes):
-    figures.note(axes, 1, 1, "a text")
-    figures.arrow(axes, (0.5, 1), (3, 1))
+    schematics.note(axes, 1, 1, "a text")
+    schematics.arrow(axes, (0.5, 1), (3, 1))
 
 
 def under_a_box(axes):
-    figures.box(axes, 2, 1, 0.8, 0.4)
-    figures.arrow(axes, (0.5, 1), (2, 1))
+    schematics.box(axes, 2, 1, 0.8, 0.4)
+    schematics.arrow(axes, (0.5, 1), (2, 1))
 
 
 def two_boxes(axes):
-    figures.box(axes, 2, 1, 0.8, 0.4)
-    figures.box(axes, 2.5, 1, 0.8, 0.4, kind="trained")
+    schematics.box(axes, 2, 1, 0.8, 0.4)
+    schematics.box(axes, 2.5, 1, 0.8, 0.4, kind="trained")
 
 
 def box_over_the_page(axes):
-    figures.box(axes, 3.9, 1, 0.8, 0.4)
+    schematics.box(axes, 3.9, 1, 0.8, 0.4)
 
 
 def tiny(axes):
-    figures.note(axes, 1, 1, "a text", size=8)
+    schematics.note(axes, 1, 1, "a text", size=8)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +123,8 @@ def tiny(axes):
     ],
 )
 def test_a_planted_fault_is_found(plant, fault):
-    axes = figures.sheet(4, 2, "", kinds=())
-    figures.box(axes, 0.7, 0.4, 0.8, 0.4, "tidy")
+    axes = schematics.sheet(4, 2, "", kinds=())
+    schematics.box(axes, 0.7, 0.4, 0.8, 0.4, "tidy")
     assert faults(axes.figure) == []
     plant(axes)
     assert any(fault in sentence for sentence in faults(axes.figure))
@@ -141,24 +143,26 @@ def test_plots_stay_on_the_canvas():
         for i, method in enumerate(methods, 1)
     ]
     for gated in (False, True):
-        assert faults(figures.training_figure(history(gated), "A title"), dpi=100) == []
-    assert faults(figures.comparison_figure(rows, "A title"), dpi=100) == []
+        assert faults(plots.training_figure(history(gated), "A title"), dpi=100) == []
+    assert faults(plots.comparison_figure(rows, "A title"), dpi=100) == []
 
 
 def test_greyscale_tells_the_kinds_apart():
     """By their edges and, the gate, by its darkness: colour is not needed."""
     weights, kinds = (0.299, 0.587, 0.114), ("flow", "frozen", "trained", "gate")
-    grey = {kind: sum(w * part for w, part in zip(weights, to_rgb(figures.KINDS[kind]["facecolor"]))) for kind in kinds}
+    grey = {
+        kind: sum(w * part for w, part in zip(weights, to_rgb(schematics.KINDS[kind]["facecolor"]))) for kind in kinds
+    }
     assert grey["gate"] < 0.4 and min(grey["flow"], grey["frozen"], grey["trained"]) > 0.65
-    assert figures.KINDS["trained"]["linewidth"] >= 2 * figures.KINDS["frozen"]["linewidth"]
+    assert schematics.KINDS["trained"]["linewidth"] >= 2 * schematics.KINDS["frozen"]["linewidth"]
 
 
 def test_use_sets_the_style_and_svg_is_the_same_each_time(tmp_path):
     with matplotlib.rc_context():
-        figures.use()  # no notebook here: quiet
+        plots.use()  # no notebook here: quiet
         assert matplotlib.rcParams["axes.spines.top"] is False
         for name in ("a.svg", "b.svg"):
-            figures.lora_schematic().savefig(tmp_path / name, metadata={"Date": None})
+            schematics.lora_schematic().savefig(tmp_path / name, metadata={"Date": None})
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
@@ -169,9 +173,9 @@ def test_a_notebook_shows_svg_and_png():
     shell = shells.InteractiveShell.instance()
     try:
         with matplotlib.rc_context():
-            figures.use()
-            shown, metadata = shell.display_formatter.format(figures.lora_schematic())
-            again, _ = shell.display_formatter.format(figures.lora_schematic())
+            plots.use()
+            shown, metadata = shell.display_formatter.format(schematics.lora_schematic())
+            again, _ = shell.display_formatter.format(schematics.lora_schematic())
     finally:
         shells.InteractiveShell.clear_instance()
     assert "dc:date" not in shown["image/svg+xml"] and shown["image/png"].startswith(b"\x89PNG")

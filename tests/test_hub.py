@@ -322,7 +322,7 @@ def test_the_hubs_smollm2_is_taken_first(server, files, capsys, monkeypatch):
     monkeypatch.setattr(hub, "SMOLLM2", "course/tiny")
     model, _ = minillama.load("smollm2")
     said = capsys.readouterr().err
-    assert model.source == "smollm2" and "course/tiny of the Hugging Face hub" in said and "Apache-2.0" in said
+    assert model.source == hub.SMOLLM2 and "course/tiny of the Hugging Face hub" in said and "Apache-2.0" in said
 
 
 def test_a_cache_is_where_the_system_keeps_caches(pip, tmp_path, monkeypatch):

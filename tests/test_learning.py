@@ -5,8 +5,7 @@ import torch
 
 import minillama
 from minillama import data
-from minillama.__main__ import LEARNING_RATE
-from minillama.adapters import METHODS
+from minillama.adapters import METHODS, learning_rate
 from minillama.train import exact_match, train
 
 
@@ -20,6 +19,6 @@ def test_method_learns_french(method):
     minillama.adapt(model, method)
     trained = sum(parameter.numel() for parameter in minillama.trainable_parameters(model).values())
     pairs = data.examples("fr", train_days, 200 * 16)
-    train(model, tokenizer, pairs, steps=200, batch_size=16, learning_rate=LEARNING_RATE[method], progress=False)
+    train(model, tokenizer, pairs, steps=200, batch_size=16, learning_rate=learning_rate(method), progress=False)
     assert trained <= 0.05 * size
     assert exact_match(model, tokenizer, data.examples("fr", test_days, 500, seed=1)) >= 0.95

@@ -8,7 +8,7 @@ from methods import builder, check_closed, check_open
 from torch import nn
 
 import minillama
-from minillama import adapt, detach, disabled
+from minillama import adapt, delete_adapter, disabled
 from minillama.adapters import adapter_parameters, wrappers
 from minillama.adapters.llama_adapter import PRESETS, AdaptedAttention, GatedPrefixAttention
 
@@ -125,19 +125,19 @@ def test_standalone_layer(variant):
         GatedPrefixAttention(24, 5)
 
 
-def test_prompts_as_large_as_the_words(model):
+def test_prompts_as_large_as_the_tokens(model):
     """init "input" draws what "normal" draws, times the size that the norm before the attention gives the words."""
     torch.manual_seed(3)
     normal = {name: parameter.clone() for name, parameter in adapter_parameters(adapt(model, "llama_adapter")).items()}
-    detach(model)
+    delete_adapter(model)
     torch.manual_seed(3)
     adapt(model, "llama_adapter", init="input")
     for index, layer in enumerate(model.layers):
         words = layer.input_layernorm(torch.randn(20_000, 48)) - getattr(layer.input_layernorm, "bias", 0)
-        ratio = layer.self_attn.prompt / normal[f"layers.{index}.self_attn.prompt"]
+        ratio = layer.self_attn.prompt / normal[f"layers.{index}.self_attn.llama_adapter.prompt"]
         torch.testing.assert_close(
             ratio, torch.full_like(ratio, words.square().mean().sqrt().item()), rtol=0.02, atol=0
         )
         assert not layer.self_attn.gate.any()
     with pytest.raises(ValueError, match="init is 'small'"):
-        adapt(detach(model), "llama_adapter", init="small")
+        adapt(delete_adapter(model), "llama_adapter", init="small")

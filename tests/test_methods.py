@@ -12,8 +12,16 @@ from methods import CASES, CHECKS, builder, fails
 from mistakes import MISTAKES, Prefix
 
 import minillama
-from minillama import activate, adapt, disabled, merge, unmerge
-from minillama.adapters import METHODS, adapter_parameters, detach, llama_adapter, trainable_parameters, wrappers
+from minillama import set_adapter, adapt, disabled, merge, unmerge
+from minillama.adapters import (
+    METHODS,
+    Merged,
+    adapter_parameters,
+    delete_adapter,
+    llama_adapter,
+    trainable_parameters,
+    wrappers,
+)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -61,7 +69,7 @@ def test_disabled_is_the_base_bit_for_bit_and_ends(model, case, ids):
     with pytest.raises(RuntimeError), disabled(model):
         raise RuntimeError
     assert torch.equal(model(ids), opened)
-    detach(model)
+    delete_adapter(model)
     assert not wrappers(model) and torch.equal(model(ids), base)
 
 
@@ -94,7 +102,7 @@ def test_published_bottleneck_starts_are_only_near_the_identity(model, init, ids
 def test_prompt_begins_with_the_embeddings_of_a_text(model):
     rows = model.embed_tokens.weight[[7, 8, 9, 7, 8]].clone()
     adapt(model, "prompt_tuning", prompt_length=5, init_ids=[7, 8, 9])
-    assert torch.equal(adapter_parameters(model)["embed_tokens.prompt"], rows)
+    assert torch.equal(adapter_parameters(model)["embed_tokens.prompt_tuning.prompt"], rows)
 
 
 def test_two_prompts_stand_one_behind_the_other(model, ids):
@@ -104,12 +112,12 @@ def test_two_prompts_stand_one_behind_the_other(model, ids):
         expected = model(longer)[:, 4:]
         adapt(model, "prompt_tuning", name="a", prompt_length=2, init_ids=[5, 6])
         adapt(model, "prompt_tuning", name="b", prompt_length=2, init_ids=[7, 8])
-        torch.testing.assert_close(activate(model, "a", "b")(ids), expected)
+        torch.testing.assert_close(set_adapter(model, "a", "b")(ids), expected)
 
 
 def test_reparameterized_prefix_learns(model, ids):
     adapt(model, "prefix_tuning", prefix_length=3, reparameterize=8)
-    assert {name.partition("self_attn.")[2] for name in adapter_parameters(model)} >= {
+    assert {name.partition("prefix_tuning.")[2] for name in adapter_parameters(model)} >= {
         "embedding",
         "mlp.0.weight",
         "mlp.2.bias",
@@ -132,16 +140,16 @@ def test_several_adapters_on_one_base_are_switched_without_copies(model, ids):
         assert set(trainable_parameters(model).values()) == set(adapter_parameters(model, name).values())
     where = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     for name, expected in alone.items():
-        assert torch.equal(activate(model, name)(ids), expected)
-    assert torch.equal(activate(model)(ids), base)
-    both = activate(model, "fr", "fi")(ids)
+        assert torch.equal(set_adapter(model, name)(ids), expected)
+    assert torch.equal(set_adapter(model)(ids), base)
+    both = set_adapter(model, "fr", "fi")(ids)
     assert not any(torch.equal(both, logits) for logits in alone.values())
     assert where == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    detach(model, "de")
-    assert torch.equal(activate(model, "hu")(ids), alone["hu"]) and "de" not in model.adapters
+    delete_adapter(model, "de")
+    assert torch.equal(set_adapter(model, "hu")(ids), alone["hu"]) and "de" not in model.adapters
     with pytest.raises(ValueError, match="no adapter 'de'.*'fr'"):
-        activate(model, "de")
-    assert torch.equal(detach(model)(ids), base)
+        set_adapter(model, "de")
+    assert torch.equal(delete_adapter(model)(ids), base)
 
 
 @torch.no_grad()
@@ -153,7 +161,12 @@ def test_one_adapter_of_several_methods(model, ids):
     assert torch.equal(model(ids), base)
     adapted = open_gates(model)(ids)
     merge(model)
-    assert not wrappers(model) and (model(ids) - adapted).abs().max() < 2e-5 * adapted.abs().max()
+    assert all(
+        isinstance(wrapper.folded, torch.nn.Linear) for _, wrapper in wrappers(model) if isinstance(wrapper, Merged)
+    )
+    assert (model(ids) - adapted).abs().max() < 2e-5 * adapted.abs().max()
+    with disabled(model):
+        assert torch.equal(model(ids), base)
     with pytest.raises(ValueError, match="unmerge"):
         adapt(model, "ia3")
     assert torch.equal(unmerge(model)(ids), adapted)
@@ -163,7 +176,7 @@ def test_one_adapter_of_several_methods(model, ids):
         merge(model)
     with pytest.raises(ValueError, match="has ia3 already"):
         adapt(model, "ia3")
-    assert torch.equal(detach(model)(ids), base)
+    assert torch.equal(delete_adapter(model)(ids), base)
 
 
 @torch.no_grad()
@@ -239,7 +252,7 @@ def test_module_imports_torch_alone(name):
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }
     assert {module.partition(".")[0] for module in imported} <= {"torch", "math", "copy"}
-    assert len(pathlib.Path(METHODS[name].__file__).read_text().splitlines()) <= 170
+    assert len(pathlib.Path(METHODS[name].__file__).read_text().splitlines()) <= 230
 
 
 @pytest.mark.parametrize(

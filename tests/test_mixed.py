@@ -5,7 +5,7 @@ import torch
 from methods import CASES, LENGTHS, run
 
 import minillama
-from minillama import activate, adapt, data, mixed
+from minillama import set_adapter, adapt, data, mixed
 from minillama.adapters import adapter_parameters, trainable_parameters, wrappers
 from minillama.train import answer_loss, answers, train
 
@@ -35,13 +35,13 @@ COMBINATIONS = [((case,), (case,)) for case in CASES if case not in ("prefix_tun
 @pytest.mark.parametrize("cached", (False, True))
 def test_each_row_as_if_alone(model, ids, first, second, padded, cached):
     two_adapters(model, first, second)
-    activate(model, "one")
+    set_adapter(model, "one")
     states = [wrapper.active for _, wrapper in wrappers(model)]
     with mixed(model, NAMES):
         together = run(model, ids, padded, cached)
     assert [wrapper.active for _, wrapper in wrappers(model)] == states
     for row, name in enumerate(NAMES):
-        activate(model, *[name] if name else [])
+        set_adapter(model, *[name] if name else [])
         n = LENGTHS[row] if padded else 9
         alone = model(ids[row : row + 1, 9 - n :])
         assert (together[row, 9 - n :] - alone[0]).abs().max() < 1e-5 * max(1, alone.abs().max())
@@ -66,7 +66,7 @@ def test_every_row_passes_the_base_once(model, ids):
 def test_training_in_a_mixed_batch_reaches_each_rows_own_adapter(model, ids):
     """The gradients are those that each adapter's own rows give it."""
     two_adapters(model, ("lora",), ("ia3",))
-    activate(model, "one", "two")
+    set_adapter(model, "one", "two")
     with mixed(model, NAMES):
         loss = answer_loss(model, ids, ids)
         loss.backward()
@@ -74,9 +74,9 @@ def test_training_in_a_mixed_batch_reaches_each_rows_own_adapter(model, ids):
     model.zero_grad()
     for row, name in enumerate(NAMES):
         if name:
-            activate(model, name)
+            set_adapter(model, name)
             (answer_loss(model, ids[row : row + 1], ids[row : row + 1]) / 3).backward()
-    activate(model, "one", "two")
+    set_adapter(model, "one", "two")
     for name, parameter in trainable_parameters(model).items():
         torch.testing.assert_close(together[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
@@ -84,18 +84,18 @@ def test_training_in_a_mixed_batch_reaches_each_rows_own_adapter(model, ids):
 def test_what_moves_positions_cannot_be_mixed(model, ids):
     adapt(adapt(model, "prompt_tuning", name="prompt"), "prefix_tuning", name="prefix")
     with (
-        pytest.raises(ValueError, match="prompt_tuning moves the words' positions"),
+        pytest.raises(ValueError, match="prompt_tuning moves the tokens' positions"),
         mixed(model, ["prompt", None, None]),
     ):
         pass
     if isinstance(model, minillama.LLaMA):
         with torch.no_grad(), mixed(model, ["prefix", None, "prefix"]):
             together = model(ids)
-        activate(model, "prefix")
+        set_adapter(model, "prefix")
         assert (together[2] - model(ids[2:])[0]).abs().max() < 1e-5
     else:
         with (
-            pytest.raises(ValueError, match="prefix_tuning moves the words' positions"),
+            pytest.raises(ValueError, match="prefix_tuning moves the tokens' positions"),
             mixed(model, ["prefix", None, None]),
         ):
             pass
@@ -137,7 +137,7 @@ def test_32_rows_over_eight_languages():
         written = answers(model, tokenizer, [prompt for prompt, _ in pairs], 11)
     assert len(rows) == 32
     for language, (prompt, _), text in zip(names, pairs, written):
-        activate(model, language)
+        set_adapter(model, language)
         assert answers(model, tokenizer, [prompt], 11) == [text]
     right = sum(answer == text for (_, answer), text in zip(pairs, written))
     assert right >= 31, f"{right} of 32 right"

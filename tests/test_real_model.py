@@ -35,7 +35,7 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     minillama.save(model, tmp_path / "base")
     minillama.load_adapter(model, tmp_path / "adapter")
     prompts = [
-        data.examples(language, data.split_dates()[1], 2, 7, data.WORDS)[i][0]
+        data.examples(language, data.split_dates()[1], 2, 7, data.LABELLED)[i][0]
         for language in LANGUAGES
         for i in range(2)
     ]
@@ -60,8 +60,8 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
 @pytest.mark.slow
 def test_a_step_takes_less_than_pefts(smollm2):
     """The same batches, weights and adapter in turns: in float32 the same loss, and in the dtype of choice much less time."""
-    _, rounds = bench.run(smollm2, torch.float32, rounds=1, steps=1)
+    _, rounds = bench.measure(smollm2, torch.float32, rounds=1, steps=1)
     for _, _, ours, theirs in rounds:
         assert ours == pytest.approx(theirs, rel=1e-3)
-    ratio, _ = bench.run(smollm2, pick_dtype("auto", torch.device("cpu")), rounds=3, steps=2)
+    ratio, _ = bench.measure(smollm2, pick_dtype("auto", torch.device("cpu")), rounds=3, steps=2)
     assert ratio >= 1.4

@@ -5,28 +5,15 @@ import json
 import pytest
 
 import minillama
+from minillama.__main__ import main
 from minillama.commands import zero_init
 
 
 def test_the_command_writes_one_run_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zero_init, "FACTORS", (1,))
     out = tmp_path / "runs.jsonl"
-    zero_init.main(
-        [
-            "--base",
-            "dates-llama",
-            "--out",
-            str(out),
-            "--seeds",
-            "1",
-            "--steps",
-            "2",
-            "--batch-size",
-            "4",
-            "--test-dates",
-            "3",
-        ]
-    )
+    options = "--base dates-llama --seeds 1 --steps 2 --batch-size 4 --test-dates 3"
+    assert main(["zero-init", "--out", str(out), *options.split()]) == 0
     runs = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(run["init"], run["gate"]) for run in runs] == [("normal", 0), ("normal", 1), ("input", 0), ("input", 1)]
     assert all(len(run["losses"]) == 2 and list(run["matches"]) == list(zero_init.LANGUAGES) for run in runs)

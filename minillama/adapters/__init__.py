@@ -102,6 +102,17 @@ def adapter_tensors(model, name="default"):
     return tensors
 
 
+def base_tensors(model):
+    """The base's parameters and buffers by their names in the bare base, whatever is attached."""
+    return {
+        f"{place}.{name}".removeprefix("."): tensor
+        for place, module in walk(model)
+        if not is_wrapper(module)
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    }
+
+
 def adapter_parameters(model, name="default"):
     """One adapter's parameters: {"layers.3.self_attn.llama_adapter.gate": ...}, whatever else is attached."""
     return {key: tensor for key, tensor in adapter_tensors(model, name).items() if isinstance(tensor, nn.Parameter)}
@@ -324,7 +335,7 @@ def merge(model):
     """
     refuse_stand_ins(model)
     if not any(wrapper.active for _, wrapper in wrappers(model)):
-        raise ValueError("the model carries no active adapter: there is nothing to merge")
+        raise ValueError("the model carries no adapter that is active: there is nothing to merge")
     foldable = [name for name, method in METHODS.items() if getattr(method, "MERGEABLE", False)]
     for place, wrapper in wrappers(model):
         if wrapper.active and not getattr(wrapper, "mergeable", False):

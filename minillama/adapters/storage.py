@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.files import FileError, read_json, read_metadata, read_tensors, write_json, write_tensors
-from . import adapt, adapter_tensors, adapters, is_wrapper, peft, walk, whole_or_not_at_all
+from . import adapt, adapter_tensors, adapters, base_tensors, peft, whole_or_not_at_all
 
 BLOCK = 2**16
-STEP = 2.0**-9  # to which a projection is rounded
+STEP = 2.0**-8  # to which a projection is rounded
 
 
 def fingerprint(model):
@@ -22,21 +22,14 @@ def fingerprint(model):
     for all names and shapes, then 4 for each tensor, in order of their names.
 
     A tensor's four are its projection on a fixed pattern of ±1 over its norm, rounded: every weight counts, and the
-    rounding of a dtype moves it by less than two of the steps that `same_base` allows.
+    rounding of a dtype moves it by less than the four steps that `same_base` allows (seven deviations, in bfloat16).
     """
-    base = {
-        f"{place}.{name}": tensor.detach()
-        for place, module in walk(getattr(model, "_orig_mod", model))
-        if not is_wrapper(module)
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
-        if tensor is not None
-    }
     signs = torch.randint(0, 2, (BLOCK,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).float()
     digest, projections = hashlib.sha256(), ""
-    for name, tensor in sorted(base.items()):
+    for name, tensor in sorted(base_tensors(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         along, square = 0.0, 0.0
-        for i, part in enumerate(tensor.flatten().split(BLOCK)):
+        for i, part in enumerate(tensor.detach().flatten().split(BLOCK)):
             part, pattern = part.float(), signs[: len(part)].to(tensor.device)
             along += signs[i % BLOCK].item() * (part @ pattern).item()
             square += (part @ part).item()

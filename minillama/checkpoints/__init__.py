@@ -1,5 +1,5 @@
-"""Opens and writes pre-trained bases: the bundled ones, folders in Hugging Face's layout (LLaMA, Mistral, GPT-2), models
-of its hub, and .gguf files."""
+"""Opens and writes pre-trained bases: the bundled ones, folders in Hugging Face's layout (LLaMA, Mistral, GPT-2),
+models of its hub, and .gguf files."""
 
 import dataclasses
 from pathlib import Path

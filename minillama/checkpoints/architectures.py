@@ -95,7 +95,8 @@ def read_config(content):
 
 
 def read_rope(content):
-    """rope_theta and rope_scaling: transformers 5 writes rope_parameters, earlier releases rope_theta and rope_scaling."""
+    """rope_theta and rope_scaling: transformers 5 writes rope_parameters,
+    earlier releases rope_theta and rope_scaling."""
     rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

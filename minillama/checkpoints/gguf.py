@@ -184,7 +184,8 @@ def with_factors(config, factors):
 
 
 def read_tensor(file, name, entry, dtype):
-    """One tensor, dequantised by the gguf package CHUNK weights at a time, so that little more than itself is in memory."""
+    """One tensor, dequantised by the gguf package CHUNK weights at a time,
+    so that little more than itself is in memory."""
     shape, kind, place = entry
     block, size = GGML_QUANT_SIZES[kind]
     rows, columns = math.prod(shape[:-1]), shape[-1]
@@ -211,5 +212,6 @@ def read_tensor(file, name, entry, dtype):
 
 
 def interleaved_to_halves(weight, H):
-    """llama.cpp turns feature 2i of a head with 2i + 1, Hugging Face i with i + d/2: the rows of q and k back in order."""
+    """llama.cpp turns feature 2i of a head with 2i + 1, Hugging Face i with i + d/2:
+    the rows of q and k back in order."""
     return weight.view(H, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)

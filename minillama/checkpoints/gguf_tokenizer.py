@@ -1,4 +1,5 @@
-"""The tokenizer that a .gguf file carries, rebuilt with the `tokenizers` library: byte-level BPE and SentencePiece's BPE."""
+"""The tokenizer that a .gguf file carries, rebuilt with the `tokenizers` library:
+byte-level BPE and SentencePiece's BPE."""
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -79,7 +80,8 @@ def read_gguf_tokenizer(fields):
 
 
 def merges_by_score(vocab, scores):
-    """SentencePiece joins the two neighbours whose joint token has the highest score; as a list of merges, best first."""
+    """SentencePiece joins the two neighbours whose joint token has the highest score;
+    as a list of merges, best first."""
     best = sorted(vocab, key=lambda token: -scores[vocab[token]])
     return [
         (token[:i], token[i:])

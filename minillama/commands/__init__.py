@@ -4,8 +4,7 @@ import argparse
 
 import torch
 
-from .. import data
-from ..adapters import adapt, gates, learning_rate
+from .. import adapters, data
 from ..checkpoints import load
 from ..device import pick_device, pick_dtype
 from ..train import train
@@ -136,11 +135,11 @@ def teach(model, tokenizer, method, options, pairs, args, seed):
         model.float().requires_grad_(True)
     else:
         own = {"init": "input"} if real and method == "llama_adapter" else {}
-        adapt(model, method, **own | options)
-    rate = learning_rate(method, real) if args.learning_rate is None else args.learning_rate
+        adapters.adapt(model, method, **own | options)
+    rate = adapters.learning_rate(method, real) if args.learning_rate is None else args.learning_rate
     return train(
         model, tokenizer, pairs, steps=args.steps, batch_size=args.batch_size, learning_rate=rate, seed=seed,
-        checkpointing=args.checkpointing, bucket=1 if real else 16, watch=gates,
+        checkpointing=args.checkpointing, bucket=1 if real else 16, watch=adapters.gates,
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def run(args):
 
     @torch.no_grad()
     def last_logits():
-        return model.lm_head(model.hidden(probe)[:, -1:])
+        return model.lm_head(model.hidden(probe)[:, -1])
 
     base_logits = last_logits()
     print(f"the base answers {sum(map(len, tests.values())):,} unseen prompts", flush=True)

@@ -42,14 +42,15 @@ class Adaptation:
 
 @functools.cache
 def base(name="dates-llama", dtype=None):
-    """(model, tokenizer) of a bundled base, loaded once; in bfloat16 where the machine multiplies it natively. Copy before changing."""
+    """(model, tokenizer) of a bundled base, loaded once; in bfloat16 where the machine multiplies it natively.
+    Copy before changing."""
     return load(name, dtype or pick_dtype("auto", torch.device("cpu")))
 
 
 @functools.cache
 def smollm2():
-    """(model, tokenizer) of SmolLM2-135M-Instruct, in bfloat16 where the machine multiplies it natively; says on the page where it
-    comes from and under which licence. FileError, one sentence, where it cannot be had."""
+    """(model, tokenizer) of SmolLM2-135M-Instruct, in bfloat16 where the machine multiplies it natively; says on the
+    page where it comes from and under which licence. FileError, one sentence, where it cannot be had."""
     with contextlib.redirect_stderr(io.StringIO()) as notices:
         opened = load("smollm2", pick_dtype("auto", torch.device("cpu")))
     print(notices.getvalue().strip().splitlines()[-1])
@@ -145,7 +146,8 @@ def show(*things):
 
 
 def table(header, rows):
-    """Rows under a header as a Markdown table, numbers flush right, for a notebook to display. Cells are text or numbers."""
+    """Rows under a header as a Markdown table, numbers flush right, for a notebook to display.
+    Cells are text or numbers."""
     from IPython.display import Markdown
 
     def text(cell):
@@ -199,7 +201,8 @@ def attention_weights(model, ids):
 
 @contextlib.contextmanager
 def turned(model, factor):
-    """Within the block every gate of the model is `factor` times what it was: 0 is the base, 1 the adapter as it stands."""
+    """Within the block every gate of the model is `factor` times what it was:
+    0 is the base, 1 the adapter as it stands."""
     gates = {name: p for name, p in model.named_parameters() if name.endswith(".gate")}
     before = {name: p.detach().clone() for name, p in gates.items()}
     with torch.no_grad():
@@ -214,8 +217,8 @@ def turned(model, factor):
 
 
 def attention_figure(model, tokenizer, prompt, place=6):
-    """What the model looks at while it writes the character of its answer at `place` (6: the month's second digit), every layer
-    and head a row: on the left the gated prompts, on the right the words."""
+    """What the model looks at while it writes the character of its answer at `place` (6: the month's second digit),
+    every layer and head a row: on the left the gated prompts, on the right the words."""
     written = answers(model, tokenizer, [prompt])[0]
     text = tokenizer.encode(prompt + written)[: len(tokenizer.encode(prompt)) + place]
     weights = attention_weights(model, torch.tensor([text]))

@@ -1,4 +1,5 @@
-"""The papers' parameter counts, computed from the real shapes: nothing is loaded, the models live on the meta device."""
+"""The papers' parameter counts, computed from the real shapes: nothing is loaded,
+the models live on the meta device."""
 
 import torch
 from torch import nn

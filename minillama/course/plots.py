@@ -1,5 +1,5 @@
-"""The figures that the command line and the lessons share, in one visual language: frozen is grey-blue, trained is warm,
-a gate is crimson; each also differs in shape or label, so that nothing rests on colour alone."""
+"""The figures that the command line and the lessons share, in one visual language: frozen is grey-blue, trained is
+warm, a gate is crimson; each also differs in shape or label, so that nothing rests on colour alone."""
 
 import io
 import math
@@ -29,7 +29,8 @@ STYLE = {
 
 def use():
     """For a notebook's first cell: figures show as SVG, no wider than the page and the same bytes each time, with a PNG
-    beside it for JupyterLab, which draws no stored SVG until it is told to trust the notebook. Elsewhere only the style is set."""
+    beside it for JupyterLab, which draws no stored SVG until it is told to trust the notebook.
+    Elsewhere only the style is set."""
     matplotlib.rcParams.update({**STYLE, "svg.hashsalt": "minillama"})
     try:
         from IPython import get_ipython
@@ -53,7 +54,8 @@ def svg(figure):
 
 
 def png(figure):
-    """A figure as PNG, as wide on the page as its SVG, in 128 colours to keep the file small: (bytes, {"width": pixels})."""
+    """A figure as PNG, as wide on the page as its SVG, in 128 colours to keep the file small:
+    (bytes, {"width": pixels})."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", dpi=144)
     image = Image.open(buffer).convert("RGB").quantize(128)
@@ -68,7 +70,8 @@ def save_figure(figure, path):
 
 
 def training_figure(history, title):
-    """Loss and accuracy over the steps, and where there are gates, each opening from zero. history: what `train` returned."""
+    """Loss and accuracy over the steps, and where there are gates, each opening from zero.
+    history: what `train` returned."""
     steps = [record["step"] for record in history]
     with matplotlib.rc_context(STYLE):
         gated = "gates" in history[0]
@@ -186,7 +189,8 @@ def comparison_figure(rows, title):
 
 
 def curve_figure(curves, xlabel, ylabel, title, log=False):
-    """Means with their spread over seeds. curves: {label: (xs, [[a value per seed] per x])}; lines differ in dash and marker too."""
+    """Means with their spread over seeds. curves: {label: (xs, [[a value per seed] per x])};
+    lines differ in dash and marker too."""
     shades, dashes, markers = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":"), "osD^vP*X"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 3.6), layout="constrained")
@@ -213,8 +217,8 @@ def curve_figure(curves, xlabel, ylabel, title, log=False):
 
 
 def attention_figure(prompts, words, characters, rows, title):
-    """Heat maps side by side: gated weights on K prompts (R, K), which may be negative, and weights on T words (R, T), a
-    character of the text below each column; rows: R labels, empty ones skipped, a line above each that is not."""
+    """Heat maps side by side: gated weights on K prompts (R, K), which may be negative, and weights on T words (R, T),
+    a character of the text below each column; rows: R labels, empty ones skipped, a line above each that is not."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -243,8 +247,8 @@ def attention_figure(prompts, words, characters, rows, title):
 
 
 def share_figure(panels, characters, rows, title):
-    """The share of each softmax that a prefix takes: heat maps side by side, {heading: (R, T)}, a character of the text below each
-    column; rows: R labels, empty ones skipped, a line above each that is not."""
+    """The share of each softmax that a prefix takes: heat maps side by side, {heading: (R, T)}, a character of the text
+    below each column; rows: R labels, empty ones skipped, a line above each that is not."""
     starts = [i for i, label in enumerate(rows) if label]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(11, 3.9), layout="constrained")
@@ -269,8 +273,8 @@ def share_figure(panels, characters, rows, title):
 
 
 def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2f}"):
-    """A heat map with the number in each cell; values: a list of rows, None where a cell stays empty; scale: what the colours say.
-    write None: no numbers, for maps with many cells."""
+    """A heat map with the number in each cell; values: a list of rows, None where a cell stays empty; scale: what the
+    colours say. write None: no numbers, for maps with many cells."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         wide = len(columns) > 8
         height = 1.5 + (0.26 if write is None else 0.45) * len(rows)
@@ -292,8 +296,8 @@ def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2
 
 
 def rotation_figure(speeds, scores):
-    """How RoPE turns pairs of features. speeds: {title: radians a position}, drawn at positions 0 to 7; scores: {label: (distances,
-    scores)}, drawn as curves."""
+    """How RoPE turns pairs of features. speeds: {title: radians a position}, drawn at positions 0 to 7;
+    scores: {label: (distances, scores)}, drawn as curves."""
     shades, dashes = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":")
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(11, 3.3), layout="constrained")
@@ -322,7 +326,8 @@ def rotation_figure(speeds, scores):
 
 
 def maps_figure(maps, rows, columns, title, xlabel, ylabel):
-    """Heat maps of numbers from 0 to 1, two in a row. maps: {title: (R, C)}; rows, columns: a label for each, empty ones allowed."""
+    """Heat maps of numbers from 0 to 1, two in a row.
+    maps: {title: (R, C)}; rows, columns: a label for each, empty ones allowed."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         lines = (len(maps) + 1) // 2
         figure = Figure(figsize=(11, 0.9 + lines * (0.9 + 0.19 * len(rows))), layout="constrained")
@@ -347,8 +352,8 @@ def maps_figure(maps, rows, columns, title, xlabel, ylabel):
 
 
 def scale_figure(scales, title):
-    """Learned factors around 1, each vector sorted: a row of panels for each layer, a column for each kind, widths as their
-    lengths; amplified above 1, inhibited below, turned round below 0. scales: {layer: {kind: (features,)}}."""
+    """Learned factors around 1, each vector sorted: a row of panels for each layer, a column for each kind, widths as
+    their lengths; amplified above 1, inhibited below, turned round below 0. scales: {layer: {kind: (features,)}}."""
     kinds = list(next(iter(scales.values())))
     widths = [max(25, len(next(iter(scales.values()))[kind]) ** 0.75) for kind in kinds]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):

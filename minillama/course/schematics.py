@@ -95,7 +95,8 @@ def joint(axes, x, y, sign):
 
 
 def strip(axes, x, y, width, values):
-    """A trained vector, its features as bars: above the middle line amplified, below it inhibited. Returns its sides."""
+    """A trained vector, its features as bars: above the middle line amplified, below it inhibited.
+    Returns its sides."""
     step = (width - 0.16) / len(values)
     for i, value in enumerate(values):
         left = x - width / 2 + 0.08 + step * (i + 0.18)
@@ -140,7 +141,8 @@ def zoom(axes, *lines):
 
 
 def block_schematic():
-    """A LLaMA from ids to logits (Touvron et al. 2023), one of its layers, and what stands in the layer's two sublayers."""
+    """A LLaMA from ids to logits (Touvron et al. 2023), one of its layers,
+    and what stands in the layer's two sublayers."""
     axes = sheet(11, 5.4, "LLaMA: from ids to logits", kinds=())
     box(axes, 8.35, 5.08, 0.3, 0.2, kind="frozen")
     box(axes, 9.75, 5.08, 0.3, 0.2)
@@ -218,7 +220,8 @@ def block_schematic():
 
 
 def llama_adapter_schematic():
-    """LLaMA-Adapter (Zhang et al. 2023, after its figure 2): the top N layers get prompts; inside, two softmaxes and a gate."""
+    """LLaMA-Adapter (Zhang et al. 2023, after its figure 2): the top N layers get prompts;
+    inside, two softmaxes and a gate."""
     axes = sheet(11, 5.2, "LLaMA-Adapter: zero-init gated prefix attention", ("frozen", "trained", "gate"))
     frame(axes, 0.25, 2.14, 3.35, 4.4, "the top $N$ of $L$ layers")
     heights = {
@@ -281,7 +284,8 @@ def llama_adapter_schematic():
 
 
 def prefix_cross_attention_schematic():
-    """Prefix cross-attention beside a layer's self-attention: on the left where its result goes, on the right how it is made."""
+    """Prefix cross-attention beside a layer's self-attention: on the left where its result goes,
+    on the right how it is made."""
     axes = sheet(10.5, 4.9, "Prefix cross-attention, let in by a gating factor", ("frozen", "trained", "gate"))
     frame(axes, 0.25, 0.3, 5.35, 4.35, "the layer")
     x, attention = box(axes, 1.25, 3.65, 0.7, 0.4, "$x$"), box(axes, 1.25, 2.85, 1.4, 0.46, "self-attention", "frozen")
@@ -317,7 +321,8 @@ def prefix_cross_attention_schematic():
 
 
 def ia3_schematic():
-    """IA3 (Liu et al. 2022, after its figure 1): vectors on keys, values and the hidden activation, each feature less or more."""
+    """IA3 (Liu et al. 2022, after its figure 1): vectors on keys, values and the hidden activation,
+    each feature less or more."""
     axes = sheet(10.5, 5.1, "IA3: three vectors inhibit and amplify, feature by feature")
     frame(axes, 0.25, 0.75, 6.15, 4.55, "attention")
     scaled, output = (
@@ -357,7 +362,8 @@ def ia3_schematic():
 
 
 def bottleneck_schematic():
-    """Bottleneck adapters (Houlsby et al. 2019, after their figure 2) in a block with its norms in front, and the parallel form."""
+    """Bottleneck adapters (Houlsby et al. 2019, after their figure 2) in a block with its norms in front,
+    and the parallel form."""
     axes = sheet(11, 5.3, "Bottleneck adapters: behind each sublayer, or beside one")
     y, left, parts = 3.75, 1.05, [point(0.55, 3.75)]
     for sublayer, wide in (("attention", 1.1), ("feed-forward", 1.2)):
@@ -411,7 +417,8 @@ def bottleneck_schematic():
 
 
 def prefix_and_prompt_schematic():
-    """Prompt tuning (Lester et al. 2021): vectors at the input, once. Prefix tuning (Li & Liang 2021): keys and values in each layer."""
+    """Prompt tuning (Lester et al. 2021): vectors at the input, once. Prefix tuning (Li & Liang 2021):
+    keys and values in each layer."""
     axes = sheet(10.5, 5.1, "Prompt tuning at the input, prefix tuning in every layer")
     frame(axes, 0.25, 0.7, 4.75, 4.5, "prompt tuning")
     frame(axes, 5.05, 0.7, 10.25, 4.5, "prefix tuning")
@@ -444,7 +451,8 @@ def prefix_and_prompt_schematic():
 
 
 def lora_schematic():
-    """LoRA (Hu et al. 2021, equation 3): a path of rank r beside a frozen matrix. Heights and widths are in proportion."""
+    """LoRA (Hu et al. 2021, equation 3): a path of rank r beside a frozen matrix.
+    Heights and widths are in proportion."""
     axes = sheet(10.5, 4.9, "LoRA: a low-rank path beside a frozen matrix")
     frame(axes, 0.25, 0.3, 6.5, 4.35, "while training")
     x, W = box(axes, 0.75, 2.2, 0.45, 0.4, "$x$"), box(axes, 2.6, 3.1, 1.5, 1.5, "$W$\nout $\\times$ in", "frozen")

@@ -68,8 +68,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Verdict:
-    """passed, and mistake: the catalogue's name of what went wrong, or blank, form, error, in place, shape, dtype, kept, random, swapped,
-    sign, scale, place, value, or None."""
+    """passed, and mistake: the catalogue's name of what went wrong, or blank, form, error, in place, shape, dtype,
+    kept, random, swapped, sign, scale, place, value, or None."""
 
     passed: bool
     mistake: str | None
@@ -155,7 +155,8 @@ def judge_prediction(question, answer, earlier):
 
 
 def in_form(question, truth, answer):
-    """The answer in the truth's form: "0.5" as 0.5, "Smaller" as "smaller", {"gate"} frozen; raises Wrong where it has another one."""
+    """The answer in the truth's form: "0.5" as 0.5, "Smaller" as "smaller", {"gate"} frozen;
+    raises Wrong where it has another one."""
     said = (
         [[x] if isinstance(x, str) else x for x in (truth, *question.wrong)]
         if isinstance(truth, str | frozenset)
@@ -215,7 +216,8 @@ def gradients(out, *inputs):
 
 
 def moved(method, steps, **options):
-    """For a Question: which of a fresh adapter's parameters, by the last word of their names, have moved after `steps` of descent."""
+    """For a Question: which of a fresh adapter's parameters, by the last word of their names,
+    have moved after `steps` of descent."""
 
     def truth():
         torch.manual_seed(0)
@@ -399,7 +401,8 @@ def alike(first, second):
 
 
 def alike_so_far(right, seen, theirs):
-    """Whether a wrong answer is the same as another up to where it also stops, or goes on in another dtype: two mistakes in one."""
+    """Whether a wrong answer is the same as another up to where it also stops, or goes on in another dtype:
+    two mistakes in one."""
     pieces, theirs, right = ([value for _, value in observed[0]] for observed in (seen, theirs, right))
     end = next((i for i, (a, b) in enumerate(zip(pieces, right)) if a.dtype != b.dtype), len(pieces))
     if not end < len(right) or len(theirs) < end:

@@ -135,7 +135,8 @@ def right_rope(x, positions, theta):
 
 
 def pairs_interleaved(x, positions, theta):
-    """neighbours turned together, features 2i and 2i + 1, as in Meta's files; here feature i goes with feature i + d/2"""
+    """neighbours turned together, features 2i and 2i + 1, as in Meta's files;
+    here feature i goes with feature i + d/2"""
     angle = angles(positions, x.shape[-1], theta)
     (a, b), cos, sin = (x[..., ::2], x[..., 1::2]), angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
@@ -157,13 +158,15 @@ def own_positions(x, positions, theta):
 
 
 def exponent_halved(x, positions, theta):
-    """the exponent too small by a factor of two: pair i turns by theta^(−2i/d), which is arange(0, d, 2) / d, not arange(d / 2) / d"""
+    """the exponent too small by a factor of two: pair i turns by theta^(−2i/d), which is arange(0, d, 2) / d,
+    not arange(d / 2) / d"""
     d = x.shape[-1]
     return turned(x, positions[:, None].float() * theta ** -(torch.arange(d // 2).float() / d))
 
 
 def exponent_doubled(x, positions, theta):
-    """the exponent too large by a factor of two: pair i turns by theta^(−2i/d); arange(0, d, 2) is 2i already, divide it by d"""
+    """the exponent too large by a factor of two: pair i turns by theta^(−2i/d);
+    arange(0, d, 2) is 2i already, divide it by d"""
     d = x.shape[-1]
     return turned(x, positions[:, None].float() * theta ** -(torch.arange(0, d, 2).float() / (d // 2)))
 
@@ -216,13 +219,15 @@ def sine_and_cosine_swapped(x, positions, theta):
 
 
 def added(x, positions, theta):
-    """cos and sin added to the features, as the first Transformer's positions are; RoPE turns, and leaves lengths as they are"""
+    """cos and sin added to the features, as the first Transformer's positions are;
+    RoPE turns, and leaves lengths as they are"""
     angle = angles(positions, x.shape[-1], theta)
     return x + torch.cat((angle.cos(), angle.sin()), -1).to(x.dtype)
 
 
 def angles_in_half_precision(x, positions, theta):
-    """the angles computed in bfloat16, which cannot tell position 1001 from 1000; compute them in float32 and cast cos and sin"""
+    """the angles computed in bfloat16, which cannot tell position 1001 from 1000;
+    compute them in float32 and cast cos and sin"""
     angle = positions[:, None].to(x.dtype) * (theta ** -(torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])).to(
         x.dtype
     )
@@ -269,7 +274,8 @@ def seen(q, k):
 
 
 def by_scores(weigh):
-    """Attention with its own way from scores (B, H, T, T) and what is seen to weights; the values are averaged as they should be."""
+    """Attention with its own way from scores (B, H, T, T) and what is seen to weights;
+    the values are averaged as they should be."""
 
     def function(q, k, v):
         return weigh(q @ repeated(k, q).mT / q.shape[-1] ** 0.5, seen(q, k)) @ repeated(v, q)
@@ -312,8 +318,8 @@ def sees_one_ahead(scores, seen):
 
 @by_scores
 def blind_to_itself(scores, seen):
-    """a mask off by one: a token does not see itself, and the first, which sees nothing, becomes NaN; mask from the first
-    diagonal above the main one"""
+    """a mask off by one: a token does not see itself, and the first, which sees nothing, becomes NaN;
+    mask from the first diagonal above the main one"""
     return scores.masked_fill(torch.ones_like(seen).triu(0), -torch.inf).softmax(-1)
 
 
@@ -354,7 +360,8 @@ def softmax_over_heads(scores, seen):
 
 
 def heads_alternating(q, k, v):
-    """key heads repeated as a b a b a b; query heads that share a key head lie side by side, a a a b b b: repeat_interleave, not repeat"""
+    """key heads repeated as a b a b a b; query heads that share a key head lie side by side, a a a b b b:
+    repeat_interleave, not repeat"""
     times = q.shape[1] // k.shape[1]
     return right_attention(q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1))
 
@@ -493,7 +500,8 @@ def right_split(weight, bias):
 
 
 def not_transposed(weight, bias):
-    """the matrices not transposed: the file keeps them (in, out) and multiplies x @ W, a linear layer keeps (out, in)"""
+    """the matrices not transposed: the file keeps them (in, out) and multiplies x @ W,
+    a linear layer keeps (out, in)"""
     return torch.stack(weight.chunk(3, 1)), bias.unflatten(0, (3, -1))
 
 
@@ -509,7 +517,8 @@ def cut_along_the_inputs_and_transposed(weight, bias):
 
 
 def every_third(weight, bias):
-    """every third output taken, as if q, k and v took turns; they lie in three blocks, first q's outputs, then k's, then v's"""
+    """every third output taken, as if q, k and v took turns; they lie in three blocks,
+    first q's outputs, then k's, then v's"""
     return torch.stack([weight.T[i::3] for i in range(3)]), torch.stack([bias[i::3] for i in range(3)])
 
 
@@ -632,7 +641,8 @@ def turned_twice(attention, x, past):
 
 
 def kept_unturned(attention, x, past):
-    """keys cached before they are turned, so that every step must turn all of them again; turn a key once, then keep it"""
+    """keys cached before they are turned, so that every step must turn all of them again;
+    turn a key once, then keep it"""
     q, _, _ = attention.project(x, places(x, past))
     k, v = behind(past, *attention.keys_values(x))
     turned_keys = rotate(k, *attention.rope(torch.arange(k.shape[2])))
@@ -667,15 +677,16 @@ def new_see_each_other(attention, x, past):
 
 
 def mask_from_the_corner(attention, x, past):
-    """a (T, S + T) mask begun in its upper left corner, which is what is_causal=True gives: new token i then sees the first
-    i + 1 only; it should see the first S + i + 1, tril(S)"""
+    """a (T, S + T) mask begun in its upper left corner, which is what is_causal=True gives: new token i then sees the
+    first i + 1 only; it should see the first S + i + 1, tril(S)"""
     q, k, v = attention.project(x, places(x, past))
     k, v = behind(past, k, v)
     return with_mask(attention, q, k, v, seen(q, k)), (k, v)
 
 
 def mask_hides_the_new(attention, x, past):
-    """a mask off by one: the new tokens do not see themselves; new token i sees the first S + i + 1, itself the last of them"""
+    """a mask off by one: the new tokens do not see themselves; new token i sees the first S + i + 1,
+    itself the last of them"""
     q, k, v = attention.project(x, places(x, past))
     k, v = behind(past, k, v)
     T, S = q.shape[2], k.shape[2]
@@ -684,7 +695,8 @@ def mask_hides_the_new(attention, x, past):
 
 
 def heads_repeated_in_the_cache(attention, x, past):
-    """key and value heads repeated before they are cached, which makes the cache H / G times as large; keep G heads and repeat afterwards"""
+    """key and value heads repeated before they are cached, which makes the cache H / G times as large;
+    keep G heads and repeat afterwards"""
     q, k, v = attention.project(x, places(x, past))
     k, v = behind(past, repeated(k, q), repeated(v, q))
     return with_mask(attention, q, k, v, torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()), (

@@ -30,8 +30,8 @@ class UpNotZero(Bottleneck):
 
 
 class AllZero(Bottleneck):
-    """both matrices at 0: then the features are 0 and so is the way back to them, and only the last bias ever learns; draw
-    down at random"""
+    """both matrices at 0: then the features are 0 and so is the way back to them, and only the last bias ever learns;
+    draw down at random"""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -170,7 +170,8 @@ def computed_in_float32(x, down_weight, down_bias, up_weight, up_bias):
 
 
 def weights_not_cast(x, down_weight, down_bias, up_weight, up_bias):
-    """float32 weights not cast to the dtype of x: a bfloat16 model stops here; write down_weight.to(x.dtype), and so for all four"""
+    """float32 weights not cast to the dtype of x: a bfloat16 model stops here;
+    write down_weight.to(x.dtype), and so for all four"""
     return F.linear(F.gelu(F.linear(x, down_weight, down_bias)), up_weight, up_bias)
 
 
@@ -181,17 +182,20 @@ def features_detached(x, down_weight, down_bias, up_weight, up_bias):
 
 
 def matrices_not_cast(x, down_weight, down_bias, up_weight, up_bias):
-    """float32 weights not cast to the dtype of x: a bfloat16 model stops here; write down_weight.to(x.dtype), and so for all four"""
+    """float32 weights not cast to the dtype of x: a bfloat16 model stops here;
+    write down_weight.to(x.dtype), and so for all four"""
     return F.gelu(x @ down_weight.T + down_bias) @ up_weight.T + up_bias
 
 
 def biases_not_cast(x, down_weight, down_bias, up_weight, up_bias):
-    """the weights cast to the dtype of x, the biases not: a bfloat16 model stops here; cast the biases too, down_bias.to(x.dtype)"""
+    """the weights cast to the dtype of x, the biases not: a bfloat16 model stops here;
+    cast the biases too, down_bias.to(x.dtype)"""
     return F.linear(F.gelu(F.linear(x, down_weight.to(x.dtype), down_bias)), up_weight.to(x.dtype), up_bias)
 
 
 def added_biases_not_cast(x, down_weight, down_bias, up_weight, up_bias):
-    """the weights cast to the dtype of x, the biases not: a bfloat16 model stops here; cast the biases too, down_bias.to(x.dtype)"""
+    """the weights cast to the dtype of x, the biases not: a bfloat16 model stops here;
+    cast the biases too, down_bias.to(x.dtype)"""
     return F.gelu(x @ down_weight.to(x.dtype).T + down_bias) @ up_weight.to(x.dtype).T + up_bias
 
 
@@ -276,25 +280,26 @@ def down_bias_kept(D, m):
 
 
 def down_zero(D, m):
-    """down at 0 and up random, the wrong way round: it is the identity, but it learns by GELU's slope at 0 alone; with ReLU,
-    whose slope there is taken as 0, only the last bias would ever learn"""
+    """down at 0 and up random, the wrong way round: it is the identity, but it learns by GELU's slope at 0 alone; with
+    ReLU, whose slope there is taken as 0, only the last bias would ever learn"""
     return torch.zeros(m, D), torch.zeros(m), torch.randn(D, m) / m**0.5, torch.zeros(D)
 
 
 def units_alike(D, m):
-    """every unit of down the same: each gets the same gradient for ever, and m units learn what one would; draw them at random"""
+    """every unit of down the same: each gets the same gradient for ever, and m units learn what one would;
+    draw them at random"""
     return torch.full((m, D), 0.01), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
 
 
 def down_too_large(D, m):
-    """down drawn from N(0, 1): its features then come out √D times as large as what goes in; a standard deviation of 0.01,
-    or of 1/√D, is what one takes"""
+    """down drawn from N(0, 1): its features then come out √D times as large as what goes in;
+    a standard deviation of 0.01, or of 1/√D, is what one takes"""
     return torch.randn(m, D), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
 
 
 def down_too_small(D, m):
-    """down so near 0 that its features vanish, and with them up's gradient; a standard deviation of 0.01, or of 1/√D, is
-    what one takes"""
+    """down so near 0 that its features vanish, and with them up's gradient;
+    a standard deviation of 0.01, or of 1/√D, is what one takes"""
     return 1e-6 * torch.randn(m, D), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
 
 
@@ -344,12 +349,14 @@ def as_sublayer(wrapper):
 
 
 def input_for_output(sublayer, x, network):
-    """the input added instead of the sublayer's output: the inner skip goes around the bottleneck and not around both"""
+    """the input added instead of the sublayer's output:
+    the inner skip goes around the bottleneck and not around both"""
     return x + network(sublayer(x))
 
 
 def block_residual_too(sublayer, x, network):
-    """the block's residual added as well; the block itself adds it, behind this function: return y + bottleneck(y) and no more"""
+    """the block's residual added as well; the block itself adds it, behind this function:
+    return y + bottleneck(y) and no more"""
     y = sublayer(x)
     return x + y + network(y)
 
@@ -398,7 +405,8 @@ def run_twice(sublayer, x, network):
 
 
 def sublayer_detached(sublayer, x, network):
-    """the sublayer's output detached from the graph: the adapters below never learn; the base is frozen, its graph is needed all the same"""
+    """the sublayer's output detached from the graph: the adapters below never learn;
+    the base is frozen, its graph is needed all the same"""
     y = sublayer(x).detach()
     return y + network(y)
 
@@ -409,7 +417,8 @@ def no_bottleneck(sublayer, x, network):
 
 
 def network_of(draw, width=8, size=3, activation="gelu"):
-    """A bottleneck with random numbers everywhere, which requires gradients; the number after `activation` is never 0."""
+    """A bottleneck with random numbers everywhere, which requires gradients;
+    the number after `activation` is never 0."""
     return filled(Bottleneck(width, size, activation), draw).requires_grad_(True)
 
 
@@ -462,7 +471,8 @@ def scale_on_the_sublayer(sublayer, x, network, scale):
 
 
 def scale_inside(sublayer, x, network, scale):
-    """the scale on the bottleneck's input; behind a non-linearity and biases that is another function: multiply its output"""
+    """the scale on the bottleneck's input; behind a non-linearity and biases that is another function:
+    multiply its output"""
     return sublayer(x) + network(scale * x)
 
 
@@ -492,7 +502,8 @@ def scale_subtracted(sublayer, x, network, scale):
 
 
 def sequential_without_scale(sublayer, x, network, scale):
-    """the sequential form of 5.4, and without the scale; beside the sublayer, the bottleneck reads x, and `scale` multiplies what it adds"""
+    """the sequential form of 5.4, and without the scale; beside the sublayer, the bottleneck reads x,
+    and `scale` multiplies what it adds"""
     y = sublayer(x)
     return y + network(y)
 
@@ -525,7 +536,8 @@ def probe_parallel(answer, draw):
 
 
 def as_layer(attach):
-    """A way to attach as a function of one layer of a LLaMA, its input, positions, and the two bottlenecks it is given."""
+    """A way to attach as a function of one layer of a LLaMA, its input, positions,
+    and the two bottlenecks it is given."""
 
     def function(layer, x, positions, first, second):
         parts = {id(module): (module, dict(module.named_children())) for module in (layer.self_attn, layer.mlp)}
@@ -560,7 +572,8 @@ def attention_only(layer, x, positions, first, second):
 
 
 def behind_the_residual(layer, x, positions, first, second):
-    """the bottlenecks behind the residual sum: each reads the whole stream instead of its sublayer's output; adapt the output before it is added"""
+    """the bottlenecks behind the residual sum: each reads the whole stream instead of its sublayer's output;
+    adapt the output before it is added"""
     attention, forward = sublayers(layer, positions)
     x = x + attention(x)
     x = x + first(x)
@@ -590,7 +603,8 @@ def bottlenecks_swapped(layer, x, positions, first, second):
 
 
 def residuals_replaced(layer, x, positions, first, second):
-    """the inner skips left out: what the sublayers return is lost, and only the bottlenecks' outputs reach the stream"""
+    """the inner skips left out: what the sublayers return is lost,
+    and only the bottlenecks' outputs reach the stream"""
     attention, forward = sublayers(layer, positions)
     x = x + first(attention(x))
     return x + second(forward(x))
@@ -629,7 +643,8 @@ def second_norm_forgotten(layer, x, positions, first, second):
 
 
 def norms_swapped(layer, x, positions, first, second):
-    """the two norms swapped: input_layernorm stands in front of attention, post_attention_layernorm in front of the feed-forward"""
+    """the two norms swapped: input_layernorm stands in front of attention,
+    post_attention_layernorm in front of the feed-forward"""
     y = layer.self_attn(layer.post_attention_layernorm(x), positions)
     x = x + y + first(y)
     z = layer.mlp(layer.input_layernorm(x))
@@ -637,7 +652,8 @@ def norms_swapped(layer, x, positions, first, second):
 
 
 def residual_from_the_norm(layer, x, positions, first, second):
-    """the residuals taken from what the norms return; what is added back is the stream as it was in front of the norm"""
+    """the residuals taken from what the norms return;
+    what is added back is the stream as it was in front of the norm"""
     x = layer.input_layernorm(x)
     y = layer.self_attn(x, positions)
     x = layer.post_attention_layernorm(x + y + first(y))
@@ -675,7 +691,8 @@ def last_residual_left_out(layer, x, positions, first, second):
 
 
 def second_reads_the_norm(layer, x, positions, first, second):
-    """the second bottleneck beside the feed-forward, reading the norm's output; it stands behind and reads what the feed-forward returns"""
+    """the second bottleneck beside the feed-forward, reading the norm's output;
+    it stands behind and reads what the feed-forward returns"""
     y = layer.self_attn(layer.input_layernorm(x), positions)
     x = x + y + first(y)
     b = layer.post_attention_layernorm(x)
@@ -691,14 +708,16 @@ def forward_before_first(layer, x, positions, first, second):
 
 
 def beside_each_other(layer, x, positions, first, second):
-    """attention and feed-forward both fed with x; the feed-forward reads the sum of x, attention and the first bottleneck"""
+    """attention and feed-forward both fed with x; the feed-forward reads the sum of x,
+    attention and the first bottleneck"""
     attention, forward = sublayers(layer, positions)
     y, z = attention(x), forward(x)
     return x + y + first(y) + z + second(z)
 
 
 def both_at_the_end(layer, x, positions, first, second):
-    """both bottlenecks behind the feed-forward, and both fed with its output; the first reads what attention returns and is added there"""
+    """both bottlenecks behind the feed-forward, and both fed with its output;
+    the first reads what attention returns and is added there"""
     attention, forward = sublayers(layer, positions)
     x = x + attention(x)
     z = forward(x)
@@ -852,7 +871,8 @@ DOWN, UP = frozenset(NAMED[:2]), frozenset(NAMED[2:])
 
 
 def nudges(truth, wrongly, missing):
-    """A sentence for every wrong set of names: on the first name that it wrongly has, else on the first that is missing."""
+    """A sentence for every wrong set of names: on the first name that it wrongly has,
+    else on the first that is missing."""
     subsets = [frozenset(names) for count in range(5) for names in itertools.combinations(NAMED, count)]
     said = lambda found: next((sentence for name, sentence in wrongly.items() if name in found - truth), None)  # noqa: E731
     return {

@@ -18,7 +18,8 @@ from . import Exercise, Question, Wrong, close, filled, gradients, named, plante
 
 
 class OutputOfDown(IA3Linear):
-    """l_ff, side "input", on the output of down_proj instead of its input; it multiplies the hidden features before down_proj mixes them"""
+    """l_ff, side "input", on the output of down_proj instead of its input;
+    it multiplies the hidden features before down_proj mixes them"""
 
     def forward(self, x):
         return self.base(x) * self.scale[: self.out_features] if self.side == "input" else super().forward(x)
@@ -69,7 +70,8 @@ class MergeForgetsBias(IA3Linear):
 
 
 class MergeWrongAxis(IA3Linear):
-    """a merge that scales rows for columns; a row of the weight makes an output feature (scale[:, None]), a column meets an input feature (scale)"""
+    """a merge that scales rows for columns; a row of the weight makes an output feature (scale[:, None]),
+    a column meets an input feature (scale)"""
 
     @property
     def weight(self):
@@ -96,7 +98,8 @@ class SoftmaxScale(IA3Linear):
 
 
 def attach_before_activation(model, outputs=("k_proj", "v_proj"), inputs=("down_proj",)):
-    """l_ff before the non-linearity (on LLaMA: on the branch that goes through it); it multiplies the hidden activation, behind it"""
+    """l_ff before the non-linearity (on LLaMA: on the branch that goes through it);
+    it multiplies the hidden activation, behind it"""
     for layer in model.layers:
         layer.self_attn.k_proj, layer.self_attn.v_proj = (
             IA3Linear(layer.self_attn.k_proj),
@@ -143,12 +146,14 @@ def sides_swapped(linear, x, scale, side):
 
 
 def always_the_input(linear, x, scale, side):
-    """the input multiplied on both sides; with side "output" it is what comes out of the projection that is multiplied"""
+    """the input multiplied on both sides;
+    with side "output" it is what comes out of the projection that is multiplied"""
     return linear(x * scale.to(x.dtype))
 
 
 def always_the_output(linear, x, scale, side):
-    """what comes out multiplied on both sides; with side "input" it is what goes into the projection that is multiplied"""
+    """what comes out multiplied on both sides;
+    with side "input" it is what goes into the projection that is multiplied"""
     return linear(x) * scale.to(x.dtype)
 
 
@@ -158,12 +163,14 @@ def vector_unused(linear, x, scale, side):
 
 
 def projection_left_out(linear, x, scale, side):
-    """x multiplied and not projected: linear(…) is called on both sides, and the side says whether what goes in or what comes out is multiplied"""
+    """x multiplied and not projected: linear(…) is called on both sides,
+    and the side says whether what goes in or what comes out is multiplied"""
     return x * scale.to(x.dtype)
 
 
 def bias_dropped(linear, x, scale, side):
-    """the projection's bias dropped on the input side: W (l · x) + b keeps it; call linear(…), which adds it, not its weight alone"""
+    """the projection's bias dropped on the input side: W (l · x) + b keeps it;
+    call linear(…), which adds it, not its weight alone"""
     scale = scale.to(x.dtype)
     return linear(x) * scale if side == "output" else F.linear(x * scale, linear.weight)
 
@@ -175,8 +182,8 @@ def biases_dropped(linear, x, scale, side):
 
 
 def weight_scaled_in_place(linear, x, scale, side):
-    """the projection's own weight multiplied in place: the base is frozen, and the next call would multiply it again; multiply
-    what goes in or what comes out, and leave weight and bias as they are"""
+    """the projection's own weight multiplied in place: the base is frozen, and the next call would multiply it again;
+    multiply what goes in or what comes out, and leave weight and bias as they are"""
     linear.weight.data.mul_(scale[:, None] if side == "output" else scale)
     return linear(x)
 
@@ -203,7 +210,8 @@ def scaled_twice(linear, x, scale, side):
 
 
 def not_cast(linear, x, scale, side):
-    """the float32 vector multiplied as it is, so that a bfloat16 model's activations become float32: cast it to the dtype of x first"""
+    """the float32 vector multiplied as it is, so that a bfloat16 model's activations become float32:
+    cast it to the dtype of x first"""
     return linear(x) * scale if side == "output" else linear(x * scale)
 
 
@@ -284,7 +292,8 @@ def start_one_number(linear, side):
 
 
 def start_in_the_bases_dtype(linear, side):
-    """ones in the base's bfloat16, whose next number above 1 is 1.0078: small steps are rounded away; keep the vector in float32"""
+    """ones in the base's bfloat16, whose next number above 1 is 1.0078: small steps are rounded away;
+    keep the vector in float32"""
     return torch.ones(linear.out_features if side == "output" else linear.in_features, dtype=linear.weight.dtype)
 
 
@@ -320,7 +329,8 @@ def merge_scales_both_biases(linear, scale, side):
 
 
 def merge_columns_always(linear, scale, side):
-    """columns scaled on both sides; a row of the weight makes an output feature, so side "output" scales rows: scale[:, None]"""
+    """columns scaled on both sides; a row of the weight makes an output feature, so side "output" scales rows:
+    scale[:, None]"""
     return linear.weight * scale, linear.bias * scale if side == "output" else linear.bias
 
 
@@ -330,7 +340,8 @@ def merge_rows_always(linear, scale, side):
 
 
 def merge_side_ignored(linear, scale, side):
-    """rows scaled on both sides, and the bias on neither; side "output" scales rows and bias, side "input" columns and no bias"""
+    """rows scaled on both sides, and the bias on neither; side "output" scales rows and bias,
+    side "input" columns and no bias"""
     return linear.weight * scale[:, None], linear.bias
 
 
@@ -341,7 +352,8 @@ def merge_biases_swapped(linear, scale, side):
 
 
 def merge_sides_swapped(linear, scale, side):
-    """the sides swapped: "output" scales rows (scale[:, None]) and the bias, "input" scales columns (scale) and no bias"""
+    """the sides swapped: "output" scales rows (scale[:, None]) and the bias,
+    "input" scales columns (scale) and no bias"""
     return right_merge(linear, scale, "input" if side == "output" else "output")
 
 
@@ -393,7 +405,8 @@ def merge_transposed(linear, scale, side):
 
 
 def merge_by_multiplying_in_place(linear, scale, side):
-    """the base's own weight and bias multiplied in place: the adapter is off and the base is gone, and dividing again does not bring back a row that met a 0"""
+    """the base's own weight and bias multiplied in place: the adapter is off and the base is gone,
+    and dividing again does not bring back a row that met a 0"""
     linear.weight *= scale[:, None] if side == "output" else scale
     if side == "output":
         linear.bias *= scale
@@ -506,7 +519,8 @@ class PlainLayer(Block):
 
 
 class ScaledAfterRoPE(Block):
-    """l_k on the keys after their rotation; it belongs on the output of k_proj, before RoPE, where it can be merged into W_k"""
+    """l_k on the keys after their rotation; it belongs on the output of k_proj, before RoPE,
+    where it can be merged into W_k"""
 
     def keys(self, h, positions):
         k = self.rotate(self.attention.heads(self.attention.k_proj(h)), positions)
@@ -514,7 +528,8 @@ class ScaledAfterRoPE(Block):
 
 
 class KeysNotRotated(Block):
-    """keys scaled but no longer rotated by RoPE, while the queries are; rotate(k, *attention.rope(positions)) after the scaling"""
+    """keys scaled but no longer rotated by RoPE, while the queries are;
+    rotate(k, *attention.rope(positions)) after the scaling"""
 
     def keys(self, h, positions):
         return self.attention.heads(self.l_k * self.attention.k_proj(h))
@@ -528,7 +543,8 @@ class QueriesNotRotated(Block):
 
 
 class NoPositions(Block):
-    """no rotary positions at all: turn queries and keys both, by rotate(z, *attention.rope(positions)), after their heads are cut"""
+    """no rotary positions at all: turn queries and keys both, by rotate(z, *attention.rope(positions)),
+    after their heads are cut"""
 
     def rotate(self, heads, positions):
         return heads
@@ -580,8 +596,8 @@ class InputsOfKeysAndValues(Block):
 
 
 class ByHandCopied(Block):
-    """the GPT-2 block of "By hand", and this is a LLaMA: queries and keys are rotated after their heads are cut, and the hidden
-    activation is silu(gate_proj(h)) · up_proj(h)"""
+    """the GPT-2 block of "By hand", and this is a LLaMA: queries and keys are rotated after their heads are cut, and
+    the hidden activation is silu(gate_proj(h)) · up_proj(h)"""
 
     def rotate(self, heads, positions):
         return heads
@@ -591,7 +607,8 @@ class ByHandCopied(Block):
 
 
 class FeedForwardOfGPT2(Block):
-    """attention is right, the feed-forward is still GPT-2's; a LLaMA's hidden activation is silu(gate_proj(h)) · up_proj(h)"""
+    """attention is right, the feed-forward is still GPT-2's;
+    a LLaMA's hidden activation is silu(gate_proj(h)) · up_proj(h)"""
 
     def hidden(self, h):
         return self.l_ff * F.gelu(self.mlp.up_proj(h), approximate="tanh")
@@ -619,7 +636,8 @@ class NoSiLU(Block):
 
 
 class SiLUOfTheProduct(Block):
-    """the SiLU around the product of both branches; it bends gate_proj's branch alone, silu(gate_proj(h)) · up_proj(h)"""
+    """the SiLU around the product of both branches; it bends gate_proj's branch alone,
+    silu(gate_proj(h)) · up_proj(h)"""
 
     def hidden(self, h):
         return self.l_ff * F.silu(self.mlp.gate_proj(h) * self.mlp.up_proj(h))
@@ -640,7 +658,8 @@ class GateWithoutSiLU(Block):
 
 
 class BothBranches(Block):
-    """l_ff on both branches of the SwiGLU; it multiplies the hidden activation once, after the branches have met or on up_proj's branch alone"""
+    """l_ff on both branches of the SwiGLU; it multiplies the hidden activation once,
+    after the branches have met or on up_proj's branch alone"""
 
     def hidden(self, h):
         return F.silu(self.l_ff * self.mlp.gate_proj(h)) * (self.l_ff * self.mlp.up_proj(h))
@@ -684,7 +703,8 @@ class FirstNormLeftOut(Block):
 
 
 class SecondNormLeftOut(Block):
-    """the feed-forward fed without its norm: it reads post_attention_layernorm(x), where x is the sum behind attention"""
+    """the feed-forward fed without its norm: it reads post_attention_layernorm(x),
+    where x is the sum behind attention"""
 
     def forward(self, x, positions):
         x = x + self.attend(self.layer.input_layernorm(x), positions)
@@ -692,7 +712,8 @@ class SecondNormLeftOut(Block):
 
 
 class NormsSwapped(Block):
-    """the two norms swapped: input_layernorm stands in front of attention, post_attention_layernorm in front of the feed-forward"""
+    """the two norms swapped: input_layernorm stands in front of attention,
+    post_attention_layernorm in front of the feed-forward"""
 
     def forward(self, x, positions):
         x = x + self.attend(self.layer.post_attention_layernorm(x), positions)
@@ -731,7 +752,8 @@ class SecondResidualLeftOut(Block):
 
 
 class SecondAddedToX(Block):
-    """the feed-forward's output added to the block's input x, so that what attention adds is lost; it is added to the sum behind attention"""
+    """the feed-forward's output added to the block's input x, so that what attention adds is lost;
+    it is added to the sum behind attention"""
 
     def forward(self, x, positions):
         y = x + self.attend(self.layer.input_layernorm(x), positions)
@@ -755,13 +777,14 @@ def layer_detached(layer, x, positions, l_k, l_v, l_ff):
 
 
 def layer_in_float32(layer, x, positions, l_k, l_v, l_ff):
-    """float32 vectors multiplied as they are, so that a bfloat16 layer meets float32 activations: cast each to the dtype of x first"""
+    """float32 vectors multiplied as they are, so that a bfloat16 layer meets float32 activations:
+    cast each to the dtype of x first"""
     return Block(layer, l_k, l_v, l_ff).forward(x, positions)
 
 
 def layer_weights_in_place(layer, x, positions, l_k, l_v, l_ff):
-    """the layer's own weights multiplied in place: the base is frozen, and the next call would multiply them again; multiply what
-    comes out of k_proj and v_proj and what goes into down_proj"""
+    """the layer's own weights multiplied in place: the base is frozen, and the next call would multiply them again;
+    multiply what comes out of k_proj and v_proj and what goes into down_proj"""
     layer.self_attn.k_proj.weight.data.mul_(l_k[:, None])
     return layer(x, positions)
 
@@ -803,13 +826,15 @@ def right_mixed(linear, x, scales, rows, side):
 
 
 def mixed_along_tokens(linear, x, scales, rows, side):
-    """the vectors laid along the tokens: scales[rows] is (B, features) and meets (B, T, features), whose rows it needs an axis for: scales[rows][:, None]"""
+    """the vectors laid along the tokens: scales[rows] is (B, features) and meets (B, T, features),
+    whose rows it needs an axis for: scales[rows][:, None]"""
     scale = scales[rows].to(x.dtype)
     return linear(x) * scale if side == "output" else linear(x * scale)
 
 
 def mixed_along_tokens_always(linear, x, scales, rows, side):
-    """the vectors laid along the tokens, on the output whatever the side: scales[rows][:, None] is (B, 1, features), and the side says what it multiplies"""
+    """the vectors laid along the tokens, on the output whatever the side: scales[rows][:, None] is (B, 1, features),
+    and the side says what it multiplies"""
     return linear(x) * scales[rows].to(x.dtype)
 
 
@@ -840,12 +865,14 @@ def mixed_swapped(linear, x, scales, rows, side):
 
 
 def mixed_always_the_output(linear, x, scales, rows, side):
-    """what comes out multiplied on both sides; with side "input" it is what goes into the projection that is multiplied"""
+    """what comes out multiplied on both sides;
+    with side "input" it is what goes into the projection that is multiplied"""
     return right_mixed(linear, x, scales, rows, "output")
 
 
 def mixed_always_the_input(linear, x, scales, rows, side):
-    """what goes in multiplied on both sides; with side "output" it is what comes out of the projection that is multiplied"""
+    """what goes in multiplied on both sides;
+    with side "output" it is what comes out of the projection that is multiplied"""
     return right_mixed(linear, x, scales, rows, "input")
 
 
@@ -856,7 +883,8 @@ def mixed_bias_unscaled(linear, x, scales, rows, side):
 
 
 def mixed_bias_dropped(linear, x, scales, rows, side):
-    """the projection's bias dropped on the input side: W (l · x) + b keeps it; call linear(…), which adds it, not its weight alone"""
+    """the projection's bias dropped on the input side: W (l · x) + b keeps it;
+    call linear(…), which adds it, not its weight alone"""
     scale = scales[rows][:, None].to(x.dtype)
     return linear(x) * scale if side == "output" else F.linear(x * scale, linear.weight)
 
@@ -868,7 +896,8 @@ def mixed_biases_dropped(linear, x, scales, rows, side):
 
 
 def mixed_not_cast(linear, x, scales, rows, side):
-    """the float32 vectors multiplied as they are, so that a bfloat16 model's activations become float32: cast them to the dtype of x first"""
+    """the float32 vectors multiplied as they are, so that a bfloat16 model's activations become float32:
+    cast them to the dtype of x first"""
     scale = scales[rows][:, None]
     return linear(x) * scale if side == "output" else linear(x * scale)
 

@@ -1,4 +1,5 @@
-"""Lesson 03: zero-init gated prefix attention, and V2's scales and shifts, with the wrong versions that one writes easily."""
+"""Lesson 03: zero-init gated prefix attention, and V2's scales and shifts,
+with the wrong versions that one writes easily."""
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +215,8 @@ class NoGate(Prefix):
 
 
 class JointSoftmax(Prefix):
-    """one softmax over prompts and words together, as in prefix tuning, so that the prompts take a share from the words"""
+    """one softmax over prompts and words together, as in prefix tuning,
+    so that the prompts take a share from the words"""
 
     def attend(self, q, k, v, mask=None, cache=None):
         pk, pv = self.prefix(q.dtype)
@@ -305,7 +307,8 @@ class NormsOfTheBaseTrained(TrainedNorm):
 
 
 def attention_of(draw, heads=6, kv_heads=2, head_dim=8, width=40):
-    """A frozen attention with grouped queries, RoPE and biases, heads wider together than the model: nothing can hide."""
+    """A frozen attention with grouped queries, RoPE and biases, heads wider together than the model:
+    nothing can hide."""
     return filled(Attention(width, heads, kv_heads, head_dim, RoPE(head_dim), bias=True), draw)
 
 
@@ -345,7 +348,8 @@ def values_from_keys(attention, prompt):
 
 
 def keys_repeated(attention, prompt):
-    """the key heads repeated for every query head already here: correct attention later, but G heads are what is asked"""
+    """the key heads repeated for every query head already here: correct attention later,
+    but G heads are what is asked"""
     return tuple(
         z.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0) for z in attention.keys_values(prompt)
     )
@@ -403,7 +407,8 @@ def probe_start(answer, draw):
 
 
 def drawn(prompt):
-    """Pairs for a probe: mean and standard deviation of random numbers, exactly 0 and 1 where they are those of N(0, 1) to a tenth."""
+    """Pairs for a probe: mean and standard deviation of random numbers,
+    exactly 0 and 1 where they are those of N(0, 1) to a tenth."""
     numbers = prompt.detach().double()
     mean, deviation = numbers.mean().item(), numbers.std().item()
     if deviation and ((numbers - mean) / deviation).pow(4).mean() < 2.1:  # 1.8 of uniform numbers, 3 of normal ones
@@ -453,7 +458,8 @@ def right_circulating(attention, prompt_length):
 
 
 class Circulating(nn.Module):
-    """Right, in pieces that the faults below replace: prompt tokens looked up in an embedding, one gate a layer, no tanh."""
+    """Right, in pieces that the faults below replace: prompt tokens looked up in an embedding, one gate a layer,
+    no tanh."""
 
     def __init__(self, attention, prompt_length):
         super().__init__()
@@ -510,7 +516,8 @@ class LengthFromTheHeads(Circulating):
 
 
 class ProjectedByItself(Circulating):
-    """the term sent through the output projection by itself, so that its bias is added twice; add the term before one projection"""
+    """the term sent through the output projection by itself, so that its bias is added twice;
+    add the term before one projection"""
 
     def forward(self, x, positions=None):
         return self.base(x, positions) + self.base.output(self.term(self.base.project(x, positions)[0]))
@@ -572,7 +579,8 @@ class BatchFixed(Circulating):
 
 
 class LeftBehind(Circulating):
-    """the ids of the prompt tokens in a plain tensor, which stays behind when the module moves to another device; register_buffer takes it along"""
+    """the ids of the prompt tokens in a plain tensor, which stays behind when the module moves to another device;
+    register_buffer takes it along"""
 
     def __init__(self, attention, prompt_length):
         super().__init__(attention, prompt_length)
@@ -687,7 +695,8 @@ class GateBehindProjection(Flow):
 
 
 class MixedHeads(Flow):
-    """the features viewed as (heads, T, d) at once, which mixes tokens and heads; view them as (T, heads, d), then transpose"""
+    """the features viewed as (heads, T, d) at once, which mixes tokens and heads;
+    view them as (T, heads, d), then transpose"""
 
     def heads(self, z):
         return z.reshape(*z.shape[:-2], self.num_heads, z.shape[-2], -1)

@@ -15,16 +15,16 @@ from . import Exercise, Question, Wrong, describe, filled, gradients, moved, nam
 class ScaledByAlpha(LoRALinear):
     """the path multiplied by α instead of α / r; r is the number of A's rows"""
 
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__(base, rank, alpha, dropout)
         self.scaling = alpha
 
 
 class ScaledByRoot(LoRALinear):
     """the path multiplied by α / √r, which is another method (rsLoRA); here it is α / r"""
 
-    def __init__(self, base, rank, alpha):
-        super().__init__(base, rank, alpha)
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__(base, rank, alpha, dropout)
         self.scaling = alpha / rank**0.5
 
 
@@ -247,7 +247,8 @@ def right_merge_turned(weight, A, B, alpha):
 
 
 def not_turned(weight, A, B, alpha):
-    """B A added as it is, (out, in), to a weight that is stored (in, out): only where in = out does it fit at all, and then it is wrong"""
+    """B A added as it is, (out, in), to a weight that is stored (in, out):
+    only where in = out does it fit at all, and then it is wrong"""
     return weight + alpha / A.shape[0] * (B @ A)
 
 
@@ -296,7 +297,8 @@ def value_in_the_place_of_key(A_q, B_q, A_v, B_v, alpha):
 
 
 def both_read_both(A_q, B_q, A_v, B_v, alpha):
-    """no zeros beside the blocks, or one A, the sum, for both: the query's rows read A_v's directions too, and the value's A_q's"""
+    """no zeros beside the blocks, or one A, the sum, for both: the query's rows read A_v's directions too,
+    and the value's A_q's"""
     return (
         torch.cat((A_q, A_v)),
         torch.cat((torch.cat((B_q, B_q), 1), torch.zeros(len(B_q), 2 * len(A_q)), torch.cat((B_v, B_v), 1))),
@@ -409,7 +411,8 @@ class MergesTwice(Layer):
 
 
 class UnmergeSubtracts(Layer):
-    """an unmerge() that subtracts what was added: (w + d) - d is not w in floating point; keep a copy of the weight, or leave it alone"""
+    """an unmerge() that subtracts what was added: (w + d) - d is not w in floating point;
+    keep a copy of the weight, or leave it alone"""
 
     @torch.no_grad()
     def unmerge(self):

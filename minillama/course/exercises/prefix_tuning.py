@@ -172,19 +172,20 @@ def prompt_as_tokens_of_a_row(embedding, ids, prompt, past=0, active=True):
 
 
 def and_for_or(embedding, ids, prompt, past=0, active=True):
-    """`and` where `or` is needed: the prompt came again though past > 0, and it came though `active` is False; either is enough to leave it out"""
+    """`and` where `or` is needed: the prompt came again though past > 0, and it came though `active` is False;
+    either is enough to leave it out"""
     return right_soft_prompt(embedding, ids, prompt)
 
 
 def rows_cut_from_copies(embedding, ids, prompt, past=0, active=True):
-    """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt (repeat_interleave copies
-    vector by vector, prompt.expand(B, -1, -1) copies the whole)"""
+    """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt
+    (repeat_interleave copies vector by vector, prompt.expand(B, -1, -1) copies the whole)"""
     return right_up_to(lambda p, B: p.repeat_interleave(B, 0).view(B, *p.shape), embedding, ids, prompt, past, active)
 
 
 def copies_cut_into_rows(embedding, ids, prompt, past=0, active=True):
-    """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt (copies one behind the other
-    are (B, K, D) already, with no transpose)"""
+    """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt
+    (copies one behind the other are (B, K, D) already, with no transpose)"""
     return right_up_to(
         lambda p, B: p.repeat(B, 1).view(len(p), B, -1).transpose(0, 1), embedding, ids, prompt, past, active
     )
@@ -253,12 +254,14 @@ def turned_forwards(rope, keys):
 
 
 def turned_to_own_places(rope, keys):
-    """each key turned to a place of its own, -K, …, -1; they hold their places among themselves already: all go back by the same K"""
+    """each key turned to a place of its own, -K, …, -1; they hold their places among themselves already:
+    all go back by the same K"""
     return rotate(keys, *rope(torch.arange(-keys.shape[1], 0)))
 
 
 def turned_from_zero(rope, keys):
-    """the keys turned by 0, 1, …, K - 1 as if they were fresh words; they are used as they are, only K positions back"""
+    """the keys turned by 0, 1, …, K - 1 as if they were fresh words;
+    they are used as they are, only K positions back"""
     return rotate(keys, *rope(torch.arange(keys.shape[1])))
 
 
@@ -268,7 +271,8 @@ def turned_by_one(rope, keys):
 
 
 def neighbours_paired(rope, keys):
-    """features turned in pairs (0, 1), (2, 3), …; our checkpoints pair feature i with feature i + d/2, as `rotate` does"""
+    """features turned in pairs (0, 1), (2, 3), …; our checkpoints pair feature i with feature i + d/2,
+    as `rotate` does"""
     apart = lambda x: torch.cat((x[..., ::2], x[..., 1::2]), -1)  # noqa: E731
     return torch.stack(right_turn_back(rope, apart(keys)).chunk(2, -1), -1).flatten(-2)
 
@@ -282,8 +286,8 @@ def probe_turn_back(answer, draw):
 
 
 def layer_of(wrapper):
-    """A wrapper of the attention as the function that the exercise asks for; the module is kept as long as the layer stays the
-    same, so that whatever it wrongly keeps shows in the next call."""
+    """A wrapper of the attention as the function that the exercise asks for; the module is kept as long as the layer
+    stays the same, so that whatever it wrongly keeps shows in the next call."""
     made = {}
 
     def function(attention, x, positions, keys, values, cache=None):
@@ -306,7 +310,8 @@ def joined(attention, x, positions, keys, values, cache, turn=right_turn_back, b
 
 
 def prefix_behind_the_words(attention, x, positions, keys, values, cache=None):
-    """the prefix put behind the words in the list of keys, where the causal mask hides words and shows later ones; it goes before them"""
+    """the prefix put behind the words in the list of keys, where the causal mask hides words and shows later ones;
+    it goes before them"""
     return joined(attention, x, positions, keys, values, cache, behind=True)
 
 
@@ -331,7 +336,8 @@ def values_turned_too(attention, x, positions, keys, values, cache=None):
 
 
 def cache_forgotten(attention, x, positions, keys, values, cache=None):
-    """the cache not used: later words do not see the earlier ones; cache.append(k, v) adds the new ones and returns all"""
+    """the cache not used: later words do not see the earlier ones;
+    cache.append(k, v) adds the new ones and returns all"""
     return joined(attention, x, positions, keys, values, None)
 
 
@@ -367,7 +373,8 @@ def heads_repeated_in_turn(attention, x, positions, keys, values, cache=None):
 
 
 def prefix_in_the_first_call_only(attention, x, positions, keys, values, cache=None):
-    """the prefix put in front in the first call alone; every call of a generation puts it in front, for the cache holds the words"""
+    """the prefix put in front in the first call alone; every call of a generation puts it in front,
+    for the cache holds the words"""
     if cache is not None and cache.k is not None:
         return attention(x, positions, None, cache) + 0 * (keys.sum() + values.sum()).to(x.dtype)
     return joined(attention, x, positions, keys, values, cache)
@@ -379,7 +386,8 @@ def positions_counted_anew(attention, x, positions, keys, values, cache=None):
 
 
 def words_cached_twice(attention, x, positions, keys, values, cache=None):
-    """the words appended to the cache, and then prefix and words handed to `attend` together with the cache, which appends them once more"""
+    """the words appended to the cache, and then prefix and words handed to `attend` together with the cache,
+    which appends them once more"""
     q, k, v = attention.project(x, positions)
     if cache is not None:
         k, v = cache.append(k, v)
@@ -427,14 +435,16 @@ def later_words_counted(q, k, prefix_keys):
 
 
 def prefix_under_the_mask(q, k, prefix_keys):
-    """the causal mask laid over prefix and words together, so that the first words see a part of the prefix only; every word sees all of it"""
+    """the causal mask laid over prefix and words together, so that the first words see a part of the prefix only;
+    every word sees all of it"""
     scores = torch.cat(scores_of(q, k, prefix_keys, causal=False), -1)
     T, S = scores.shape[-2:]
     return scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)[..., : S - T].sum(-1)
 
 
 def word_hidden_from_itself(q, k, prefix_keys):
-    """the mask one word too strict: word t does not see itself; it sees words 0 to t (torch.triu(1) marks what is hidden)"""
+    """the mask one word too strict: word t does not see itself; it sees words 0 to t
+    (torch.triu(1) marks what is hidden)"""
     on_prefix, _ = scores_of(q, k, prefix_keys)
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu()
     on_words = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
@@ -483,7 +493,8 @@ def first_columns_of_the_words(q, k, prefix_keys):
 
 
 def earlier_words_hidden(q, k, prefix_keys):
-    """the mask on the wrong side: word t sees those from t on, and not those before it; torch.triu(1) marks what is hidden"""
+    """the mask on the wrong side: word t sees those from t on, and not those before it;
+    torch.triu(1) marks what is hidden"""
     on_prefix, _ = scores_of(q, k, prefix_keys)
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(-1)
     on_words = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
@@ -523,7 +534,8 @@ def share_averaged_over_heads(q, k, prefix_keys):
 
 
 def share_that_overflows(q, k, prefix_keys):
-    """exp of the scores themselves, which becomes infinite above 88; softmax and logsumexp take the largest score off first"""
+    """exp of the scores themselves, which becomes infinite above 88;
+    softmax and logsumexp take the largest score off first"""
     on_prefix, on_words = (scores.exp().sum(-1) for scores in scores_of(q, k, prefix_keys))
     return on_prefix / (on_prefix + on_words)
 
@@ -542,7 +554,8 @@ def right_split(q, k, v, prefix_keys, prefix_values, **options):
 
 
 def parts_weighted_already(q, k, v, prefix_keys, prefix_values):
-    """parts of the one softmax, which carry their share already; each part is an average of its own, its weights sum to 1"""
+    """parts of the one softmax, which carry their share already; each part is an average of its own,
+    its weights sum to 1"""
     share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
     return share, (1 - share[..., None]) * words, share[..., None] * prefix
 
@@ -590,7 +603,8 @@ def parts_in_the_wrong_order(q, k, v, prefix_keys, prefix_values):
 
 
 def all_turned_round(q, k, v, prefix_keys, prefix_values):
-    """prefix and words exchanged throughout: 1 - λ, what the words keep, for λ, and the prefix's part before the words'; asked are λ, words, prefix"""
+    """prefix and words exchanged throughout: 1 - λ, what the words keep, for λ,
+    and the prefix's part before the words'; asked are λ, words, prefix"""
     share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
     return 1 - share, prefix, words
 
@@ -612,7 +626,8 @@ def plain_mean_of_values(q, k, v, prefix_keys, prefix_values):
 
 
 def whole_in_the_place_of_words(q, k, v, prefix_keys, prefix_values):
-    """the whole output, prefix included, in the place of the words' part; that is attention over the words alone, the frozen layer's"""
+    """the whole output, prefix included, in the place of the words' part; that is attention over the words alone,
+    the frozen layer's"""
     share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
     return share, torch.lerp(words, prefix, share[..., None]), prefix
 
@@ -639,7 +654,8 @@ def probe_split(answer, draw):
 
 
 def zero_share(word):
-    """What 5 zero keys take of the softmax of a word that sees this many words, itself among them, each with score 0."""
+    """What 5 zero keys take of the softmax of a word that sees this many words, itself among them,
+    each with score 0."""
 
     def truth():
         q, k = torch.zeros(1, 1, word, 8), torch.zeros(1, 1, word, 8)
@@ -660,7 +676,8 @@ def zero_prefix_makes():
 
 
 def tokens_after_zeros():
-    """How many different tokens a prefix of five has after five steps, where three began at zero and two from N(0, 1)."""
+    """How many different tokens a prefix of five has after five steps,
+    where three began at zero and two from N(0, 1)."""
     torch.manual_seed(0)
     model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "prefix_tuning", prefix_length=5)
     own = list(minillama.adapters.adapter_parameters(model).values())  # (G, K, d) each
