@@ -36,6 +36,7 @@ CASES = {
         ),
         ("B",),
     ),
+    "dora": (dict(method="dora", rank=3, alpha=5.0), ("B", "magnitude")),
     "houlsby": (dict(method="bottleneck", size=5), ("up.weight", "up.bias")),
     "pfeiffer": (dict(method="bottleneck", reduction=8, place="pfeiffer"), ("up.weight", "up.bias")),
     "parallel": (dict(method="bottleneck", size=5, place="parallel", scale=4.0), ("up.weight", "up.bias")),
@@ -46,9 +47,9 @@ def builder(kind, case, **changes):
     """build(state): the same random base each time, plain (None), freshly adapted, or with every adapter number random."""
     arguments, first = CASES[case]
 
-    def build(state):
+    def build(state, dtype=torch.float32):
         torch.manual_seed(0)
-        model = make(kind)
+        model = make(kind).to(dtype)
         if state is None:
             return model
         torch.manual_seed(1)
@@ -60,7 +61,7 @@ def builder(kind, case, **changes):
     build.tolerance = (
         1e-10 if build.identity else 1e-6
     )  # angles are float32: turning keys back rounds otherwise than turning queries on
-    build.mergeable = arguments["method"] in ("ia3", "lora", "llama_adapter_v2")
+    build.mergeable = arguments["method"] in ("ia3", "lora", "dora", "llama_adapter_v2")
     build.reference = lambda ids, real: reference(
         kind, case, tuple(changes.items()), tuple(ids.flatten().tolist()), tuple(map(tuple, real.tolist()))
     )
@@ -103,7 +104,11 @@ def reference_logits(model, ids, real):
         y = y + weight[f"{place}.bias"] if f"{place}.bias" in weight else y
         if scaled and scaled in part["outputs"]:
             y = y * own[f"{place}.scale"]
-        if f"{place}.A" in own:
+        if f"{place}.magnitude" in own:
+            W = weight[f"{place}.weight"] + part["alpha"] / part["rank"] * own[f"{place}.B"] @ own[f"{place}.A"]
+            length = W.pow(2).sum(1).sqrt()
+            y = own[f"{place}.magnitude"] * (x @ (W / length[:, None]).T) + weight.get(f"{place}.bias", 0)
+        elif f"{place}.A" in own:
             y = y + part["alpha"] / part["rank"] * (x @ own[f"{place}.A"].T @ own[f"{place}.B"].T)
         if f"{place}.bottleneck.up.weight" in own:
             y = y + bottleneck(place, y)
@@ -201,7 +206,7 @@ def check_closed(build, ids):
 
     A method without an identity start must say so by its distance, and be the base when disabled."""
     for dtype in (torch.float32, torch.bfloat16):
-        base, adapted = build(None).to(dtype), build("closed").to(dtype)
+        base, adapted = build(None, dtype), build("closed", dtype)
         for padded in (False, True):
             for cached in (False, True):
                 expected = run(base, ids, padded, cached)

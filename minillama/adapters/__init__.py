@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from .. import train
-from . import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
+from . import bottleneck, dora, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
 
 METHODS = {
     "llama_adapter": llama_adapter,
@@ -38,6 +38,7 @@ METHODS = {
     "ia3": ia3,
     "bottleneck": bottleneck,
     "lora": lora,
+    "dora": dora,
 }
 
 
