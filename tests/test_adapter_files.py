@@ -79,11 +79,13 @@ BASES = {
         transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
     ),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE, num_key_value_heads=2)),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
     ),
 }
-PAIRS = [(kind, method) for kind in BASES for method in SHARED]
+# PEFT has no adaption prompt for Qwen2
+PAIRS = [(kind, method) for kind in BASES for method in SHARED if (kind, method) != ("qwen2", "adaption_prompt")]
 
 
 @torch.no_grad()

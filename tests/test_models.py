@@ -29,6 +29,10 @@ THEIRS = {
     "llama3": lambda: llama(rope_parameters=LLAMA3),
     "biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE, num_key_value_heads=2)),
+    "qwen2, tied": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)
+    ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE)),
     "gpt2, narrow mlp": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE, n_inner=50)),
 }
@@ -203,7 +207,7 @@ def test_generation_leaves_the_mode_and_needs_no_gradients(model, ids):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"model_type": "qwen2"}, "qwen2"),
+        ({"model_type": "qwen3"}, "qwen2"),
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4"),
         ({"hidden_size": 50, "head_dim": None}, "hidden_size is 50"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -232,6 +236,21 @@ def test_gpt2_config_that_cannot_be_honoured(change, named, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(minillama.FileError, match=named):
         minillama.load(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ("llama", "mistral", "qwen2"))
+def test_an_absent_key_means_what_it_means_to_transformers(kind, ids, tmp_path):
+    """A configuration that says only the sizes: heads, window, theta and epsilon are transformers' own defaults."""
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+    content = {"model_type": kind, "vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 32}
+    config = getattr(transformers, f"{names[kind]}Config")(**content)
+    ours = minillama.checkpoints.read_config(content)[0]
+    assert (ours.intermediate_size, ours.num_key_value_heads or 32) == (config.intermediate_size, config.num_key_value_heads)
+    assert (ours.rms_norm_eps, ours.rope_theta) == (config.rms_norm_eps, config.rope_parameters["rope_theta"])
+    assert ours.sliding_window == getattr(config, "sliding_window", None)
+    if kind == "mistral":
+        assert minillama.checkpoints.read_config(content | {"sliding_window": None})[0].sliding_window is None
 
 
 def test_sequence_longer_than_the_sliding_window_is_refused(tmp_path):

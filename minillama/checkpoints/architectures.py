@@ -41,12 +41,18 @@ class Architecture:
 ROPE = dict(hidden_act="silu", partial_rotary_factor=1.0, quantization_config=None)
 ARCHITECTURES = {
     "llama": Architecture(
-        LLaMA, LLaMAConfig, "LlamaForCausalLM", honoured=ROPE, fixed=dict(sliding_window=None, attention_output_bias=None)
+        LLaMA, LLaMAConfig, "LlamaForCausalLM", honoured=ROPE,
+        fixed=dict(sliding_window=None, attention_output_bias=None),
     ),
     "mistral": Architecture(
         LLaMA, LLaMAConfig, "MistralForCausalLM", honoured=ROPE,
         absent=dict(num_key_value_heads=8, intermediate_size=14336, sliding_window=4096),
         fixed=dict(attention_bias=False, attention_output_bias=None, mlp_bias=False),
+    ),
+    "qwen2": Architecture(  # Qwen2 and Qwen2.5: biases on queries, keys and values alone
+        LLaMA, LLaMAConfig, "Qwen2ForCausalLM", honoured=ROPE | dict(use_sliding_window=False),
+        absent=dict(max_position_embeddings=32768, intermediate_size=22016, num_key_value_heads=32),
+        fixed=dict(attention_bias=True, attention_output_bias=False, mlp_bias=False, sliding_window=None),
     ),
     "gpt2": Architecture(
         GPT2, GPT2Config, "GPT2LMHeadModel", prefix="transformer.", fused=True,
