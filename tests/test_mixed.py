@@ -5,7 +5,7 @@ import torch
 from methods import CASES, LENGTHS, run
 
 import minillama
-from minillama import set_adapter, adapt, data, mixed
+from minillama import adapt, data, mixed, set_adapter
 from minillama.adapters import adapter_parameters, trainable_parameters, wrappers
 from minillama.train import answer_loss, answers, train
 

@@ -243,10 +243,19 @@ def test_gpt2_config_that_cannot_be_honoured(change, named, tmp_path):
 def test_an_absent_key_means_what_it_means_to_transformers(kind, ids, tmp_path):
     """A configuration that says only the sizes: heads, window, theta and epsilon are transformers' own defaults."""
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-    content = {"model_type": kind, "vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 32}
+    content = {
+        "model_type": kind,
+        "vocab_size": 101,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+    }
     config = getattr(transformers, f"{names[kind]}Config")(**content)
     ours = minillama.checkpoints.read_config(content)[0]
-    assert (ours.intermediate_size, ours.num_key_value_heads or 32) == (config.intermediate_size, config.num_key_value_heads)
+    assert (ours.intermediate_size, ours.num_key_value_heads or 32) == (
+        config.intermediate_size,
+        config.num_key_value_heads,
+    )
     assert (ours.rms_norm_eps, ours.rope_theta) == (config.rms_norm_eps, config.rope_parameters["rope_theta"])
     assert ours.sliding_window == getattr(config, "sliding_window", None)
     if kind == "mistral":
