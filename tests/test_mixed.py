@@ -5,7 +5,7 @@ import torch
 from methods import CASES, LENGTHS, run
 
 import minillama
-from minillama import adapt, data, mixed, set_adapter
+from minillama import adapt, data, delete_adapter, disabled, load_adapter, merge, mixed, save_adapter, set_adapter
 from minillama.adapters import adapter_parameters, trainable_parameters, wrappers
 from minillama.train import answer_loss, answers, train
 
@@ -101,13 +101,69 @@ def test_what_moves_positions_cannot_be_mixed(model, ids):
             pass
 
 
+@torch.no_grad()
+def test_other_adapters_on_the_model_do_not_disturb(model, ids):
+    """A prefix that is not named stays out, on a GPT-2 with its moved positions too."""
+    two_adapters(model, ("lora",), ("ia3",))
+    adapt(model, "prefix_tuning", name="prefix")
+    adapt(model, "prompt_tuning", name="prompt")
+    set_adapter(model, "prefix")
+    with mixed(model, NAMES):
+        together = model(ids)
+    for row, name in enumerate(NAMES):
+        set_adapter(model, *[name] if name else [])
+        assert (together[row] - model(ids[row : row + 1])[0]).abs().max() < 1e-5 * together.abs().max()
+
+
+@torch.no_grad()
+def test_disabled_and_saving_within_a_mixed_batch(model, ids, tmp_path):
+    base = model(ids)
+    two_adapters(model, ("lora", "llama_adapter"), ("ia3",))
+    expected = set_adapter(model, "one")(ids)
+    with mixed(model, NAMES):
+        together = model(ids)
+        with disabled(model):
+            assert torch.equal(model(ids), base)
+        assert torch.equal(model(ids), together)
+        save_adapter(model, tmp_path, "one")
+        for refused in (lambda: set_adapter(model, "one"), lambda: delete_adapter(model), lambda: merge(model)):
+            with pytest.raises(ValueError, match="leave the block"):
+                refused()
+        with pytest.raises(ValueError, match="leave the block"), mixed(model, NAMES):
+            pass
+    assert (load_adapter(delete_adapter(model), tmp_path)(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_an_adapter_on_the_head_is_mixed_or_refused(model, ids):
+    """Logits and generation tell the rows apart; a loss that picks the answers' places first does not, and says so."""
+    adapt(model, "lora", name="one", targets=("lm_head",))
+    adapt(model, "lora", name="two", targets=("lm_head", "q_proj"))
+    with torch.no_grad():
+        for name in ("one", "two"):
+            for parameter in adapter_parameters(model, name).values():
+                parameter.normal_(std=0.3)
+        with mixed(model, NAMES):
+            together, written = model(ids), minillama.generate(model, ids, 5)
+        for row, name in enumerate(NAMES):
+            set_adapter(model, *[name] if name else [])
+            assert (together[row] - model(ids[row : row + 1])[0]).abs().max() < 1e-4
+            assert torch.equal(written[row : row + 1], minillama.generate(model, ids[row : row + 1], 5))
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = 7  # as many places as rows
+    with mixed(model, NAMES):
+        for wanted in (ids, labels):
+            with pytest.raises(ValueError, match="no longer tells the rows of the batch apart"):
+                answer_loss(model, ids, wanted)
+
+
 def test_names_are_checked_and_the_model_comes_back(model, ids):
     two_adapters(model, ("lora",), ("llama_adapter",))
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match="no adapter 'three'.*'one'"), mixed(model, ["three"]):
         pass
-    with pytest.raises(ValueError, match="3 rows and 2 adapters"), mixed(model, ["one", "two"]):
-        model(ids)
+    for names in (["one", "two"], ["one", "one"], ["one"]):
+        with pytest.raises(ValueError, match=f"3 rows and {len(names)} adapters"), mixed(model, names):
+            model(ids)
     assert [name for name, _ in model.named_modules()] == before
 
 

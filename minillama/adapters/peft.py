@@ -55,7 +55,8 @@ class Layout:
     def targets(self, places):
         """The names PEFT knows modules by: the last word, and where that has two meanings (GPT-2), the last two."""
         words = 2 if self.fused else 1
-        return sorted({".".join(self.theirs(f"{place}.").rstrip(".").split(".")[-words:]) for place in places})
+        names = [self.theirs(f"{place}.").removeprefix("base_model.model.").rstrip(".") for place in places]
+        return sorted({".".join(name.split(".")[-words:]) for name in names})
 
     def size(self, place):
         """(out_features, in_features) of the projection at a place."""

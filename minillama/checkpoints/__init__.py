@@ -89,7 +89,8 @@ def read_weights(folder):
     for name, file in placed.items():
         if name not in shards[file]:
             raise FileError(
-                f"{folder / file} has no tensor {name}, which {index.name} places there: the shards do not belong together"
+                f"{folder / file} has no tensor {name}, which {index.name} places there: "
+                "the shards do not belong together"
             )
     return {name: shards[file][name] for name, file in placed.items()}
 
@@ -121,9 +122,10 @@ def save(model, folder, tokenizer=None):
     """Writes config.json and model.safetensors in Hugging Face's layout; transformers and `load` read them.
 
     A merged model is written as the plain one that it amounts to. tokenizer: one that `load` returned is written beside
-    the weights, unless its tokens are the bytes.  Raises ValueError for an adapted model, whose adapter goes into a file
-    of its own, and for a merged one that the architecture cannot hold.
+    the weights, unless its tokens are the bytes.  Raises ValueError for an adapted model, whose adapter goes into a
+    file of its own, and for a merged one that the architecture cannot hold.
     """
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
     config, weights = settle(model, weights)
     content = write_config(config) | {"dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
@@ -157,8 +159,8 @@ def settle(model, weights):
     extra = sorted(weights.keys() - wanted.keys())
     if not all(name.endswith("_proj.bias") for name in extra):
         raise ValueError(
-            f"the model holds {extra[0]}, which is not the base's: save_adapter writes the adapter that it carries, and the "
-            "base is as it was loaded"
+            f"the model holds {extra[0]}, which is not the base's: save_adapter writes the adapter that it carries, "
+            "and the base is as it was loaded"
         )
     if extra:
         if not isinstance(model, LLaMA) or architecture_of(config).theirs != "LlamaForCausalLM":
