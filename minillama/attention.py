@@ -130,7 +130,8 @@ def positions_and_mask(x, attention_mask=None, cache=None, limit=(None, "")):
     S = past + T
     if limit[0] is not None and S > limit[0]:
         raise ValueError(
-            f"the sequence has {S} tokens and the model takes {limit[0]} ({limit[1]}): shorten it or generate fewer tokens"
+            f"the sequence has {S} tokens and the model takes {limit[0]} ({limit[1]}): "
+            "shorten it or generate fewer tokens"
         )
     if attention_mask is None and cache is not None and cache.attention_mask is not None:
         attention_mask = F.pad(cache.attention_mask, (0, T), value=1)  # what follows a padded prompt is real
@@ -204,10 +205,8 @@ class Attention(nn.Module):
         if q.device.type == "cpu" and dtype == torch.bfloat16 and T > 1:
             # torch 2.13's bfloat16 kernel for CPUs takes 5 to 8 times as long backward
             q, k, v = q.float(), k.float(), v.float()
-        grouped, causal = (
-            self.num_kv_heads != self.num_heads,
-            mask is None and bool(T > 1),
-        )  # a tensor in torch.jit.trace
+        grouped = self.num_kv_heads != self.num_heads
+        causal = mask is None and bool(T > 1)  # a tensor in torch.jit.trace
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return y.to(dtype)
 

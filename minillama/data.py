@@ -73,10 +73,8 @@ def form(tokenizer):
 def examples(languages, days, count, seed=0, form=LINE):
     """`count` pairs (prompt, answer) of one language or of several in turn;
     days, locales and formats drawn by `seed`."""
-    draw, names = (
-        random.Random(seed),
-        [locales(language) for language in ([languages] if isinstance(languages, str) else languages)],
-    )
+    languages = [languages] if isinstance(languages, str) else languages
+    draw, names = random.Random(seed), [locales(language) for language in languages]
     prompt, answer = form
     return [
         (

@@ -11,7 +11,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name="auto"):
-    """What "auto" takes is CUDA, then the CPU (Apple's "mps" by name only); another name must exist here, else ValueError."""
+    """The device of that name. "auto" takes CUDA, then the CPU (Apple's "mps" by name only); any other must exist here,
+    else ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

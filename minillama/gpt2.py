@@ -1,7 +1,8 @@
 """GPT-2 (Radford et al. 2019) on one page: LayerNorm, learned positions, biases, GELU, the head tied to the embedding.
 
 The modules carry LLaMA's names, so that every adapter attaches to either model; the attention is the same class,
-without RoPE. Checkpoints, whose query, key and value matrices are fused, are split on loading (checkpoints/architectures.py).
+without RoPE. Checkpoints, whose query, key and value matrices are fused, are split on loading
+(checkpoints/architectures.py).
 """
 
 from dataclasses import dataclass

@@ -44,7 +44,8 @@ class LLaMAConfig:
             )
         if self.head_dim is None and D % H:
             raise ValueError(
-                f"hidden_size is {D} and num_attention_heads is {H}; the second must divide the first, or head_dim be given"
+                f"hidden_size is {D} and num_attention_heads is {H}; "
+                "the second must divide the first, or head_dim be given"
             )
         if (self.head_dim or D // H) % 2:
             raise ValueError(

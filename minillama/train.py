@@ -54,8 +54,8 @@ def checkpointed(model):
 
 
 def learning_rate_at(step, steps, peak, warmup):
-    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to 0 (Loshchilov & Hutter
-    2017)."""
+    """Linear warm-up over the first `warmup` share of the steps, then half a cosine down to 0
+    (Loshchilov & Hutter 2017)."""
     rising = max(1, round(steps * warmup))
     if step < rising:
         return peak * (step + 1) / rising
@@ -143,8 +143,8 @@ def answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=256):
 
 
 def exact_match(model, tokenizer, pairs, batch_size=256):
-    """The share of pairs (prompt, answer) that the model, generating on its own, answers to the letter and ends
-    there."""
+    """The share of pairs (prompt, answer) that the model, generating on its own, answers to the letter
+    and ends there."""
     rows = sorted(encode(pairs, tokenizer), key=lambda row: len(row[0]))
     longest = max(len(answer) for _, answer in rows)
     written = answers(model, tokenizer, [prompt for prompt, _ in rows], longest, batch_size)

@@ -13,9 +13,9 @@ import transformers
 from conftest import SHAPE
 from safetensors.torch import load_file
 
-from minillama.__main__ import main
+from minillama.__main__ import COMMANDS, main
 from minillama.adapters import METHODS
-from minillama.checkpoints import BASES
+from minillama.checkpoints import BASES, load, save
 
 
 def minillama(*arguments, cwd, timeout=300):
@@ -225,6 +225,9 @@ def test_check(tmp_path):
         (("adapt", "--data", __file__), "test_command_line.py:1 is not valid JSON"),
         (("adapt", "--max-length", "1"), "--max-length: 1 is too small"),
         (("adapt", "--option", "init=zero"), "init is 'zero'"),
+        (("adapt", "--learning-rate", "0"), "--learning-rate is 0.0"),
+        (("adapt", "--method", "lora", "--option", "rank=8.0"), "rank is 8.0"),
+        (("generate", "--prompt", "x", "--temperature", "nan"), "temperature is nan"),
         (("adapt", "--language", ""), "CLDR knows no language ''"),
         (("adapt", "--device", "cuda:77"), "cuda:77"),
         (("adapt", "--dtype", "int3"), "int3"),
@@ -256,6 +259,59 @@ def test_bad_folders_end_in_one_sentence(tmp_path):
     refused("do not belong together")
     (base / "model.safetensors").write_bytes((BASES / "dates-llama/model.safetensors").read_bytes()[:100_000])
     refused("cut short")
+
+
+def test_a_trained_adapter_is_not_overwritten_by_chance(tmp_path):
+    """Without --out the next free folder is taken; with it, --overwrite must be said before any work."""
+    short = ("adapt", "--steps", 1, "--test-dates", 2)
+    for _ in range(2):
+        assert inside(*short, cwd=tmp_path)[0] == 0
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {"dates-llama-llama_adapter-fr", "dates-llama-llama_adapter-fr-2"}
+    folder = tmp_path / "runs/dates-llama-llama_adapter-fr"
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    code, _, err = inside(*short, "--out", folder, "--seed", 1, cwd=tmp_path)
+    assert code == 2 and "--overwrite" in sentence(err)
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+    assert inside(*short, "--out", folder, "--seed", 1, "--overwrite", cwd=tmp_path)[0] == 0
+    assert (folder / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_an_adapter_of_another_base_is_opened_when_asked(tmp_path):
+    assert inside("adapt", "--steps", 1, "--test-dates", 2, "--out", "here", cwd=tmp_path)[0] == 0
+    other, tokenizer = load("dates-llama")
+    with torch.no_grad():
+        other.norm.weight += 0.5
+    save(other, tmp_path / "other", tokenizer)
+    generate = ("generate", "--base", "other", "--adapter", "here", "--prompt", "3 mars 2021 = ")
+    code, _, err = inside(*generate, cwd=tmp_path)
+    assert code == 2 and "--any-base" in sentence(err)
+    assert inside(*generate, "--any-base", cwd=tmp_path)[0] == 0
+
+
+def test_metrics_are_the_history_and_stand_beside_the_adapter(tmp_path):
+    assert inside("adapt", "--steps", 3, "--test-dates", 2, "--out", "here", cwd=tmp_path)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "here/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and set(lines[0]) >= {"loss", "accuracy", "gates"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_without_none(command, tmp_path):
+    code, out, _ = inside(command, "--help", cwd=tmp_path)
+    assert code == 0 and "None" not in out and "{'" not in out and "usage: minillama" in out
+    assert out.count("(") >= out.count("--device")
+
+
+def test_version_and_what_the_light_commands_import(tmp_path):
+    """`check` looks whether matplotlib is there, so it must start without it; and no command imports another's room."""
+    code = (
+        "import sys; import minillama; assert not any(name.startswith('minillama.course') for name in sys.modules); "
+        "import minillama.commands.check, minillama.commands.generate, minillama.commands.adapt; "
+        "assert not {'matplotlib', 'transformers', 'peft', 'minillama.course', 'nbformat'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    code, out, _ = inside("--version", cwd=tmp_path)
+    assert code == 0 and re.fullmatch(r"minillama \d+\.\d+\.\d+\n", out)
 
 
 def test_help_helps(tmp_path):

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 import torch
 from conftest import KINDS, open_gates
-from methods import CASES, CHECKS, builder, fails
+from methods import CASES, builder, checks, fails
 from mistakes import MISTAKES, Prefix
 
 import minillama
@@ -22,8 +22,10 @@ from minillama.adapters import (
 )
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("case", CASES)
+RIGHT = [(case, check) for case in CASES for check in checks(case)]
+
+
+@pytest.mark.parametrize("case, check", RIGHT, ids=lambda value: getattr(value, "__name__", value))
 @pytest.mark.parametrize("kind", KINDS)
 def test_right(kind, case, check, ids):
     check(builder(kind, case), ids)
@@ -39,7 +41,7 @@ def test_mistakes_are_caught(kind, case, module, name, mistake, ids, monkeypatch
     )  # by the right implementation, before it is replaced
     builder(kind, case).reference(ids, torch.stack([torch.arange(9) >= 9 - n for n in (9, 4, 6)]))
     monkeypatch.setattr(module, name, mistake)
-    assert any(fails(check, builder(kind, case), ids) for check in CHECKS), mistake.__doc__
+    assert any(fails(check, builder(kind, case), ids) for check in checks(case)), mistake.__doc__
 
 
 def test_the_catalogue_is_large_and_each_mistake_has_a_sentence():
@@ -49,7 +51,7 @@ def test_the_catalogue_is_large_and_each_mistake_has_a_sentence():
 def test_what_the_prefix_mistakes_derive_from_is_right(ids, monkeypatch):
     monkeypatch.setattr(llama_adapter, "AdaptedAttention", Prefix)
     for kind in KINDS:
-        assert not any(fails(check, builder(kind, "llama_adapter"), ids) for check in CHECKS)
+        assert not any(fails(check, builder(kind, "llama_adapter"), ids) for check in checks("llama_adapter"))
 
 
 @torch.no_grad()
@@ -99,8 +101,10 @@ def test_published_bottleneck_starts_are_only_near_the_identity(model, init, ids
 
 def test_prompt_begins_with_the_embeddings_of_a_text(model):
     rows = model.embed_tokens.weight[[7, 8, 9, 7, 8]].clone()
-    adapt(model, "prompt_tuning", prompt_length=5, init_ids=[7, 8, 9])
-    assert torch.equal(adapter_parameters(model)["embed_tokens.prompt_tuning.prompt"], rows)
+    for given in ([7, 8, 9], (7, 8, 9), torch.tensor([7, 8, 9])):
+        adapt(model, "prompt_tuning", prompt_length=5, init_ids=given)
+        assert torch.equal(adapter_parameters(model)["embed_tokens.prompt_tuning.prompt"], rows)
+        delete_adapter(model)
 
 
 def test_two_prompts_stand_one_behind_the_other(model, ids):
@@ -111,6 +115,57 @@ def test_two_prompts_stand_one_behind_the_other(model, ids):
         adapt(model, "prompt_tuning", name="a", prompt_length=2, init_ids=[5, 6])
         adapt(model, "prompt_tuning", name="b", prompt_length=2, init_ids=[7, 8])
         torch.testing.assert_close(set_adapter(model, "a", "b")(ids), expected)
+
+
+def test_dropout_acts_in_training_alone(model, ids):
+    """LoRA's and DoRA's dropout thins the path's input, not the base's; generation is in eval mode by itself."""
+    for method in ("lora", "dora"):
+        open_gates(adapt(model, method, dropout=0.5))
+        with torch.no_grad():
+            still = model.eval()(ids)
+            assert torch.equal(model(ids), still)
+            model.train()
+            one, two = model(ids), model(ids)
+            assert not torch.equal(one, two)
+            written = minillama.generate(model, ids, 3)
+            assert model.training and torch.equal(written, minillama.generate(model.eval(), ids, 3))
+            for _, wrapper in wrappers(model.train()):
+                wrapper.B.zero_()
+            if method == "lora":
+                with disabled(model):
+                    base = model(ids)
+                assert torch.equal(model(ids), base)
+        delete_adapter(model)
+
+
+@torch.no_grad()
+def test_merging_leaves_inactive_adapters_out(model, ids):
+    adapt(model, "lora", name="one")
+    adapt(model, "ia3", name="two")
+    for name in ("one", "two"):
+        for parameter in adapter_parameters(model, name).values():
+            parameter.normal_(std=0.3)
+    expected = set_adapter(model, "one")(ids)
+    assert (merge(model)(ids) - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert torch.equal(unmerge(model)(ids), expected)
+    set_adapter(model)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge(model)
+
+
+def test_what_is_drawn_at_the_start_has_its_published_spread():
+    """LoRA's A as nn.Linear draws: uniform up to 1/√in; Houlsby's matrices normal(0, 1e-2) cut at two deviations; AdapterHub's
+    normal(0, 0.02)."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(300, 200)
+    for wrapper in (METHODS["lora"].LoRALinear(linear, 64), METHODS["dora"].DoRALinear(linear, 64)):
+        assert 0.99 * 300**-0.5 < wrapper.A.abs().max() <= 300**-0.5
+        assert wrapper.A.std().item() == pytest.approx((3 * 300) ** -0.5, rel=0.03)
+    bottlenecks = METHODS["bottleneck"].Bottleneck
+    for init, std, largest in (("houlsby", 0.0088, 0.02), ("adapters", 0.02, 0.1)):
+        network = bottlenecks(300, 64, init=init)
+        for matrix in (network.down.weight, network.up.weight):
+            assert matrix.std().item() == pytest.approx(std, rel=0.03) and matrix.abs().max() <= largest
 
 
 def test_reparameterized_prefix_learns(model, ids):
@@ -207,6 +262,9 @@ def test_merged_model_is_saved_as_a_plain_one(model, ids, tmp_path):
         ("prompt_tuning", dict(prompt_length=0), "prompt_length is 0"),
         ("prompt_tuning", dict(init="text"), "init is 'text'"),
         ("prompt_tuning", dict(init_ids=[101]), "below 101"),
+        ("prompt_tuning", dict(init_ids=[]), "below 101"),
+        ("lora", dict(rank=8.0), "rank is 8.0"),
+        ("lora", dict(targets="c_attn"), "'c_attn'"),
         ("llama_adapter_v2", dict(order="both"), "order is 'both'"),
         ("lama_adapter", {}, "method is 'lama_adapter'; it can be llama_adapter"),
     ],

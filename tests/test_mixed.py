@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import KINDS, make
 from methods import CASES, LENGTHS, run
 
 import minillama
@@ -29,11 +30,20 @@ COMBINATIONS = [((case,), (case,)) for case in CASES if case not in ("prefix_tun
 ]
 
 
+WAYS = [(False, False), (True, True), (False, True), (True, False)]
+# Pairwise: every combination meets every kind of model, padding and none, a cache and none; every kind meets every way.
+ROWS = [
+    (kind, *combination, *WAYS[(i + j) % 4])
+    for i, combination in enumerate(COMBINATIONS)
+    for j, kind in enumerate(KINDS)
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("first, second", COMBINATIONS, ids=str)
-@pytest.mark.parametrize("padded", (False, True))
-@pytest.mark.parametrize("cached", (False, True))
-def test_each_row_as_if_alone(model, ids, first, second, padded, cached):
+@pytest.mark.parametrize("kind, first, second, padded, cached", ROWS, ids=str)
+def test_each_row_as_if_alone(kind, ids, first, second, padded, cached):
+    torch.manual_seed(0)
+    model = make(kind)
     two_adapters(model, first, second)
     set_adapter(model, "one")
     states = [wrapper.active for _, wrapper in wrappers(model)]

@@ -343,3 +343,56 @@ def test_tokenizer_of_a_folder(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(minillama.FileError, match="tokenizer.json"):
         minillama.load(tmp_path)
+
+
+@pytest.mark.parametrize("temperature", (1e-45, 1e-46, float("nan"), float("inf"), -1.0))
+def test_a_temperature_that_is_none_is_refused(model, ids, temperature):
+    with pytest.raises(ValueError, match="temperature is"):
+        minillama.generate(model, ids, 2, temperature=temperature)
+    assert minillama.generate(model, ids, 2, temperature=1e-4, seed=0).shape == (3, 11)
+
+
+def test_interleaved_streams_leave_the_mode_alone(model, ids):
+    from minillama.generate import stream
+
+    model.train()
+    one, two = stream(model, ids, 3), stream(model, ids, 3)
+    alone = [token.tolist() for token in stream(model, ids, 3)]
+    assert [[next(one).tolist(), next(two).tolist()] for _ in range(3)] == [[token, token] for token in alone]
+    assert model.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ("prompt_tuning", "prefix_tuning", "llama_adapter"))
+def test_no_tokens_and_no_rows(model, method):
+    minillama.adapt(model, method)
+    assert model(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 101)
+    none = torch.zeros(0, 4, dtype=torch.int64)
+    assert model(none, none).shape == (0, 4, 101)
+
+
+def test_an_end_id_of_the_configuration_is_kept(tmp_path):
+    """It came from config.json, since tokenizer_config.json names no end token."""
+    import tokenizers
+
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "one")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(101)}, unk_token="w0"))
+    inner.save(str(tmp_path / "one/tokenizer.json"))
+    path = tmp_path / "one/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 7}))
+    model, tokenizer = minillama.load(tmp_path / "one")
+    minillama.save(model, tmp_path / "two", tokenizer)
+    assert tokenizer.eos_id == minillama.load(tmp_path / "two")[1].eos_id == 7
+
+
+def test_files_are_as_open_as_the_umask_says(model, tmp_path):
+    import os
+    import stat
+
+    before = os.umask(0o027)
+    try:
+        minillama.save(model, tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o640

@@ -6,6 +6,7 @@ the arguments of `adapt` and the tensors under the names of `adapter_tensors`.
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -13,28 +14,30 @@ import torch
 from ..checkpoints.files import FileError, read_json, read_metadata, read_tensors, write_json, write_tensors
 from . import adapt, adapter_tensors, adapters, base_tensors, peft, whole_or_not_at_all
 
-BLOCK = 2**16
-STEP = 2.0**-8  # to which a projection is rounded
+BLOCK = 2**20
+STEP = 2.0**-8  # to which the numbers of a fingerprint are rounded
 
 
 def fingerprint(model):
-    """Tells one base from another, and the same base in float32, bfloat16 and float16 from none of them: 8 hex digits
-    for all names and shapes, then 4 for each tensor, in order of their names.
+    """Tells one base from another, and does not tell the same base in float32 from that in bfloat16 or float16: 8 hex
+    digits for all names and shapes, then 8 for each tensor, in order of their names.
 
-    A tensor's four are its projection on a fixed pattern of ±1 over its norm, rounded: every weight counts, and the
-    rounding of a dtype moves it by less than the four steps that `same_base` allows (seven deviations, in bfloat16).
+    A tensor's are the logarithm of its norm, and its projection on a fixed pattern of ±1 over the norm, both rounded:
+    every weight counts, and the rounding of a dtype moves them by less than the four steps that `same_base` allows
+    (seven standard deviations, in bfloat16).
     """
     signs = torch.randint(0, 2, (BLOCK,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).float()
     digest, projections = hashlib.sha256(), ""
     for name, tensor in sorted(base_tensors(model).items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        along, square = 0.0, 0.0
+        along, square, pattern = 0.0, 0.0, signs.to(tensor.device)
         for i, part in enumerate(tensor.detach().flatten().split(BLOCK)):
-            part, pattern = part.float(), signs[: len(part)].to(tensor.device)
-            along += signs[i % BLOCK].item() * (part @ pattern).item()
+            part = part.float()
+            along += signs[i % BLOCK].item() * (part @ pattern[: len(part)]).item()  # another sign for each block
             square += (part @ part).item()
-        step = round(along / (square**0.5 or 1.0) / STEP)
-        projections += f"{max(-0x7FFF, min(0x7FFF, step)) & 0xFFFF:04x}"
+        norm = square**0.5
+        for number in (math.log2(norm), along / norm) if 0 < norm < math.inf else (0.0, 0.0):
+            projections += f"{max(-0x7FFF, min(0x7FFF, round(number / STEP))) & 0xFFFF:04x}"
     return digest.hexdigest()[:8] + projections
 
 

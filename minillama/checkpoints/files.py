@@ -43,7 +43,8 @@ def read_tensors(path):
     except SafetensorError as error:
         size = path.stat().st_size
         raise FileError(
-            f"{path} ({size:,} bytes) is not a whole safetensors file ({error}): it may have been cut short, copy it again"
+            f"{path} ({size:,} bytes) is not a whole safetensors file ({error}): "
+            "it may have been cut short, copy it again"
         ) from None
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from None

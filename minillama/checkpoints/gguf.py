@@ -1,4 +1,5 @@
-"""Opens a .gguf file, llama.cpp's format: a header of named values, a table of tensors, and the tensors, mostly quantised.
+"""Opens a .gguf file, llama.cpp's format: a header of named values, a table of tensors, and the tensors,
+mostly quantised.
 
 Everything comes out as Hugging Face has it: names by a short table, the rows of q and k back in their order, weights
 dequantised a few rows at a time straight into the wanted dtype. The format:
@@ -21,9 +22,8 @@ from .files import FileError
 from .gguf_tokenizer import read_gguf_tokenizer
 
 STRING, ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
-FORMATS = dict(
-    zip((GGUFValueType(kind) for kind in (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)), "BbHhIif?Qqd")
-)  # as `struct` writes them
+# as `struct` writes them
+FORMATS = dict(zip((GGUFValueType(kind) for kind in (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)), "BbHhIif?Qqd"))
 PLAIN = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
 CHUNK = 2**20  # weights that are dequantised at once
 
@@ -66,9 +66,8 @@ def read_gguf(path, dtype=None):
             for name, entry in tensors.items():
                 weight = read_tensor(file, name, entry, dtype)
                 for part, H in heads.items():
-                    if (
-                        f".{part}." in name and len(weight) % (2 * H) == 0
-                    ):  # another length is refused later, with its shape
+                    # another length is refused later, with its shape
+                    if f".{part}." in name and len(weight) % (2 * H) == 0:
                         weight = interleaved_to_halves(weight, H)
                 weights[".".join(NAMES.get(word, word) for word in name.split("."))] = weight
         return config, weights, tokenizer
@@ -132,7 +131,8 @@ def read_header(path):
     for name, _, kind, _ in table:
         if kind not in known:
             raise ValueError(
-                f"{name} is quantised by kind {kind}, which nobody here knows: take a file in Q8_0, Q6_K, Q4_K, F16 or BF16"
+                f"{name} is quantised by kind {kind}, which nobody here knows: "
+                "take a file in Q8_0, Q6_K, Q4_K, F16 or BF16"
             )
     return fields, {
         name: (shape[::-1], GGMLQuantizationType(kind), start + offset) for name, shape, kind, offset in table
@@ -191,12 +191,14 @@ def read_tensor(file, name, entry, dtype):
     rows, columns = math.prod(shape[:-1]), shape[-1]
     if columns % block:
         raise ValueError(
-            f"{name} has rows of {columns} weights and {kind.name} holds {block} a block: the file is damaged, copy it again"
+            f"{name} has rows of {columns} weights and {kind.name} holds {block} a block: "
+            "the file is damaged, copy it again"
         )
     width = columns // block * size  # bytes a row
     if (length := os.fstat(file.fileno()).st_size) < place + rows * width:
         raise ValueError(
-            f"{name} should end at byte {place + rows * width:,} and the file has {length:,}: it was cut short, copy it again"
+            f"{name} should end at byte {place + rows * width:,} and the file has {length:,}: "
+            "it was cut short, copy it again"
         )
     file.seek(place)
     weight = torch.empty(rows, columns, dtype=dtype)
@@ -206,7 +208,8 @@ def read_tensor(file, name, entry, dtype):
             part.copy_(torch.from_numpy(dequantize(data, kind)))
         except NotImplementedError:
             raise ValueError(
-                f"{name} is quantised as {kind.name}, which cannot be opened: take a file in Q8_0, Q6_K, Q4_K, F16 or BF16"
+                f"{name} is quantised as {kind.name}, which cannot be opened: "
+                "take a file in Q8_0, Q6_K, Q4_K, F16 or BF16"
             ) from None
     return weight.view(shape)
 

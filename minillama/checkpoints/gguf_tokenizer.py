@@ -7,7 +7,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from .tokenizers import TextTokenizer
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # How a text is cut into words before the merges: by the name in tokenizer.ggml.pre.
 CUTS = {
     "gpt-2": BYTES,
@@ -33,7 +36,8 @@ def read_gguf_tokenizer(fields):
     model, pre = ggml["model"], ggml.get("pre")
     if model != "llama" and (model != "gpt2" or pre not in CUTS):
         raise ValueError(
-            f"its tokenizer is {model!r} with {pre!r}; only 'llama', and 'gpt2' with {', '.join(map(repr, CUTS))} can be honoured"
+            f"its tokenizer is {model!r} with {pre!r}; "
+            f"only 'llama', and 'gpt2' with {', '.join(map(repr, CUTS))} can be honoured"
         )
     tokens = ggml["tokens"]
     vocab = {token: id for id, token in enumerate(tokens)}
@@ -44,11 +48,9 @@ def read_gguf_tokenizer(fields):
             inner.pre_tokenizer, inner.decoder = CUTS[pre], decoders.ByteLevel()
         else:  # SentencePiece: a space, written ▁, before the text, and what has no token in bytes
             unknown = tokens[ggml.get("unknown_token_id", 0)]
-            inner = tokenizers.Tokenizer(
-                models.BPE(
-                    vocab, merges_by_score(vocab, ggml["scores"]), unk_token=unknown, fuse_unk=True, byte_fallback=True
-                )
-            )
+            merges = merges_by_score(vocab, ggml["scores"])
+            bpe = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+            inner = tokenizers.Tokenizer(bpe)
             first = ggml.get("add_space_prefix", True)
             inner.normalizer = normalizers.Sequence(
                 [normalizers.Prepend("▁")] * first + [normalizers.Replace(" ", "▁")]
@@ -62,13 +64,8 @@ def read_gguf_tokenizer(fields):
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"its tokenizer cannot be built ({error}): it is damaged, copy it again") from None
     kinds = zip(tokens, ggml.get("token_type", []))
-    inner.add_tokens(
-        [
-            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-            for token, kind in kinds
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-        ]
-    )
+    apart = [(token, kind) for token, kind in kinds if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    inner.add_tokens([AddedToken(token, special=kind != USER_DEFINED, normalized=False) for token, kind in apart])
     ids = {
         "bos_token": "bos_token_id",
         "eos_token": "eos_token_id",

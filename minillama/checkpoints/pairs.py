@@ -25,9 +25,8 @@ def read_pairs(path):
 def read_lines(file):
     """(prompt, response) of each line of a .jsonl file that is not blank."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # not splitlines: JSON may hold other line ends as they are
+        # not splitlines: JSON may hold other line ends as they are
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{file} cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(lines, 1):

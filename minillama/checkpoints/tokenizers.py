@@ -18,15 +18,17 @@ ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat temp
 
 
 class TextTokenizer:
-    """A tokenizer of the `tokenizers` library behind the same three names as data.ByteTokenizer, with its chat template.
+    """A tokenizer of the `tokenizers` library behind the same three names as data.ByteTokenizer,
+    with its chat template.
 
     Nothing is added around a text, and text that looks like a special token stays text unless `special` is true.
     tokens: the strings of the ROLES that there are, such as {"eos_token": "<|im_end|>"}.
     eos_id: the id that ends a text; None: the one of tokens["eos_token"].
     """
 
-    def __init__(self, inner, tokens={}, eos_id=None, template=None):
-        self.inner, self.tokens, self.template = inner, dict(tokens), template
+    def __init__(self, inner, tokens=None, eos_id=None, template=None):
+        tokens = dict(tokens or {})
+        self.inner, self.tokens, self.template = inner, tokens, template
         self.vocab_size = inner.get_vocab_size()
         self.eos_id = inner.token_to_id(tokens["eos_token"]) if eos_id is None and "eos_token" in tokens else eos_id
 
@@ -87,9 +89,8 @@ def read_tokenizer(folder):
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     eos = read_json(folder / "config.json").get("eos_token_id")
-    return TextTokenizer(
-        inner, tokens, None if "eos_token" in tokens else eos[0] if isinstance(eos, list) else eos, template
-    )
+    eos = eos[0] if isinstance(eos, list) else eos
+    return TextTokenizer(inner, tokens, None if "eos_token" in tokens else eos, template)
 
 
 # ── what chat templates are written for: the sandbox and the few names that transformers gives them ──────────────────

@@ -58,18 +58,9 @@ def smollm2():
 
 
 def adaptation(
-    method,
-    language="fr",
-    *,
-    of="dates-llama",
-    steps=100,
-    batch_size=32,
-    learning_rate=None,
-    seed=0,
-    prepare=None,
-    test_dates=200,
-    **options,
-):
+    method, language="fr", *, of="dates-llama", steps=100, batch_size=32, learning_rate=None, seed=0, prepare=None,
+    test_dates=200, **options,
+):  # fmt: skip
     """Adapts a copy of a base to a language and measures it; seconds, not minutes, at these defaults.
 
     method: one of adapters.METHODS, with its options; or "full", which trains every weight, in float32.
@@ -89,17 +80,8 @@ def adaptation(
     train_days, test_days = data.split_dates()
     pairs = data.examples(language, train_days, steps * batch_size, seed)
     rate = suits(method) if learning_rate is None else learning_rate
-    history = train(
-        model,
-        tokenizer,
-        pairs,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=rate,
-        seed=seed,
-        watch=gates,
-        progress=False,
-    )
+    how = dict(batch_size=batch_size, learning_rate=rate, seed=seed, watch=gates, progress=False)
+    history = train(model, tokenizer, pairs, steps=steps, **how)
     match = exact_match(model, tokenizer, data.examples(language, test_days, test_dates, seed=1))
     return Adaptation(model, history, match, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
@@ -117,7 +99,8 @@ def over_seeds(method, language="fr", *, seeds=(0, 1), **options):
 
 
 def distances(build, ids):
-    """How far adapted models stand from the base at the start: rows (name, largest difference of logits, bit for bit or not).
+    """How far adapted models stand from the base at the start:
+    rows (name, largest difference of logits, bit for bit or not).
 
     build: {name: function that adapts the fresh copy it is given}.  ids (B, T).
     """
@@ -151,13 +134,9 @@ def table(header, rows):
     from IPython.display import Markdown
 
     def text(cell):
-        return (
-            f"{cell:,}"
-            if isinstance(cell, int) and not isinstance(cell, bool)
-            else f"{cell:.3g}"
-            if isinstance(cell, float)
-            else str(cell).strip().replace("|", "\\|").replace("\n", " ")
-        )
+        if isinstance(cell, int) and not isinstance(cell, bool):
+            return f"{cell:,}"
+        return f"{cell:.3g}" if isinstance(cell, float) else str(cell).strip().replace("|", "\\|").replace("\n", " ")
 
     rows = [[text(cell) for cell in row] for row in rows]
     rule = [
@@ -228,13 +207,8 @@ def attention_figure(model, tokenizer, prompt, place=6):
     rows = [
         f"layer {i}" if head == 0 else "" for i, (on_words, _, _) in weights.items() for head in range(len(on_words))
     ]
-    return plots.attention_figure(
-        prompts,
-        words,
-        characters,
-        rows,
-        f"“{prompt}{written.strip()}”: where each head looks while it writes character {place + 1} of the answer",
-    )
+    title = f"“{prompt}{written.strip()}”: where each head looks while it writes character {place + 1} of the answer"
+    return plots.attention_figure(prompts, words, characters, rows, title)
 
 
 def gate_slider(model, tokenizer, prompt):

@@ -77,7 +77,8 @@ def execute(path, timeout=600):
 
 
 def store(path, notebook, seconds):
-    """Writes the executed notebook, its seconds into its first cell and the course map, and its tagged pictures into docs/.
+    """Writes the executed notebook, its seconds into its first cell and the course map,
+    and its tagged pictures into docs/.
 
     Of several runs of the same code the fastest counts: whatever else a machine does only adds to the time.
     """
@@ -90,7 +91,8 @@ def store(path, notebook, seconds):
     notebook.cells[0].source, found = RUNTIME.subn(shown, notebook.cells[0].source)
     if not found:
         raise ValueError(
-            f"{path.name}: the first cell does not say '**Runs in – seconds** on two CPU cores', where the measured time goes"
+            f"{path.name}: the first cell does not say '**Runs in – seconds** on two CPU cores', "
+            "where the measured time goes"
         )
     for cell in notebook.cells:
         for name in (tag.removeprefix("docs:") for tag in cell.metadata.get("tags", []) if tag.startswith("docs:")):

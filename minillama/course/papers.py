@@ -44,29 +44,18 @@ def gpt3():
 
 # method, options, model, what the paper says
 CLAIMS = (
-    (
-        "llama_adapter",
-        dict(prompt_length=10, layers=30),
-        llama_7b,
-        "1.2M (Zhang et al. 2023, section 4.1); 4.69 MiB in float32",
-    ),
-    (
-        "llama_adapter",
-        dict(prompt_length=10, layers=30, gate="layer"),
-        llama_7b,
-        "the same with one gate a layer, as in PEFT",
-    ),
+    ("llama_adapter", dict(prompt_length=10, layers=30), llama_7b,
+     "1.2M (Zhang et al. 2023, section 4.1); 4.69 MiB in float32"),
+    ("llama_adapter", dict(prompt_length=10, layers=30, gate="layer"), llama_7b,
+     "the same with one gate a layer, as in PEFT"),
     ("ia3", {}, t0_3b, "540K (Liu et al. 2022, section 3.3)"),
     ("ia3", {}, smollm2, "not in the paper"),
-    (
-        "bottleneck",
-        dict(size=64),
-        bert_large,
-        "2.1 % (Houlsby et al. 2019, table 1); of all 335M weights these are 1.9 %, of those that are not embeddings 2.1 %",
-    ),
+    ("bottleneck", dict(size=64), bert_large,
+     "2.1 % (Houlsby et al. 2019, table 1); of all 335M weights these are 1.9 %, "
+     "of those that are not embeddings 2.1 %"),
     ("lora", dict(rank=1), gpt3, "4.7M (Hu et al. 2021, table 4)"),
     ("lora", dict(rank=8), gpt3, "37.7M (Hu et al. 2021, table 4)"),
-)
+)  # fmt: skip
 
 
 def counts():
@@ -78,7 +67,6 @@ def counts():
             model.requires_grad_(False)
             METHODS[method].attach(model, **options)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        rows.append(
-            (method, ", ".join(f"{key}={value}" for key, value in options.items()), make.__name__, trained, claim)
-        )
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        rows.append((method, given, make.__name__, trained, claim))
     return rows

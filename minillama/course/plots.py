@@ -29,8 +29,8 @@ STYLE = {
 
 def use():
     """For a notebook's first cell: figures show as SVG, no wider than the page and the same bytes each time, with a PNG
-    beside it for JupyterLab, which draws no stored SVG until it is told to trust the notebook.
-    Elsewhere only the style is set."""
+    beside it for JupyterLab, which draws no stored SVG until it is told to trust the notebook. Elsewhere only the style
+    is set."""
     matplotlib.rcParams.update({**STYLE, "svg.hashsalt": "minillama"})
     try:
         from IPython import get_ipython
@@ -48,9 +48,8 @@ def svg(figure):
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', buffer.getvalue())
     share = min(1, PAGE / float(size[1]))
-    return buffer.getvalue().replace(
-        size[0], f'width="{share * float(size[1]):.1f}pt" height="{share * float(size[2]):.1f}pt"', 1
-    )
+    shrunk = f'width="{share * float(size[1]):.1f}pt" height="{share * float(size[2]):.1f}pt"'
+    return buffer.getvalue().replace(size[0], shrunk, 1)
 
 
 def png(figure):
@@ -80,20 +79,14 @@ def training_figure(history, title):
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         left, *right = figure.subplots(1, 1 + gated, squeeze=False)[0]
         left.plot(steps, [record["loss"] for record in history], color=TRAINED)
-        left.set(
-            xlabel="step",
-            ylabel="loss (nats per answer token)",
-            ylim=(0, None),
-            title="Loss and accuracy on the training batches",
-        )
-        accuracy = left.twinx()
-        accuracy.plot(
-            steps, [100 * record["accuracy"] for record in history], color=FROZEN, linewidth=1, linestyle="--"
-        )
+        left.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None))
+        left.set_title("Loss and accuracy on the training batches")
+        accuracy, thin = left.twinx(), dict(color=FROZEN, linewidth=1, linestyle="--")
+        accuracy.plot(steps, [100 * record["accuracy"] for record in history], **thin)
         accuracy.set(ylabel="whole answers right (%)", ylim=(0, 101))
         accuracy.spines["right"].set_visible(True)
         accuracy.grid(False)
-        left.plot([], [], color=FROZEN, linewidth=1, linestyle="--", label="accuracy (right axis)")
+        left.plot([], [], **thin, label="accuracy (right axis)")
         left.lines[0].set_label("loss (left axis)")
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below: the curves may go anywhere
 
@@ -106,29 +99,20 @@ def draw_gates(axes, history):
     """One line per head (or layer), coloured and dashed by layer, from the 0 before the first step."""
     layers, shades, dashes = list(history[0]["gates"]), matplotlib.colormaps["YlOrRd"], ("-", "--", "-.", ":")
     for i, layer in enumerate(layers):
-        color = shades(0.4 + 0.55 * i / max(1, len(layers) - 1))
+        style = dict(color=shades(0.4 + 0.55 * i / max(1, len(layers) - 1)), linestyle=dashes[i % 4], linewidth=1.2)
         rows = [[0.0] * len(history[0]["gates"][layer])] + [record["gates"][layer] for record in history]
         for head, line in enumerate(zip(*rows)):
-            axes.plot(
-                range(len(line)),
-                line,
-                color=color,
-                linestyle=dashes[i % 4],
-                linewidth=1.2,
-                label=f"layer {layer}" if head == 0 else None,
-            )
+            axes.plot(range(len(line)), line, **style, label=f"layer {layer}" if head == 0 else None)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(
-        xlabel="step",
-        ylabel="gate (0: the base, bit for bit)",
-        title=f"The gates open from zero, one line per {'head' if len(rows[0]) > 1 else 'layer'}",
-    )
+    axes.set(xlabel="step", ylabel="gate (0: the base, bit for bit)")
+    axes.set_title(f"The gates open from zero, one line per {'head' if len(rows[0]) > 1 else 'layer'}")
     if len(layers) <= 12:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def comparison_figure(rows, title):
-    """Exact match against trained parameters, one shape for each method with its spread over seeds; names in the legend.
+    """Exact match against trained parameters, one shape for each method with its spread over seeds;
+    names in the legend.
 
     rows: dicts with method, parameters, matches (a share per seed). The methods "full" and "base" are drawn as lines.
     """
@@ -136,52 +120,25 @@ def comparison_figure(rows, title):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 4.5), layout="constrained")
         axes = figure.subplots()
-        methods = sorted(
-            (row for row in rows if row["method"] not in ("full", "base")), key=lambda row: row["parameters"]
-        )
-        for row in (
-            [row for row in rows if row["method"] == "full"]
-            + methods
-            + [row for row in rows if row["method"] == "base"]
-        ):
+        full, frozen = ([row for row in rows if row["method"] == name] for name in ("full", "base"))
+        others = [row for row in rows if row["method"] not in ("full", "base")]
+        methods = sorted(others, key=lambda row: row["parameters"])
+        for row in full + methods + frozen:
             percent = [100 * match for match in row["matches"]]
             mean = sum(percent) / len(percent)
             if row in methods:
-                i = methods.index(row)
-                spread, label = (
-                    [[mean - min(percent)], [max(percent) - mean]],
-                    f"{row['method']}, {row['parameters']:,}: {mean:.1f} %",
-                )
+                i, spread = methods.index(row), [[mean - min(percent)], [max(percent) - mean]]
+                label = f"{row['method']}, {row['parameters']:,}: {mean:.1f} %"
+                style = dict(markeredgecolor=INK, capsize=4, markersize=9, alpha=0.85, label=label)
                 color = warm(0.4 + 0.5 * i / len(methods))
-                axes.errorbar(
-                    row["parameters"],
-                    mean,
-                    yerr=spread,
-                    fmt=shapes[i % 8],
-                    color=color,
-                    markeredgecolor=INK,
-                    capsize=4,
-                    markersize=9,
-                    alpha=0.85,
-                    label=label,
-                )
+                axes.errorbar(row["parameters"], mean, yerr=spread, fmt=shapes[i % 8], color=color, **style)
             elif row["method"] == "full":
-                axes.axhline(
-                    mean,
-                    color=INK,
-                    linestyle="--",
-                    linewidth=1.2,
-                    label=f"full fine-tuning, {row['parameters']:,}: {mean:.1f} %",
-                )
+                label = f"full fine-tuning, {row['parameters']:,}: {mean:.1f} %"
+                axes.axhline(mean, color=INK, linestyle="--", linewidth=1.2, label=label)
             else:
                 axes.axhline(mean, color=FROZEN, linestyle=":", linewidth=1.6, label=f"the frozen base: {mean:.1f} %")
-        axes.set(
-            xscale="log",
-            xlabel="trained parameters",
-            ylabel="exact match on unseen dates (%)",
-            ylim=(0, 105),
-            title=title,
-        )
+        axes.set(xscale="log", xlabel="trained parameters", ylabel="exact match on unseen dates (%)", ylim=(0, 105))
+        axes.set_title(title)
         low, high = axes.get_xlim()
         axes.set_xlim(low / 1.5, high * 1.5)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -199,16 +156,10 @@ def curve_figure(curves, xlabel, ylabel, title, log=False):
             means, color = [sum(row) / len(row) for row in values], shades[i % 4]
             marker = markers[i % 8] if len(means) <= 20 else ""
             axes.plot(xs, means, color=color, linestyle=dashes[i % 4], marker=marker, label=label)
-            axes.fill_between(
-                xs, [min(row) for row in values], [max(row) for row in values], color=color, alpha=0.2, linewidth=0
-            )
-        axes.set(
-            xlabel=xlabel,
-            ylabel=ylabel,
-            title=title,
-            ylim=(0, 105) if "%" in ylabel else None,
-            xscale="log" if log else "linear",
-        )
+            lowest, highest = [min(row) for row in values], [max(row) for row in values]
+            axes.fill_between(xs, lowest, highest, color=color, alpha=0.2, linewidth=0)
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        axes.set(ylim=(0, 105) if "%" in ylabel else None, xscale="log" if log else "linear")
         if all(isinstance(x, int) for xs, _ in curves.values() for x in xs) and not log:
             axes.xaxis.get_major_locator().set_params(integer=True)
         if len(curves) > 1:
@@ -228,17 +179,12 @@ def attention_figure(prompts, words, characters, rows, title):
             left.imshow(prompts, aspect="auto", cmap="PuOr_r", vmin=-extent, vmax=extent),
             right.imshow(words, aspect="auto", cmap="Blues", vmin=0, vmax=1),
         )
-        left.set(
-            title="gate · softmax over the prompts",
-            xlabel="prompt token",
-            xticks=range(prompts.shape[1]),
-            xticklabels=range(1, prompts.shape[1] + 1),
-        )
+        left.set(title="gate · softmax over the prompts", xlabel="prompt token")
+        left.set(xticks=range(prompts.shape[1]), xticklabels=range(1, prompts.shape[1] + 1))
         right.set(title="softmax over the words", xlabel="text", xticks=range(len(characters)), xticklabels=characters)
         starts = [i for i, label in enumerate(rows) if label]
-        left.set(
-            yticks=[i + 0.5 * (len(rows) / len(starts) - 1) for i in starts], yticklabels=[rows[i] for i in starts]
-        )
+        middles = [i + 0.5 * (len(rows) / len(starts) - 1) for i in starts]
+        left.set(yticks=middles, yticklabels=[rows[i] for i in starts])
         for axes, image in zip((left, right), images):
             for i in starts[1:]:
                 axes.axhline(i - 0.5, color=INK, linewidth=0.8)
@@ -250,21 +196,17 @@ def share_figure(panels, characters, rows, title):
     """The share of each softmax that a prefix takes: heat maps side by side, {heading: (R, T)}, a character of the text
     below each column; rows: R labels, empty ones skipped, a line above each that is not."""
     starts = [i for i, label in enumerate(rows) if label]
+    middles = [i + 0.5 * (len(rows) / len(starts) - 1) for i in starts]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(11, 3.9), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (heading, shares) in zip(every, panels.items()):
             image = axes.imshow(100 * shares, aspect="auto", cmap="Oranges", vmin=0, vmax=100)
-            axes.set(
-                title=f"{heading}: {100 * shares.mean():.0f} % on average",
-                xlabel="the word that looks",
-                xticks=range(len(characters)),
-            )
+            axes.set(title=f"{heading}: {100 * shares.mean():.0f} % on average", xlabel="the word that looks")
+            axes.set(xticks=range(len(characters)))
             axes.set_xticklabels(characters, fontsize=7.5)
-            axes.set(
-                yticks=[i + 0.5 * (len(rows) / len(starts) - 1) for i in starts], yticklabels=[rows[i] for i in starts]
-            )
+            axes.set(yticks=middles, yticklabels=[rows[i] for i in starts])
             axes.title.set_fontsize(10.5)
             for i in starts[1:]:
                 axes.axhline(i - 0.5, color=INK, linewidth=0.8)
@@ -288,9 +230,8 @@ def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if write is not None and value is not None:
-                    axes.text(
-                        j, i, write.format(value), ha="center", va="center", color="white" if value > 0.6 * top else INK
-                    )
+                    color = "white" if value > 0.6 * top else INK
+                    axes.text(j, i, write.format(value), ha="center", va="center", color=color)
         figure.colorbar(image, ax=axes, label=scale, fraction=0.06, pad=0.02)
     return figure
 
@@ -316,11 +257,8 @@ def rotation_figure(speeds, scores):
         for i, (label, (distances, values)) in enumerate(scores.items()):
             right.plot(distances, values, color=shades[i % 4], linestyle=dashes[i % 4], linewidth=1.3, label=label)
         right.axhline(0, color=INK, linewidth=0.8)
-        right.set(
-            xlabel="distance from key to query (tokens)",
-            ylabel="score, 1 at distance 0",
-            title="The score of a query and a key that match",
-        )
+        right.set(xlabel="distance from key to query (tokens)", ylabel="score, 1 at distance 0")
+        right.set_title("The score of a query and a key that match")
         right.legend()
     return figure
 
@@ -335,13 +273,8 @@ def maps_figure(maps, rows, columns, title, xlabel, ylabel):
         every = figure.subplots(lines, 2, squeeze=False, sharex=True, sharey=True)
         for axes, (heading, values) in zip(every.flat, maps.items()):
             image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-            axes.set(
-                title=heading,
-                xticks=range(len(columns)),
-                xticklabels=columns,
-                yticks=range(len(rows)),
-                yticklabels=rows,
-            )
+            axes.set(title=heading)
+            axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
             axes.tick_params(length=0, labelbottom=True)
         for axes in every[-1]:
             axes.set_xlabel(xlabel)
@@ -368,10 +301,8 @@ def scale_figure(scales, title):
                 every = sorted(vectors[kind].tolist())
                 values = every[:: max(1, len(every) // 64)]  # enough of them for the eye, and a small file
                 edges = [i - 0.5 for i in range(len(values) + 1)]
-                for color, part in (
-                    (TRAINED, [max(v, 1) for v in values]),
-                    (FROZEN, [min(max(v, 0), 1) for v in values]),
-                ):
+                amplified, inhibited = [max(v, 1) for v in values], [min(max(v, 0), 1) for v in values]
+                for color, part in ((TRAINED, amplified), (FROZEN, inhibited)):
                     axes.stairs(part, edges, baseline=1, fill=True, color=color)
                 axes.stairs([min(v, 0) for v in values], edges, baseline=0, fill=True, color=GATE)
                 axes.axhline(1, color=INK, linewidth=0.8), axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")

@@ -17,7 +17,8 @@ def tint(color, share):
     return tuple(1 - share * (1 - part) for part in to_rgb(color))
 
 
-# Shape and edge tell the kinds apart where colours do not: frozen is square and thin, trained is round and thick, a gate is dark.
+# Shape and edge tell the kinds apart where colours do not: frozen is square and thin, trained is round and thick,
+# a gate is dark.
 KINDS = {
     "flow": dict(facecolor="white", edgecolor=INK, linewidth=0.9),
     "frozen": dict(facecolor=tint(FROZEN, 0.35), edgecolor="#4d6a84", linewidth=1),
@@ -38,30 +39,21 @@ def sheet(width, height, title, kinds=("frozen", "trained")):
     right = width - (1.3 if "gate" in kinds else 0.95)
     for i, kind in enumerate(reversed(kinds)):
         box(axes, right - 1.15 * i, height - 0.32, 0.3, 0.2, kind=kind)
-        note(
-            axes,
-            right + 0.23 - 1.15 * i,
-            height - 0.37,
-            {"gate": "trained gate"}.get(kind, kind),
-            size=10,
-            va="baseline",
-        )
+        name = "trained gate" if kind == "gate" else kind
+        note(axes, right + 0.23 - 1.15 * i, height - 0.37, name, size=10, va="baseline")
     return axes
 
 
 def note(axes, x, y, text, size=9.5, **style):
-    axes.text(
-        x, y, text, **{"fontsize": size, "color": INK, "ha": "left", "va": "center", "linespacing": 1.35, **style}
-    )
+    style = {"fontsize": size, "color": INK, "ha": "left", "va": "center", "linespacing": 1.35, **style}
+    axes.text(x, y, text, **style)
 
 
 def box(axes, x, y, width, height, text="", kind="flow", size=10.5):
     """A box around (x, y). Returns its sides."""
     corner, rounding = (x - width / 2, y - height / 2), 0.07 if kind in ("trained", "gate") else 0
-    shape = f"round,pad=0,rounding_size={rounding}"
-    axes.add_patch(
-        FancyBboxPatch(corner, width, height, boxstyle=shape, **KINDS[kind], zorder=0 if kind == "frame" else 2)
-    )
+    style = dict(boxstyle=f"round,pad=0,rounding_size={rounding}", zorder=0 if kind == "frame" else 2)
+    axes.add_patch(FancyBboxPatch(corner, width, height, **style, **KINDS[kind]))
     if text:
         note(axes, x, y, text, size, ha="center", color="white" if kind == "gate" else INK, zorder=3)
     return Sides((x - width / 2, y), (x + width / 2, y), (x, y + height / 2), (x, y - height / 2))
@@ -75,14 +67,8 @@ def point(x, y):
 def funnel(axes, x, y, width, left, right, text):
     """A trained matrix that narrows or widens what flows through it from left to right. Returns its sides."""
     w, a, b = width / 2, left / 2, right / 2
-    axes.add_patch(
-        Polygon(
-            [(x - w, y - a), (x - w, y + a), (x + w, y + b), (x + w, y - b)],
-            joinstyle="round",
-            **KINDS["trained"],
-            zorder=2,
-        )
-    )
+    corners = [(x - w, y - a), (x - w, y + a), (x + w, y + b), (x + w, y - b)]
+    axes.add_patch(Polygon(corners, joinstyle="round", **KINDS["trained"], zorder=2))
     note(axes, x, y, text, 10.5, ha="center", zorder=3)
     return Sides((x - w, y), (x + w, y), (x, y + (a + b) / 2), (x, y - (a + b) / 2))
 
@@ -116,9 +102,8 @@ def cells(axes, left, y, count, kind):
 def arrow(axes, *points, head=True, **style):
     """Straight from point to point, a head at the last."""
     style = {"color": INK, "linewidth": 1.2, "zorder": 1, "joinstyle": "miter", "capstyle": "butt", **style}
-    axes.add_patch(
-        FancyArrowPatch(path=Path(points), arrowstyle="-|>" if head else "-", mutation_scale=11, fill=head, **style)
-    )
+    tip = dict(arrowstyle="-|>" if head else "-", mutation_scale=11, fill=head)
+    axes.add_patch(FancyArrowPatch(path=Path(points), **tip, **style))
 
 
 def chain(axes, way, *parts):
@@ -149,19 +134,11 @@ def block_schematic():
     note(axes, 8.58, 5.08, "has weights", 10)
     note(axes, 9.98, 5.08, "has none", 10)
 
-    names = {
-        "ids": 0.5,
-        "embed_tokens": 1.08,
-        "layer 1": 1.72,
-        "layer $L$": 2.64,
-        "norm": 3.28,
-        "lm_head": 3.86,
-        "logits": 4.44,
-    }
+    names, heights = ("embed_tokens", "layer 1", "layer $L$", "norm", "lm_head"), (1.08, 1.72, 2.64, 3.28, 3.86)
     inner, ends = dict(width=1.45, height=0.36, kind="frozen"), dict(width=0.75, height=0.36)
-    stack = [
-        box(axes, 1.05, y, text=name, **(ends if name in ("ids", "logits") else inner)) for name, y in names.items()
-    ]
+    stack = [box(axes, 1.05, 0.5, text="ids", **ends)]
+    stack += [box(axes, 1.05, y, text=name, **inner) for name, y in zip(names, heights)]
+    stack += [box(axes, 1.05, 4.44, text="logits", **ends)]
     chain(axes, "up", *stack[:3])
     chain(axes, "up", *stack[3:])
     note(axes, 1.05, 2.18, "⋮", 12, ha="center")
@@ -172,10 +149,8 @@ def block_schematic():
     chain(axes, "up", point(3.3, 0.5), first, second, point(3.3, 4.62))
     branches = []
     for below, plus, name in ((0.72, first, "self_attn"), (2.62, second, "mlp")):
-        norm, sublayer = (
-            box(axes, 4.4, below + 0.4, 1.2, 0.36, "RMSNorm", "frozen"),
-            box(axes, 4.4, below + 1.0, 1.2, 0.36, name, "frozen"),
-        )
+        norm = box(axes, 4.4, below + 0.4, 1.2, 0.36, "RMSNorm", "frozen")
+        sublayer = box(axes, 4.4, below + 1.0, 1.2, 0.36, name, "frozen")
         arrow(axes, (3.3, below), (4.4, below), norm.bottom)
         chain(axes, "up", norm, sublayer)
         arrow(axes, sublayer.top, (4.4, plus.right[1]), plus.right)
@@ -185,15 +160,10 @@ def block_schematic():
 
     frame(axes, 5.85, 2.95, 10.75, 4.7, "mlp: SwiGLU")
     zoom(axes, [(5.0, 3.8), (5.85, 4.7)], [(5.0, 3.44), (5.85, 2.95)])
-    gate, up = (
-        box(axes, 7.0, 4.05, 1.1, 0.36, "gate_proj", "frozen"),
-        box(axes, 7.0, 3.35, 1.1, 0.36, "up_proj", "frozen"),
-    )
-    silu, times, down = (
-        box(axes, 8.2, 4.05, 0.7, 0.36, "SiLU"),
-        joint(axes, 9.05, 4.05, "x"),
-        box(axes, 9.95, 4.05, 1.1, 0.36, "down_proj", "frozen"),
-    )
+    gate = box(axes, 7.0, 4.05, 1.1, 0.36, "gate_proj", "frozen")
+    up = box(axes, 7.0, 3.35, 1.1, 0.36, "up_proj", "frozen")
+    silu, times = box(axes, 8.2, 4.05, 0.7, 0.36, "SiLU"), joint(axes, 9.05, 4.05, "x")
+    down = box(axes, 9.95, 4.05, 1.1, 0.36, "down_proj", "frozen")
     chain(axes, "right", gate, silu, times, down, point(10.7, 4.05))
     arrow(axes, up.right, (9.05, 3.35), times.bottom)
     arrow(axes, (6.0, 4.05), gate.left)
@@ -224,15 +194,9 @@ def llama_adapter_schematic():
     inside, two softmaxes and a gate."""
     axes = sheet(11, 5.2, "LLaMA-Adapter: zero-init gated prefix attention", ("frozen", "trained", "gate"))
     frame(axes, 0.25, 2.14, 3.35, 4.4, "the top $N$ of $L$ layers")
-    heights = {
-        "word embeddings": 0.48,
-        "layer 1": 1.03,
-        "layer $L-N$": 1.84,
-        "layer $L-N+1$": 2.45,
-        "layer $L-1$": 3.26,
-        "layer $L$": 3.8,
-    }
-    stack = [box(axes, 2.45, y, 1.45, 0.36, name, "frozen") for name, y in heights.items()]
+    names = ("word embeddings", "layer 1", "layer $L-N$", "layer $L-N+1$", "layer $L-1$", "layer $L$")
+    heights = (0.48, 1.03, 1.84, 2.45, 3.26, 3.8)
+    stack = [box(axes, 2.45, y, 1.45, 0.36, name, "frozen") for name, y in zip(names, heights)]
     for part in (stack[:2], stack[2:4], [*stack[4:], point(2.45, 4.62)]):
         chain(axes, "up", *part)
     for y in (1.435, 2.855):
@@ -243,22 +207,15 @@ def llama_adapter_schematic():
 
     frame(axes, 3.85, 0.3, 10.75, 4.55, "inside an adapted layer's attention")
     zoom(axes, [(3.175, 3.98), (3.85, 4.55)], [(3.175, 3.62), (3.85, 0.3)])
-    words, prompts = (
-        box(axes, 4.6, 2.8, 1.0, 0.62, "words\n($T$ tokens)"),
-        box(axes, 4.6, 1.65, 1.0, 0.62, "prompts\n($K$ tokens)", "trained"),
-    )
-    q_proj, o_proj = (
-        box(axes, 6.1, 3.75, 1.0, 0.4, "q_proj", "frozen"),
-        box(axes, 10.15, 2.8, 0.75, 0.4, "o_proj", "frozen"),
-    )
+    words = box(axes, 4.6, 2.8, 1.0, 0.62, "words\n($T$ tokens)")
+    prompts = box(axes, 4.6, 1.65, 1.0, 0.62, "prompts\n($K$ tokens)", "trained")
+    q_proj = box(axes, 6.1, 3.75, 1.0, 0.4, "q_proj", "frozen")
+    o_proj = box(axes, 10.15, 2.8, 0.75, 0.4, "o_proj", "frozen")
     box(axes, 6.1, 2.225, 1.0, 1.85, "k_proj\nv_proj\n\nthe same\nfor both", "frozen")
     over_words = box(axes, 8.0, 2.8, 1.5, 0.7, "softmax$(S_T)\\,V_T$\nover $T$ words")
     over_prompts = box(axes, 8.0, 1.65, 1.5, 0.7, "softmax$(S_K)\\,V_K$\nover $K$ prompts")
-    plus, times, gate = (
-        joint(axes, 9.25, 2.8, "+"),
-        joint(axes, 9.25, 1.65, "x"),
-        box(axes, 9.25, 0.95, 0.85, 0.36, "tanh $g$", "gate"),
-    )
+    plus, times = joint(axes, 9.25, 2.8, "+"), joint(axes, 9.25, 1.65, "x")
+    gate = box(axes, 9.25, 0.95, 0.85, 0.36, "tanh $g$", "gate")
     for y, source, softmax in ((2.8, words, over_words), (1.65, prompts, over_prompts)):
         arrow(axes, source.right, (5.6, y))
         arrow(axes, (6.6, y), softmax.left)
@@ -274,12 +231,8 @@ def llama_adapter_schematic():
     note(axes, 6.68, 2.94, "$k, v$")
     note(axes, 6.68, 1.48, "$k, v$")
     note(axes, 4.1, 1.03, "$S = q\\,k^{\\top}/\\sqrt{d}$; the prompts' keys carry no rotary position.")
-    note(
-        axes,
-        4.1,
-        0.68,
-        "One $g$ a head, $0$ at first: the prompts then add $0$,\nand the layer is the base's, bit for bit.",
-    )
+    closed = "One $g$ a head, $0$ at first: the prompts then add $0$,\nand the layer is the base's, bit for bit."
+    note(axes, 4.1, 0.68, closed)
     return axes.figure
 
 
@@ -290,10 +243,8 @@ def prefix_cross_attention_schematic():
     frame(axes, 0.25, 0.3, 5.35, 4.35, "the layer")
     x, attention = box(axes, 1.25, 3.65, 0.7, 0.4, "$x$"), box(axes, 1.25, 2.85, 1.4, 0.46, "self-attention", "frozen")
     plus, times = joint(axes, 1.25, 1.85, "+"), joint(axes, 2.5, 1.85, "x")
-    cross, gate = (
-        box(axes, 4.1, 1.85, 2.0, 0.46, "prefix cross-attention"),
-        box(axes, 2.5, 1.05, 1.4, 0.46, "gating factor", "gate"),
-    )
+    cross = box(axes, 4.1, 1.85, 2.0, 0.46, "prefix cross-attention")
+    gate = box(axes, 2.5, 1.05, 1.4, 0.46, "gating factor", "gate")
     chain(axes, "down", x, attention, plus, box(axes, 1.25, 1.05, 0.75, 0.46, "o_proj", "frozen"), point(1.25, 0.42))
     chain(axes, "left", cross, times, plus)
     chain(axes, "up", gate, times)
@@ -304,10 +255,8 @@ def prefix_cross_attention_schematic():
     zoom(axes, [(5.1, 2.08), (5.65, 4.35)], [(5.1, 1.62), (5.65, 0.3)])
     prefix = box(axes, 8.6, 3.65, 1.3, 0.4, "prefix ($K$, $D$)", "trained")
     project = box(axes, 8.6, 2.85, 2.6, 0.5, "linear projection: the layer's\nown k_proj and v_proj", "frozen")
-    query, key, value = (
-        box(axes, at, 1.85, 1.15, 0.4, text)
-        for at, text in ((6.4, "query"), (7.8, "prefix key"), (9.4, "prefix value"))
-    )
+    places = ((6.4, "query"), (7.8, "prefix key"), (9.4, "prefix value"))
+    query, key, value = (box(axes, at, 1.85, 1.15, 0.4, text) for at, text in places)
     scaled = box(axes, 7.8, 1.05, 2.5, 0.46, "scaled dot-product attention")
     chain(axes, "down", prefix, project)
     chain(axes, "down", point(7.8, 2.6), key, scaled, point(7.8, 0.5))
@@ -325,10 +274,8 @@ def ia3_schematic():
     each feature less or more."""
     axes = sheet(10.5, 5.1, "IA3: three vectors inhibit and amplify, feature by feature")
     frame(axes, 0.25, 0.75, 6.15, 4.55, "attention")
-    scaled, output = (
-        box(axes, 2.6, 3.3, 4.2, 0.4, "scaled dot-product attention"),
-        box(axes, 2.6, 4.0, 0.9, 0.38, "o_proj", "frozen"),
-    )
+    scaled = box(axes, 2.6, 3.3, 4.2, 0.4, "scaled dot-product attention")
+    output = box(axes, 2.6, 4.0, 0.9, 0.38, "o_proj", "frozen")
     chain(axes, "up", scaled, output)
     chain(axes, "right", output, point(3.6, 4.0))
     k_values, v_values = (0.6, -0.5, 0.1, -0.8, 0.75, 0.3, -0.2), (-0.3, 0.7, -0.75, 0.2, -0.1, 0.6, 0.4)
@@ -368,11 +315,8 @@ def bottleneck_schematic():
     y, left, parts = 3.75, 1.05, [point(0.55, 3.75)]
     for sublayer, wide in (("attention", 1.1), ("feed-forward", 1.2)):
         branch = left - 0.195
-        for name, width, kind in (
-            ("norm", 0.72, "frozen"),
-            (sublayer, wide, "frozen"),
-            ("bottleneck", 1.15, "trained"),
-        ):
+        three = ("norm", 0.72, "frozen"), (sublayer, wide, "frozen"), ("bottleneck", 1.15, "trained")
+        for name, width, kind in three:
             parts.append(box(axes, left + width / 2, y, width, 0.5, name, kind))
             left += width + 0.33
         parts.append(joint(axes, left + 0.16, y, "+"))
@@ -381,19 +325,13 @@ def bottleneck_schematic():
         left += 0.65
     chain(axes, "right", *parts, point(left, y))
     note(axes, 0.35, y, "$x$", 11)
-    note(
-        axes,
-        6.35,
-        3.2,
-        "Our models have their norms in front of the sublayers;\nin the paper's BERT they stand behind the residual sum.",
-    )
+    note(axes, 6.35, 3.2, "Our models have their norms in front of the sublayers;\n"
+         "in the paper's BERT they stand behind the residual sum.")  # fmt: skip
 
     frame(axes, 0.25, 0.3, 6.05, 2.95, "inside a bottleneck")
     zoom(axes, [(parts[3].left[0], y - 0.25), (0.25, 2.95)], [(parts[3].right[0], y - 0.25), (6.05, 2.95)])
-    down, up = (
-        funnel(axes, 1.6, 1.45, 0.95, 1.4, 0.6, "down\n$D \\to m$"),
-        funnel(axes, 4.1, 1.45, 0.95, 0.6, 1.4, "up\n$m \\to D$"),
-    )
+    down = funnel(axes, 1.6, 1.45, 0.95, 1.4, 0.6, "down\n$D \\to m$")
+    up = funnel(axes, 4.1, 1.45, 0.95, 0.6, 1.4, "up\n$m \\to D$")
     curve, plus = box(axes, 2.85, 1.45, 0.9, 0.52, "non-\nlinearity"), joint(axes, 5.15, 1.45, "+")
     chain(axes, "right", point(0.45, 1.45), down, curve, up, plus, point(5.85, 1.45))
     arrow(axes, (0.72, 1.45), (0.72, 2.4), (5.15, 2.4), plus.top)
@@ -401,10 +339,8 @@ def bottleneck_schematic():
     note(axes, 5.9, 0.52, "up starts at $0$: what is added is $0$, bit for bit", ha="right")
 
     frame(axes, 6.35, 0.3, 10.75, 2.95, "the parallel form (He et al. 2022)")
-    norm, forward = (
-        box(axes, 7.25, 1.65, 0.72, 0.5, "norm", "frozen"),
-        box(axes, 8.75, 1.65, 1.2, 0.5, "feed-forward", "frozen"),
-    )
+    norm = box(axes, 7.25, 1.65, 0.72, 0.5, "norm", "frozen")
+    forward = box(axes, 8.75, 1.65, 1.2, 0.5, "feed-forward", "frozen")
     beside, plus = box(axes, 8.75, 1.02, 1.15, 0.42, "bottleneck", "trained"), joint(axes, 10.0, 1.65, "+")
     chain(axes, "right", point(6.5, 1.65), norm, forward, plus, point(10.6, 1.65))
     arrow(axes, (7.88, 1.65), (7.88, 1.02), beside.left)
@@ -441,12 +377,8 @@ def prefix_and_prompt_schematic():
             cells(axes, 5.97, y + up, 4, "trained")
         arrow(axes, (7.04, y - 0.24), (7.04, y + 0.24), head=False)  # a bracket around both rows
         arrow(axes, (7.04, y), layer.left)
-    note(
-        axes,
-        0.25,
-        0.4,
-        "Both take their share of the words' softmax from the first step on: neither starts as the base. A gate of $0$ mends that.",
-    )
+    note(axes, 0.25, 0.4, "Both take their share of the words' softmax from the first step on: "
+         "neither starts as the base. A gate of $0$ mends that.")  # fmt: skip
     return axes.figure
 
 

@@ -1,10 +1,10 @@
 """The lessons' exercises: `check("gated_prefix_attention", your_function)` runs your code and names the mistake in it.
 
 A topic is a module here, named as its lesson; its EXERCISES are what `check` knows by name. An exercise has the right
-answer, a catalogue of wrong ones that are easily written, and a probe, which calls an answer on random inputs with every
-gate open and yields what came of it, piece by piece. An answer is right when every piece equals the right answer's;
-otherwise it is held against every entry of the catalogue, and where none matches, what is wrong is described. The test
-suite plants the same catalogue in the models, where each entry must fail.
+answer, a catalogue of wrong ones that are easily written, and a probe, which calls an answer on random inputs with
+every gate open and yields what came of it, piece by piece. An answer is right when every piece equals the right
+answer's; otherwise it is held against every entry of the catalogue, and where none matches, what is wrong is described.
+The test suite plants the same catalogue in the models, where each entry must fail.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ class Exercise:
     call:     how the answer is called and what it returns, for messages: "rms_norm(x, weight, eps) -> (B, T, D)";
               where it ends in "-> a whole number", nothing but an int will do.
     right:    the right answer.
-    mistakes: wrong ones, functions (or classes) called in the same way; the docstring's first line says what is wrong.
-    probe:    probe(answer, draw) yields pairs (what, tensor), where draw(*shape) gives random numbers, the same for every
-              answer; capital and small letters in the brackets of `what` name the tensor's axes: "the output (B, T, D)".
+    mistakes: wrong ones, functions (or classes) called likewise; the docstring's first paragraph says what is wrong.
+    probe:    probe(answer, draw) yields pairs (what, tensor), where draw(*shape) gives random numbers, the same for
+              every answer; capital and small letters in the brackets of `what` name the axes: "the output (B, T, D)".
     """
 
     call: str
@@ -50,8 +50,9 @@ class Exercise:
 class Question:
     """A prediction: truth() runs the thing and returns what happens (text, a number or a set of names); `why` explains.
 
-    wrong: what a mistaken answer reveals, {answer: sentence}.  choices: the words an answer can be made of, where it is words;
-    without them, those of truth and `wrong`.  nudge: what to ask back where `wrong` has no sentence for the first wrong answer.
+    wrong: what a mistaken answer reveals, {answer: sentence}.  choices: the words an answer can be made of, where it is
+    words; without them, those of truth and `wrong`.  nudge: what to ask back where `wrong` has no sentence for the
+    first wrong answer.
     """
 
     truth: Callable
@@ -94,24 +95,16 @@ def check(name, answer):
     known = exercises()
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=3)
-        raise ValueError(
-            f"there is no exercise {name!r}: {'perhaps ' + ' or '.join(near) if near else 'they are ' + ', '.join(known)}"
-        )
+        hint = f"perhaps {' or '.join(near)}" if near else f"they are {', '.join(known)}"
+        raise ValueError(f"there is no exercise {name!r}: {hint}")
     exercise = known[name]
-    verdict = (
-        judge_prediction(exercise, answer, EARLIER.setdefault(name, []))
-        if isinstance(exercise, Question)
-        else judge(exercise, answer)
-    )
+    if isinstance(exercise, Question):
+        verdict = judge_prediction(exercise, answer, EARLIER.setdefault(name, []))
+    else:
+        verdict = judge(exercise, answer)
     verdict = Verdict(verdict.passed, verdict.mistake, f"{'✓' if verdict.passed else '✗'} {name}: {verdict.message}")
-    print(
-        *(
-            line
-            for part in verdict.message.splitlines()
-            for line in textwrap.wrap(part, 108, break_long_words=False, break_on_hyphens=False)
-        ),
-        sep="\n",
-    )
+    wrap = functools.partial(textwrap.wrap, width=108, break_long_words=False, break_on_hyphens=False)
+    print(*(line for part in verdict.message.splitlines() for line in wrap(part)), sep="\n")
     return verdict
 
 
@@ -122,22 +115,14 @@ EARLIER = {}  # the wrong answers to each question so far: the first is asked ba
 
 def judge_prediction(question, answer, earlier):
     if answer is None or answer is ...:
-        return Verdict(
-            False, "blank", "not answered yet: put your prediction in the place of the dots, then run the cell again."
-        )
+        blank = "not answered yet: put your prediction in the place of the dots, then run the cell again."
+        return Verdict(False, "blank", blank)
     truth = question.outcome
     try:
         answer = in_form(question, truth, answer)
     except Wrong as wrong:
         return Verdict(False, *wrong.args)
     passed = math.isclose(truth, answer, rel_tol=0.01, abs_tol=1e-9) if isinstance(truth, float) else truth == answer
-    show = lambda x: (
-        (", ".join(sorted(x)) or "nothing")
-        if isinstance(x, frozenset)
-        else f"{x:.4g}"
-        if isinstance(x, float)
-        else str(x)
-    )
     if passed:
         return Verdict(True, None, f"right, {show(truth)}. {question.why}")
     earlier.append(answer)
@@ -145,24 +130,24 @@ def judge_prediction(question, answer, earlier):
     if foreseen is not None:
         return Verdict(False, "prediction", foreseen)
     if answer == earlier[0]:
-        more = (
-            ""
-            if isinstance(truth, str | frozenset | bool)
-            else f"; it is {'more' if truth > answer else 'less'} than {show(answer)}"
-        )
+        more = ""
+        if not isinstance(truth, str | frozenset | bool):
+            more = f"; it is {'more' if truth > answer else 'less'} than {show(answer)}"
         return Verdict(False, "prediction", f"not so{more}. {question.nudge}")
     return Verdict(False, "prediction", f"run, it gives: {show(truth)}. {question.why}")
+
+
+def show(outcome):
+    if isinstance(outcome, frozenset):
+        return ", ".join(sorted(outcome)) or "nothing"
+    return f"{outcome:.4g}" if isinstance(outcome, float) else str(outcome)
 
 
 def in_form(question, truth, answer):
     """The answer in the truth's form: "0.5" as 0.5, "Smaller" as "smaller", {"gate"} frozen;
     raises Wrong where it has another one."""
-    said = (
-        [[x] if isinstance(x, str) else x for x in (truth, *question.wrong)]
-        if isinstance(truth, str | frozenset)
-        else []
-    )
-    choices = question.choices or sorted({word for words in said for word in words})
+    said = (truth, *question.wrong) if isinstance(truth, str | frozenset) else ()
+    choices = question.choices or sorted({word for x in said for word in ([x] if isinstance(x, str) else x)})
     words = ", ".join(map(repr, choices))
     if isinstance(truth, frozenset):
         given = {answer} if isinstance(answer, str) else answer
@@ -185,10 +170,8 @@ def in_form(question, truth, answer):
         with contextlib.suppress(ValueError):
             given = type(truth)(answer)
     if isinstance(given, bool) or not isinstance(given, int if whole else int | float):
-        raise Wrong(
-            "form",
-            f"the answer is a {'whole number, an int' if whole else 'number'}; yours is {answer!r}, {describe(answer)}.",
-        )
+        needed = "whole number, an int" if whole else "number"
+        raise Wrong("form", f"the answer is a {needed}; yours is {answer!r}, {describe(answer)}.")
     return given
 
 
@@ -255,19 +238,16 @@ def observe(exercise, answer, salt=0):
 
     def begin(function, arguments):
         torch.manual_seed(salt)
-        calls.append(
-            (function, arguments, [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments])
-        )
+        before = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+        calls.append((function, arguments, before))
 
     def end(result):
         function, arguments, before = calls[-1]
         if result is None or result is ...:
             if is_blank(function):
                 raise NotImplementedError
-            raise Wrong(
-                "error",
-                f"it returned nothing when called with {shapes(arguments)}: is a `return` missing? Needed is {exercise.call}.",
-            )
+            nothing = f"it returned nothing when called with {shapes(arguments)}: is a `return` missing?"
+            raise Wrong("error", f"{nothing} Needed is {exercise.call}.")
         for i, (x, copy) in enumerate(zip(arguments, before)):
             if isinstance(x, torch.Tensor) and not torch.equal(x.detach(), copy):
                 x = name_of(function, i)
@@ -293,10 +273,8 @@ def observe(exercise, answer, salt=0):
                     raise Wrong("shape", f"{what} should be a tensor; it is {describe(value)}")
                 pieces.append((what, value.detach().clone()))
     except NotImplementedError:
-        return pieces, (
-            "blank",
-            f"not written yet: it should be {exercise.call}. Fill in the dots, then run the cell again.",
-        )
+        unwritten = f"not written yet: it should be {exercise.call}. Fill in the dots, then run the cell again."
+        return pieces, ("blank", unwritten)
     except Wrong as wrong:
         return pieces, wrong.args
     except Exception as error:  # whatever a student's code may raise is part of the verdict
@@ -304,27 +282,17 @@ def observe(exercise, answer, salt=0):
         if isinstance(error, RuntimeError) and re.search("in-?place operation", str(error)):
             needed = f"an assignment like `y += …` overwrites y, which the backward pass still needs{place_of(error)}"
             return pieces, ("error", f"{needed}: write y = y + …, a new tensor.")
-        stopped = f"it stopped with {type(error).__name__}: {str(error).rstrip('.')}{place_of(error)}.{advice(error, function, arguments)}"
-        return pieces, (
-            "error",
-            f"{stopped} It was called with {shapes(arguments) or 'nothing'}; needed is {exercise.call}.",
-        )
+        stopped = f"it stopped with {type(error).__name__}: {str(error).rstrip('.')}{place_of(error)}."
+        given = f"It was called with {shapes(arguments) or 'nothing'}; needed is {exercise.call}."
+        return pieces, ("error", f"{stopped}{advice(error, function, arguments)} {given}")
     return pieces, None
 
 
 def is_blank(function):
     """Whether its body is a docstring, dots, `pass` or a bare `return`."""
     steps = {step.opname for step in dis.get_instructions(function)} if hasattr(function, "__code__") else set()
-    return steps <= {
-        "RESUME",
-        "COPY_FREE_VARS",
-        "NOP",
-        "LOAD_CONST",
-        "LOAD_SMALL_INT",
-        "POP_TOP",
-        "RETURN_VALUE",
-        "RETURN_CONST",
-    }
+    idle = "RESUME COPY_FREE_VARS NOP LOAD_CONST LOAD_SMALL_INT POP_TOP RETURN_VALUE RETURN_CONST"
+    return steps <= set(idle.split())
 
 
 def name_of(function, place):
@@ -340,23 +308,15 @@ def advice(error, function, arguments):
         return " F.linear(x, W) transposes the weight itself: it is x @ W.T."
     if re.search("same dtype|scalar type", str(error)):
         tensors = [next(x.parameters(), None) if isinstance(x, torch.nn.Module) else x for x in arguments]
-        dtypes = [
-            f"{name_of(function, i)} {str(x.dtype)[6:]}" for i, x in enumerate(tensors) if isinstance(x, torch.Tensor)
-        ]
-        return f" The dtypes: {', '.join(dtypes)}."
+        dtypes = {name_of(function, i): x.dtype for i, x in enumerate(tensors) if isinstance(x, torch.Tensor)}
+        return f" The dtypes: {', '.join(f'{name} {str(dtype)[6:]}' for name, dtype in dtypes.items())}."
     return ""
 
 
 def shapes(arguments):
     """What a call was given, short: tensors by their shapes, others by their values or types."""
-    return ", ".join(
-        f"{tuple(x.shape)}"
-        if isinstance(x, torch.Tensor)
-        else f"{x}"
-        if isinstance(x, int | float)
-        else type(x).__name__
-        for x in arguments
-    )
+    plain = [x if isinstance(x, int | float) else type(x).__name__ for x in arguments]
+    return ", ".join(f"{tuple(x.shape) if isinstance(x, torch.Tensor) else y}" for x, y in zip(arguments, plain))
 
 
 expected = functools.cache(observe)  # of the right answer and of the catalogue, which do not change
@@ -364,11 +324,8 @@ expected = functools.cache(observe)  # of the right answer and of the catalogue,
 
 def place_of(error):
     """The last line of the student's own code on the way to an error."""
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not re.search(r"[/\\](minillama|torch)[/\\]", frame.filename)
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not re.search(r"[/\\](minillama|torch)[/\\]", frame.filename)]
     line = linecache.getline(own[-1].filename, own[-1].lineno).strip() if own else ""
     return f", at `{line}`" if line else ""
 
@@ -392,12 +349,14 @@ def close(a, b):
 def alike(first, second):
     """Whether two observations are the same: every piece, and the way they ended."""
     (pieces, error), (others, other) = first, second
-    ended = lambda e: e and (e[0], re.sub(r", at `.*?`| The dtypes: .*| It was called.*", "", e[1]))  # noqa: E731  (where it stood does not matter)
-    return (
-        len(pieces) == len(others)
-        and ended(error) == ended(other)
-        and all(close(a, b) for (_, a), (_, b) in zip(pieces, others))
-    )
+    if len(pieces) != len(others) or ended(error) != ended(other):
+        return False
+    return all(close(a, b) for (_, a), (_, b) in zip(pieces, others))
+
+
+def ended(error):
+    """An error but for where it stood and what the call was given, which do not matter."""
+    return error and (error[0], re.sub(r", at `.*?`| The dtypes: .*| It was called.*", "", error[1]))
 
 
 def alike_so_far(right, seen, theirs):
@@ -417,34 +376,33 @@ def judge(exercise, answer):
     seen, right = observe(exercise, answer), expected(exercise, exercise.right)
     if alike(seen, right):
         if all(close(a, b) for (_, a), (_, b) in zip(seen[0], observe(exercise, answer, salt=1)[0])):
-            return Verdict(
-                True, None, f"right. Equal to the reference: {', '.join(dict.fromkeys(what for what, _ in seen[0]))}."
-            )
+            equal = ", ".join(dict.fromkeys(what for what, _ in seen[0]))
+            return Verdict(True, None, f"right. Equal to the reference: {equal}.")
     if seen[1] and seen[1][0] == "blank":
         return Verdict(False, *seen[1])
     for same in (alike, functools.partial(alike_so_far, right)):
         for mistake in exercise.mistakes:
             if same(seen, expected(exercise, mistake)):
-                return Verdict(
-                    False, mistake.__name__, f"this equals a known mistake: {' '.join(mistake.__doc__.split())}."
-                )
-    for salt, kind, reason in (
-        (0, "kept", "something is kept from an earlier call"),
-        (1, "random", "is a dropout left on, or something drawn anew?"),
-    ):
+                return Verdict(False, mistake.__name__, f"this equals a known mistake: {sentence(mistake)}.")
+    kept, drawn = "something is kept from an earlier call", "is a dropout left on, or something drawn anew?"
+    for salt, kind, reason in ((0, "kept", kept), (1, "random", drawn)):
         for (what, value), (_, other) in zip(seen[0], observe(exercise, answer, salt)[0]):
             if not close(value, other):
-                return Verdict(
-                    False, kind, f"{what} changes from call to call on the same input: {reason}.".replace("?.", "?")
-                )
+                changes = f"{what} changes from call to call on the same input: {reason}."
+                return Verdict(False, kind, changes.replace("?.", "?"))
     for (what, value), (_, wanted) in zip(seen[0], right[0]):
         if not close(value, wanted):
             for (other, its), (_, its_right) in zip(seen[0], right[0]):
                 if value.dim() and close(value, its_right) and close(its, wanted):
                     return Verdict(False, "swapped", f"{what} and {other} are in each other's place.")
             return Verdict(False, *difference(what, value, wanted))
-    changes = "what it returned is right; but it changes something that it was given, and the calls that follow find it changed."
-    return Verdict(False, *(seen[1] or ("in place", changes)))
+    changes = "what it returned is right; but it changes something that it was given"
+    return Verdict(False, *(seen[1] or ("in place", f"{changes}, and the calls that follow find it changed.")))
+
+
+def sentence(mistake):
+    """What a mistake's docstring tells the student: its first paragraph, on one line."""
+    return " ".join(mistake.__doc__.split("\n\n")[0].split())
 
 
 def difference(what, value, wanted):
@@ -452,11 +410,9 @@ def difference(what, value, wanted):
     axes = re.search(r"\(([A-Za-z0-9·, ]+)\)", what)
     axes = [letter.strip() for letter in axes[1].split(",")] if axes else []
     if value.shape != wanted.shape:
-        swapped = (
-            " The sizes are right and their order is not: look at your transposes."
-            if sorted(value.shape) == sorted(wanted.shape) and value.dim() == wanted.dim()
-            else ""
-        )
+        swapped = ""
+        if sorted(value.shape) == sorted(wanted.shape) and value.dim() == wanted.dim():
+            swapped = " The sizes are right and their order is not: look at your transposes."
         return "shape", f"{what} has shape {tuple(value.shape)}; needed is {tuple(wanted.shape)}.{swapped}"
     if value.dtype != wanted.dtype:
         return "dtype", f"{what} is {value.dtype}; needed is {wanted.dtype}, the dtype of the input."
@@ -476,10 +432,8 @@ def difference(what, value, wanted):
     if b.any():
         factor = (a * b).sum() / (b * b).sum()
         if (a - factor * b).abs().max() <= tolerance(value) * a.abs().max():
-            return (
-                "scale",
-                f"{what} is {factor:.4g} times what it should be, everywhere: look for a missing or a doubled factor.",
-            )
+            times = f"{factor:.4g} times what it should be, everywhere"
+            return "scale", f"{what} is {times}: look for a missing or a doubled factor."
     wrong = (a - b).abs() > tolerance(value) * b.abs().max()
     for axis in range(wrong.dim()):
         name = axes[axis] if len(axes) == wrong.dim() else f"axis {axis}"
@@ -491,14 +445,11 @@ def difference(what, value, wanted):
                 "B": " It depends on the row: look at what differs between them.",
                 "H": " It depends on the head: look at their order.",
             }.get(name, "")
-            return (
-                "place",
-                f"{what} is right at {name} = {[i for i in range(len(at)) if i not in bad][:8]} and wrong at {name} = {bad[:8]}.{hint}",
-            )
-    return (
-        "value",
-        f"{what} is wrong everywhere, by up to {float((a - b).abs().max()):.3g} where numbers go up to {float(b.abs().max()):.3g}; neither a sign, nor one factor, nor a known mistake explains it.",
-    )
+            good = [i for i in range(len(at)) if i not in bad]
+            return "place", f"{what} is right at {name} = {good[:8]} and wrong at {name} = {bad[:8]}.{hint}"
+    most, largest = (float(x.abs().max()) for x in (a - b, b))
+    far = f"{what} is wrong everywhere, by up to {most:.3g} where numbers go up to {largest:.3g}"
+    return "value", f"{far}; neither a sign, nor one factor, nor a known mistake explains it."
 
 
 # ── what probes share ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -508,11 +459,8 @@ def filled(module, draw):
     """The module frozen and with every number drawn: matrices by N(0, 1/fan_in), vectors by 1 + 0.3 · N(0, 1)."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(
-                draw(*parameter.shape) / parameter.shape[-1] ** 0.5
-                if parameter.dim() > 1
-                else 1 + 0.3 * draw(*parameter.shape)
-            )
+            drawn = draw(*parameter.shape)
+            parameter.copy_(drawn / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.3 * drawn)
     return module.requires_grad_(False)
 
 
@@ -524,14 +472,11 @@ def as_function(wrapper, *options, names):
     made = {}
 
     def function(base, *arguments):
-        inputs, own = (
-            arguments[: len(arguments) - len(names)],
-            dict(zip(names, arguments[len(arguments) - len(names) :])),
-        )
+        first = len(arguments) - len(names)
+        inputs, own = arguments[:first], dict(zip(names, arguments[first:]))
         if made.get("base") is not base:
-            made.update(
-                base=base, module=wrapper(base, *[option(**own) if callable(option) else option for option in options])
-            )
+            given = [option(**own) if callable(option) else option for option in options]
+            made.update(base=base, module=wrapper(base, *given))
         return torch.func.functional_call(made["module"], own, inputs)
 
     function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__

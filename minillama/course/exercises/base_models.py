@@ -107,8 +107,7 @@ def probe_rms_norm(answer, draw):
     x, weight = (draw(2, 5, 8) + 0.5).requires_grad_(), draw(8).requires_grad_()
     out = answer(x, weight, 0.3)
     yield "the output (B, T, D)", out
-    for what, gradient in zip(("x's gradient (B, T, D)", "the weight's gradient (D)"), gradients(out, x, weight)):
-        yield what, gradient
+    yield from zip(("x's gradient (B, T, D)", "the weight's gradient (D)"), gradients(out, x, weight))
     yield "the output for one vector (D)", answer(x[0, 0].detach(), weight.detach(), 0.3)
     yield "the output for zeros (B, T, D)", answer(torch.zeros(1, 2, 8), weight.detach(), 1e-6)
     yield (
@@ -228,10 +227,8 @@ def added(x, positions, theta):
 def angles_in_half_precision(x, positions, theta):
     """the angles computed in bfloat16, which cannot tell position 1001 from 1000;
     compute them in float32 and cast cos and sin"""
-    angle = positions[:, None].to(x.dtype) * (theta ** -(torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])).to(
-        x.dtype
-    )
-    return turned(x, angle)
+    speed = theta ** -(torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])
+    return turned(x, positions[:, None].to(x.dtype) * speed.to(x.dtype))
 
 
 def rope_left_in_float32(x, positions, theta):
@@ -392,16 +389,11 @@ def probe_attention(answer, draw):
     q, k, v = (draw(2, heads, 5, 8).requires_grad_() for heads in (6, 2, 2))
     out = answer(q, k, v)
     yield "the output (B, H, T, d)", out
-    for what, gradient in zip(
-        ("q's gradient (B, H, T, d)", "k's gradient (B, G, T, d)", "v's gradient (B, G, T, d)"), gradients(out, q, k, v)
-    ):
-        yield what, gradient
+    names = ("q's gradient (B, H, T, d)", "k's gradient (B, G, T, d)", "v's gradient (B, G, T, d)")
+    yield from zip(names, gradients(out, q, k, v))
     yield "the output with as many key heads as query heads (B, H, T, d)", answer(*(draw(2, 4, 3, 8) for _ in range(3)))
     yield "the output for a single token (B, H, T, d)", answer(draw(1, 6, 1, 8), draw(1, 2, 1, 8), draw(1, 2, 1, 8))
-    yield (
-        "the output in bfloat16 (B, H, T, d)",
-        answer(q.detach().bfloat16(), k.detach().bfloat16(), v.detach().bfloat16()),
-    )
+    yield "the output in bfloat16 (B, H, T, d)", answer(*(z.detach().bfloat16() for z in (q, k, v)))
 
 
 # ── SwiGLU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -473,18 +465,13 @@ SWIGLUS = (
 
 
 def probe_swiglu(answer, draw):
-    x, gate, up, down = (
-        draw(2, 5, 8).requires_grad_(),
-        *(draw(12, 8).div(2).requires_grad_() for _ in range(2)),
-        draw(8, 12).div(3).requires_grad_(),
-    )
+    x, gate, up, down = draw(2, 5, 8), draw(12, 8).div(2), draw(12, 8).div(2), draw(8, 12).div(3)
+    for tensor in (x, gate, up, down):
+        tensor.requires_grad_()
     out = answer(x, gate, up, down)
     yield "the output (B, T, D)", out
-    for what, gradient in zip(
-        ("x's gradient (B, T, D)", "gate's gradient", "up's gradient", "down's gradient"),
-        gradients(out, x, gate, up, down),
-    ):
-        yield what, gradient
+    names = ("x's gradient (B, T, D)", "gate's gradient", "up's gradient", "down's gradient")
+    yield from zip(names, gradients(out, x, gate, up, down))
     yield "the output in bfloat16 (B, T, D)", answer(*(z.detach().bfloat16() for z in (x, gate, up, down)))
 
 
@@ -540,21 +527,15 @@ def biases_take_turns(weight, bias):
 
 
 SPLITS = (
-    not_transposed,
-    cut_along_the_inputs,
-    cut_along_the_inputs_and_transposed,
-    every_third,
-    keys_first,
-    order_reversed,
+    not_transposed, cut_along_the_inputs, cut_along_the_inputs_and_transposed, every_third, keys_first, order_reversed,
     biases_take_turns,
-)
+)  # fmt: skip
 
 
 def probe_split(answer, draw):
     weight, bias = draw(8, 24), draw(24)
     names = "the three matrices (3, D, D)", "the three biases (3, D)"
-    for what, value in zip(names, answer_pair(answer(weight, bias), names)):
-        yield what, value
+    yield from zip(names, answer_pair(answer(weight, bias), names))
 
 
 def answer_pair(result, names):
@@ -562,9 +543,8 @@ def answer_pair(result, names):
     for what, value in named(names, result):
         if isinstance(value, tuple | list):
             if len({tuple(part.shape) for part in value if isinstance(part, torch.Tensor)}) != 1:
-                raise Wrong(
-                    "shape", f"{what} should be one tensor, or three of the same shape; it is {describe(value)}"
-                )
+                needed = f"{what} should be one tensor, or three of the same shape"
+                raise Wrong("shape", f"{needed}; it is {describe(value)}")
             value = torch.stack(tuple(value))
         yield value
 
@@ -699,10 +679,8 @@ def heads_repeated_in_the_cache(attention, x, past):
     keep G heads and repeat afterwards"""
     q, k, v = attention.project(x, places(x, past))
     k, v = behind(past, repeated(k, q), repeated(v, q))
-    return with_mask(attention, q, k, v, torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()), (
-        k,
-        v,
-    )
+    mask = torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()
+    return with_mask(attention, q, k, v, mask), (k, v)
 
 
 CACHES = (
@@ -714,11 +692,8 @@ CACHES = (
 
 def probe_cached(answer, draw):
     attention, past, S = filled(Attention(40, 6, 2, 8, RoPE(8), bias=True), draw), None, 0
-    for T, what in (
-        (4, "of the first 4 tokens"),
-        (3, "of 3 tokens behind 4 cached ones"),
-        (1, "of 1 token behind 7 cached ones"),
-    ):
+    steps = {4: "of the first 4 tokens", 3: "of 3 tokens behind 4 cached ones", 1: "of 1 token behind 7 cached ones"}
+    for T, what in steps.items():
         x, S = draw(2, T, 40), S + T
         (_, out), (_, past) = named(("the output", "the cache"), answer(attention, x, past))
         yield f"the output {what} (B, T, D)", out
@@ -743,11 +718,10 @@ def shifted(model, by=100):
     """Whether the logits stay the same when every position is `by` further on: "same" or "different"."""
     torch.manual_seed(0)
     config = dict(vocab_size=31, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    model = (
-        minillama.LLaMA(minillama.LLaMAConfig(**config))
-        if model == "llama"
-        else minillama.GPT2(minillama.GPT2Config(**config))
-    )
+    if model == "llama":
+        model = minillama.LLaMA(minillama.LLaMAConfig(**config))
+    else:
+        model = minillama.GPT2(minillama.GPT2Config(**config))
     ids = torch.randint(0, 31, (1, 6))
     logits = []
     for positions in (torch.arange(6), torch.arange(6) + by):
@@ -763,23 +737,33 @@ def shifted(model, by=100):
 EXERCISES = {
     "rms_norm": Exercise("rms_norm(x, weight, eps) -> (B, T, D)", right_rms_norm, NORMS, probe_rms_norm),
     "rope": Exercise("rope(x, positions, theta) -> (B, H, T, d)", right_rope, ROPES, probe_rope),
-    "grouped_query_attention": Exercise("grouped_query_attention(q, k, v) -> (B, H, T, d)", right_attention, ATTENTIONS, probe_attention),
+    "grouped_query_attention": Exercise(
+        "grouped_query_attention(q, k, v) -> (B, H, T, d)", right_attention, ATTENTIONS, probe_attention,
+    ),
     "swiglu": Exercise("swiglu(x, gate, up, down) -> (B, T, D)", right_swiglu, SWIGLUS, probe_swiglu),
-    "split_fused": Exercise("split_fused(weight, bias) -> matrices (3, D, D), biases (3, D)", right_split, SPLITS, probe_split),
-    "cached_attention": Exercise("cached_attention(attention, x, past) -> output (B, T, D), (keys, values)", right_cached, CACHES, probe_cached),
+    "split_fused": Exercise(
+        "split_fused(weight, bias) -> matrices (3, D, D), biases (3, D)", right_split, SPLITS, probe_split,
+    ),
+    "cached_attention": Exercise(
+        "cached_attention(attention, x, past) -> output (B, T, D), (keys, values)", right_cached, CACHES, probe_cached,
+    ),
     "cache_numbers": Question(
         cache_numbers, "Keys and values, in each layer, for each key head: 2 · L · G · d.",
         {30 * 3 * 64: "that is the keys; the values are kept as well.",
-         2 * 30 * 9 * 64: "queries are not kept, and their heads share keys and values: count the G key heads, not the H query heads.",
+         2 * 30 * 9 * 64: "queries are not kept, and their heads share keys and values: "
+                          "count the G key heads, not the H query heads.",
          30 * 9 * 64: "queries are not kept: count the G key heads, not the H query heads, and both keys and values.",
          2 * 3 * 64: "that is one layer; each layer keeps its own."},
     ),
     "shifted_llama": Question(
-        lambda: shifted("llama"), "A score depends on how far apart query and key stand, and RoPE is all that a LLaMA knows of positions.",
-        {"different": "each query and each key is turned further, but by the same angle: what does that do to the angle between them?"},
+        lambda: shifted("llama"),
+        "A score depends on how far apart query and key stand, and RoPE is all that a LLaMA knows of positions.",
+        {"different": "each query and each key is turned further, but by the same angle: "
+                      "what does that do to the angle between them?"},
     ),
     "shifted_gpt2": Question(
-        lambda: shifted("gpt2"), "A GPT-2 adds the learned vector of each place to the word; place 100 has another one than place 0.",
+        lambda: shifted("gpt2"),
+        "A GPT-2 adds the learned vector of each place to the word; place 100 has another one than place 0.",
         {"same": "what does a GPT-2 add to the word at place 100, and what at place 0?"},
     ),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from . import Exercise, Question, Wrong, close, filled, gradients, named
 right_attach = bottleneck.attach
 
 
-# ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the catalogue ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # What derives from Bottleneck or Adapted directly is planted in the models by tests/mistakes.py too.
 
 
@@ -104,7 +104,7 @@ def attach_to_mlp_only(model, size=16, reduction=None, place="houlsby", activati
     right_attach(model, size, reduction, "pfeiffer", "gelu", init, scale)
 
 
-# ── the network itself ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the network itself ────────────────────────────────────────────────────────────────────────────────────────────────
 
 NAMES = ("down_weight", "down_bias", "up_weight", "up_bias")
 
@@ -135,9 +135,8 @@ def activated_twice(x, down_weight, down_bias, up_weight, up_bias):
 
 def activated_first(x, down_weight, down_bias, up_weight, up_bias):
     """the non-linearity in front of down instead of between down and up"""
-    return F.linear(
-        F.linear(F.gelu(x), down_weight.to(x.dtype), down_bias.to(x.dtype)), up_weight.to(x.dtype), up_bias.to(x.dtype)
-    )
+    narrow = F.linear(F.gelu(x), down_weight.to(x.dtype), down_bias.to(x.dtype))
+    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
 
 
 def up_bias_forgotten(x, down_weight, down_bias, up_weight, up_bias):
@@ -158,9 +157,8 @@ def tanh_gelu(x, down_weight, down_bias, up_weight, up_bias):
 
 def silu_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
     """SiLU (swish) for GELU, as the AdapterHub library has it in its Houlsby configuration; asked is GELU"""
-    return F.linear(
-        F.silu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype))), up_weight.to(x.dtype), up_bias.to(x.dtype)
-    )
+    narrow = F.silu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)))
+    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
 
 
 def computed_in_float32(x, down_weight, down_bias, up_weight, up_bias):
@@ -207,18 +205,14 @@ def down_bias_behind_gelu(x, down_weight, down_bias, up_weight, up_bias):
 
 def sigmoid_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
     """a sigmoid for GELU: it squashes what should be bent"""
-    return F.linear(
-        F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).sigmoid(),
-        up_weight.to(x.dtype),
-        up_bias.to(x.dtype),
-    )
+    narrow = F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).sigmoid()
+    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
 
 
 def tanh_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
     """tanh for GELU: it squashes what should be bent"""
-    return F.linear(
-        F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).tanh(), up_weight.to(x.dtype), up_bias.to(x.dtype)
-    )
+    narrow = F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).tanh()
+    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
 
 
 def input_detached(x, down_weight, down_bias, up_weight, up_bias):
@@ -239,13 +233,11 @@ def probe_bottleneck(answer, draw):
     for name, gradient in zip(names, gradients(out, x, *tensors)):
         yield f"the gradient of {name}", gradient
     yield "the output in bfloat16 (B, T, D)", answer(x.bfloat16(), *tensors)
-    yield (
-        "the output with up_weight at 0: up_bias for every token (B, T, D)",
-        answer(x, tensors[0], tensors[1], tensors[2] * 0, tensors[3]),
-    )
+    out = answer(x, tensors[0], tensors[1], tensors[2] * 0, tensors[3])
+    yield "the output with up_weight at 0: up_bias for every token (B, T, D)", out
 
 
-# ── where it starts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── where it starts ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def start_of(network):
@@ -253,9 +245,8 @@ def start_of(network):
 
     def function(D, m):
         module = network(D, m)
-        return tuple(
-            tensor.detach() for tensor in (module.down.weight, module.down.bias, module.up.weight, module.up.bias)
-        )
+        tensors = module.down.weight, module.down.bias, module.up.weight, module.up.bias
+        return tuple(tensor.detach() for tensor in tensors)
 
     function.__name__, function.__doc__ = network.__name__, network.__doc__
     return function
@@ -311,10 +302,9 @@ def shapes_swapped(D, m):
 def probe_start(answer, draw):
     D, m = 240, 12
     shapes = ((m, D), (m,), (D, m), (D,))
+    names = ("down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)")
     tensors = []
-    for (what, value), shape in zip(
-        named(("down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)"), answer(D, m)), shapes
-    ):
+    for (what, value), shape in zip(named(names, answer(D, m)), shapes):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise Wrong("shape", f"{what} should be a tensor of float32")
         if value.shape != shape:
@@ -335,7 +325,7 @@ def probe_start(answer, draw):
     yield "which of the four learn within three steps (1: yes)", changed
 
 
-# ── around a sublayer ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── around a sublayer ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def as_sublayer(wrapper):
@@ -422,7 +412,10 @@ def network_of(draw, width=8, size=3, activation="gelu"):
     return filled(Bottleneck(width, size, activation), draw).requires_grad_(True)
 
 
-def probe_sublayer(answer, draw, right=as_sublayer(Adapted), more=((),)):
+right_sublayer = as_sublayer(Adapted)
+
+
+def probe_sublayer(answer, draw, right=right_sublayer, more=((),)):
     """more: what else the answer is given, once for each output that is compared."""
     sublayer, network, runs = filled(nn.Linear(8, 8), draw).eval(), network_of(draw), []
     x = draw(2, 5, 8).requires_grad_()
@@ -532,7 +525,7 @@ def probe_parallel(answer, draw):
     yield from probe_sublayer(answer, draw, right_parallel, ((4.0,), (0.5,)))
 
 
-# ── in a block ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── in a block ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def as_layer(attach):
@@ -761,7 +754,7 @@ def probe_layer(answer, draw):
     yield "the output with both ups at 0: the layer's (B, T, D)", answer(layer, x, positions, first, second)
 
 
-# ── how many ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── how many ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parameters(D, m, L, places):
@@ -848,9 +841,8 @@ def learned(steps, start="zero", activation="gelu"):
 
     def truth():
         torch.manual_seed(0)
-        model = minillama.adapt(
-            minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "bottleneck", size=3, activation=activation
-        )
+        model = minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2))
+        model = minillama.adapt(model, "bottleneck", size=3, activation=activation)
         ids, own = torch.randint(0, 31, (2, 6)), minillama.adapters.adapter_parameters(model)
         if start == "all zero":
             for p in own.values():
@@ -874,73 +866,84 @@ def nudges(truth, wrongly, missing):
     """A sentence for every wrong set of names: on the first name that it wrongly has,
     else on the first that is missing."""
     subsets = [frozenset(names) for count in range(5) for names in itertools.combinations(NAMED, count)]
-    said = lambda found: next((sentence for name, sentence in wrongly.items() if name in found - truth), None)  # noqa: E731
-    return {
-        found: said(found) or next(missing[name] for name in missing if name not in found)
-        for found in subsets
-        if found != truth
-    }
+    def said(found):
+        held = [sentence for name, sentence in wrongly.items() if name in found - truth]
+        return next(iter(held), None) or next(missing[name] for name in missing if name not in found)
+
+    return {found: said(found) for found in subsets if found != truth}
 
 
 EXERCISES = {
     "bottleneck_network": Exercise(
         "bottleneck_network(x, down_weight, down_bias, up_weight, up_bias) -> (B, T, D)", right_bottleneck,
-        (*(as_bottleneck(mistake) for mistake in (NoActivation, WrongActivation, ActivationLast, NoBias)),
-         skip_inside, activated_twice, activated_first, up_bias_forgotten, down_bias_forgotten, tanh_gelu, silu_for_gelu,
-         computed_in_float32, weights_not_cast, matrices_not_cast, biases_not_cast, added_biases_not_cast, down_bias_behind_gelu,
-         sigmoid_for_gelu, tanh_for_gelu, features_detached, input_detached),
-        probe_bottleneck,
+        (*(as_bottleneck(mistake) for mistake in (NoActivation, WrongActivation, ActivationLast, NoBias)), skip_inside,
+         activated_twice, activated_first, up_bias_forgotten, down_bias_forgotten, tanh_gelu, silu_for_gelu,
+         computed_in_float32, weights_not_cast, matrices_not_cast, biases_not_cast, added_biases_not_cast,
+         down_bias_behind_gelu, sigmoid_for_gelu, tanh_for_gelu, features_detached, input_detached), probe_bottleneck,
     ),
     "bottleneck_start": Exercise(
-        "bottleneck_start(D, m) -> down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D)", start_of(Bottleneck),
-        (start_of(UpNotZero), start_of(AllZero), as_linear_draws_them, up_bias_kept, down_bias_kept, down_zero, units_alike, down_too_large,
-         down_too_small, shapes_swapped),
-        probe_start,
+        "bottleneck_start(D, m) -> down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D)",
+        start_of(Bottleneck),
+        (start_of(UpNotZero), start_of(AllZero), as_linear_draws_them, up_bias_kept, down_bias_kept, down_zero,
+         units_alike, down_too_large, down_too_small, shapes_swapped), probe_start,
     ),
     "bottleneck_moves_first": Question(
-        learned(1), "The loss reaches down through up, and up is 0: the gradient of all that lies before it carries that factor.",
-        {**nudges(UP, dict.fromkeys(DOWN, "look again at what the gradient of down passes on its way: up's weight, and it is 0."),
-                  {"up.weight": "not quite: the gradient of up's weight is the loss's, times the narrow features, and these are not 0.",
+        learned(1),
+        "The loss reaches down through up, and up is 0: the gradient of all that lies before it carries that factor.",
+        {**nudges(UP,
+                  dict.fromkeys(DOWN, "look again at what the gradient of down passes on its way: "
+                                      "up's weight, and it is 0."),
+                  {"up.weight": "not quite: the gradient of up's weight is the loss's, times the narrow features, "
+                                "and these are not 0.",
                    "up.bias": "nearly: is there anything that stands between up's bias and the loss?"}),
          DOWN: "the other way round: what lies behind the zero feels the loss, what lies before it does not."}, NAMED,
     ),
     "bottleneck_moves_second": Question(
         learned(2), "After one step up is no longer 0, and down feels the loss.",
-        nudges(DOWN | UP, {}, {**dict.fromkeys(NAMED[2:], "what moved at the first step has moved: are both of up's tensors in your set?"),
-                               "down.weight": "up is no longer 0: does down's gradient still vanish?",
-                               "down.bias": "down's bias stands where down's weight does, in front of GELU: what holds for the one?"}), NAMED,
+        nudges(DOWN | UP, {},
+               {**dict.fromkeys(NAMED[2:], "what moved at the first step has moved: "
+                                           "are both of up's tensors in your set?"),
+                "down.weight": "up is no longer 0: does down's gradient still vanish?",
+                "down.bias": "down's bias stands where down's weight does, in front of GELU: what holds for the one?"}),
+        NAMED,
     ),
     "bottleneck_all_zero": Question(
-        learned(20, "all zero"), "The features are GELU(0) = 0, so up's weight gets no gradient; up stays 0, so down gets none either. "
+        learned(20, "all zero"),
+        "The features are GELU(0) = 0, so up's weight gets no gradient; up stays 0, so down gets none either. "
         "What is left adds one fixed vector to every token.",
         nudges(frozenset(["up.bias"]),
-               {"up.weight": "the gradient of up's weight has the narrow features as a factor: what are they when down is 0?",
-                **dict.fromkeys(NAMED[:2], "down's gradient has up's weight as a factor, which starts at 0: does it ever leave it?")},
+               {"up.weight": "the gradient of up's weight has the narrow features as a factor: "
+                             "what are they when down is 0?",
+                **dict.fromkeys(NAMED[:2], "down's gradient has up's weight as a factor, which starts at 0: "
+                                           "does it ever leave it?")},
                {"up.bias": "one of the four reaches the loss without passing a zero."}), NAMED,
     ),
     "adapted_sublayer": Exercise(
-        "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", as_sublayer(Adapted),
+        "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", right_sublayer,
         (*(as_sublayer(mistake) for mistake in (NoInnerResidual, ReadsInput, AddedTwice, BottleneckDropoutInEval)),
-         input_for_output, block_residual_too, in_front, in_front_alone, bottleneck_alone, reads_the_sum, sublayer_forgotten,
-         subtracted, bottleneck_detached,
-         run_twice, sublayer_detached, no_bottleneck), probe_sublayer,
+         input_for_output, block_residual_too, in_front, in_front_alone, bottleneck_alone, reads_the_sum,
+         sublayer_forgotten, subtracted, bottleneck_detached, run_twice, sublayer_detached, no_bottleneck),
+        probe_sublayer,
     ),
     "parallel_sublayer": Exercise(
         "parallel_sublayer(sublayer, x, bottleneck, scale) -> (B, T, D)", right_parallel,
-        (parallel_reads_output, scale_forgotten, scale_on_the_sum, scale_on_the_sublayer, scale_inside, parallel_with_skip,
-         divided_by_the_scale, scale_written_as_a_number, scale_plus_one, scale_subtracted, sequential_without_scale,
-         input_for_sublayer, parallel_alone, parallel_in_front, parallel_detached), probe_parallel,
+        (parallel_reads_output, scale_forgotten, scale_on_the_sum, scale_on_the_sublayer, scale_inside,
+         parallel_with_skip, divided_by_the_scale, scale_written_as_a_number, scale_plus_one, scale_subtracted,
+         sequential_without_scale, input_for_sublayer, parallel_alone, parallel_in_front, parallel_detached),
+        probe_parallel,
     ),
     "houlsby_layer": Exercise(
         "houlsby_layer(layer, x, positions, first, second) -> (B, T, D)", right_layer,
-        (as_layer(attach_to_mlp_only), attention_only, behind_the_residual, in_front_of_the_sublayers, beside_the_sublayers, bottlenecks_swapped,
-         residuals_replaced, no_residual, norms_forgotten, first_norm_forgotten, second_norm_forgotten, norms_swapped, residual_from_the_norm,
-         beside_each_other, both_at_the_end, first_residual_left_out, first_norm_twice, first_used_twice, attention_not_passed_on,
-         last_residual_left_out, second_reads_the_norm, forward_before_first, positions_forgotten, not_adapted), probe_layer,
+        (as_layer(attach_to_mlp_only), attention_only, behind_the_residual, in_front_of_the_sublayers,
+         beside_the_sublayers, bottlenecks_swapped, residuals_replaced, no_residual, norms_forgotten,
+         first_norm_forgotten, second_norm_forgotten, norms_swapped, residual_from_the_norm, beside_each_other,
+         both_at_the_end, first_residual_left_out, first_norm_twice, first_used_twice, attention_not_passed_on,
+         last_residual_left_out, second_reads_the_norm, forward_before_first, positions_forgotten, not_adapted),
+        probe_layer,
     ),
     "bottleneck_parameters": Exercise(
         "bottleneck_parameters(D, m, L, places) -> a whole number", parameters,
-        (no_biases, one_bias, one_place, one_matrix, biases_swapped, biases_once, down_bias_alone, biases_of_width, biases_twice, squares, one_layer,
-         one_bottleneck, two_places, places_added), probe_parameters,
+        (no_biases, one_bias, one_place, one_matrix, biases_swapped, biases_once, down_bias_alone, biases_of_width,
+         biases_twice, squares, one_layer, one_bottleneck, two_places, places_added), probe_parameters,
     ),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from ...llama import Layer as LLaMALayer
 from ...llama import LLaMA, LLaMAConfig
 from . import Exercise, Question, Wrong, close, filled, gradients, named, planted
 
-# ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the catalogue ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class OutputOfDown(IA3Linear):
@@ -41,11 +41,8 @@ class OnePlusScale(IA3Linear):
         nn.init.zeros_(self.scale)
 
     def forward(self, x):
-        return (
-            self.base(x) * (1 + self.scale).to(x.dtype)
-            if self.side == "output"
-            else self.base(x * (1 + self.scale).to(x.dtype))
-        )
+        scale = (1 + self.scale).to(x.dtype)
+        return self.base(x) * scale if self.side == "output" else self.base(x * scale)
 
 
 class BiasUnscaled(IA3Linear):
@@ -101,10 +98,8 @@ def attach_before_activation(model, outputs=("k_proj", "v_proj"), inputs=("down_
     """l_ff before the non-linearity (on LLaMA: on the branch that goes through it);
     it multiplies the hidden activation, behind it"""
     for layer in model.layers:
-        layer.self_attn.k_proj, layer.self_attn.v_proj = (
-            IA3Linear(layer.self_attn.k_proj),
-            IA3Linear(layer.self_attn.v_proj),
-        )
+        layer.self_attn.k_proj = IA3Linear(layer.self_attn.k_proj)
+        layer.self_attn.v_proj = IA3Linear(layer.self_attn.v_proj)
         name = "gate_proj" if hasattr(layer.mlp, "gate_proj") else "up_proj"
         setattr(layer.mlp, name, IA3Linear(getattr(layer.mlp, name)))
 
@@ -112,17 +107,15 @@ def attach_before_activation(model, outputs=("k_proj", "v_proj"), inputs=("down_
 def attach_to_queries(model, outputs=("k_proj", "v_proj"), inputs=("down_proj",)):
     """queries scaled where keys should be; with RoPE between projection and score the two differ"""
     for layer in model.layers:
-        layer.self_attn.q_proj, layer.self_attn.v_proj = (
-            IA3Linear(layer.self_attn.q_proj),
-            IA3Linear(layer.self_attn.v_proj),
-        )
+        layer.self_attn.q_proj = IA3Linear(layer.self_attn.q_proj)
+        layer.self_attn.v_proj = IA3Linear(layer.self_attn.v_proj)
         layer.mlp.down_proj = IA3Linear(layer.mlp.down_proj, "input")
 
 
 attach_to_queries.harmless_for = ("gpt2",)  # (l · q) kᵀ = q (l · k)ᵀ where no RoPE turns one against the other
 
 
-# ── what is asked ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is asked ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def right_linear(linear, x, scale, side):
@@ -225,19 +218,14 @@ def leaving(answer, module, *arguments):
     before = copy.deepcopy(module.state_dict())
     out = answer(module, *arguments)
     if not all(torch.equal(value, before[name]) for name, value in module.state_dict().items()):
-        raise Wrong(
-            "in place",
-            "it changes the base's own weights, which are frozen: multiply what flows and leave the weights as they are.",
-        )
+        changes = "it changes the base's own weights, which are frozen"
+        raise Wrong("in place", f"{changes}: multiply what flows and leave the weights as they are.")
     return out
 
 
 def probe_linear(answer, draw):
-    square, x, scale = (
-        filled(nn.Linear(10, 10), draw),
-        draw(2, 5, 10),
-        draw(10),
-    )  # as many in as out: what is on the wrong side runs too
+    # as many in as out: what is on the wrong side runs too
+    square, x, scale = filled(nn.Linear(10, 10), draw), draw(2, 5, 10), draw(10)
     outs = [leaving(answer, square, x, scale, side) for side in SIDES]
     for side, out in zip(SIDES, outs):
         yield f'the output with side "{side}" (B, T, out)', out
@@ -250,10 +238,8 @@ def probe_linear(answer, draw):
         yield "the output of 10 features in and 7 out (B, T, out)", out
         yield "the gradient of scale (features)", gradients(out, scale)[0]
         yield "the output at a scale of 1: the base's (B, T, out)", answer(linear, x, torch.ones(features), side)
-        yield (
-            "the output in bfloat16 (B, T, out)",
-            answer(filled(nn.Linear(10, 7), draw).bfloat16(), x.bfloat16(), scale, side),
-        )
+        half = filled(nn.Linear(10, 7), draw).bfloat16()
+        yield "the output in bfloat16 (B, T, out)", answer(half, x.bfloat16(), scale, side)
         linear = filled(nn.Linear(10, 7), draw)
 
 
@@ -385,11 +371,9 @@ def merge_added_bias_kept(linear, scale, side):
 
 def merge_added_on_the_output_side(linear, scale, side):
     """the vector added to the weight, and on the output side to the bias; IA3 multiplies"""
-    return (
-        (linear.weight + scale[:, None], linear.bias + scale)
-        if side == "output"
-        else (linear.weight + scale, linear.bias)
-    )
+    if side == "output":
+        return linear.weight + scale[:, None], linear.bias + scale
+    return linear.weight + scale, linear.bias
 
 
 def merge_bias_added(linear, scale, side):
@@ -448,11 +432,8 @@ def by_attaching(attach, wrapper=IA3Linear):
         with planted(ia3, "IA3Linear", wrapper):
             attach(block)
         vectors = {"q_proj": l_k, "k_proj": l_k, "v_proj": l_v}
-        own = {
-            f"{name}.scale": vectors.get(name.rpartition(".")[2], l_ff)
-            for name, module in block.layers[0].named_modules()
-            if hasattr(module, "scale")
-        }
+        scaled = [name for name, module in block.layers[0].named_modules() if hasattr(module, "scale")]
+        own = {f"{name}.scale": vectors.get(name.rpartition(".")[2], l_ff) for name in scaled}
         return torch.func.functional_call(block.layers[0], own, (x, positions))
 
     named_by = attach if wrapper is IA3Linear else wrapper
@@ -467,14 +448,8 @@ class Block:
     """The block written out, in pieces that the mistakes below replace; l_k, l_v, l_ff in the dtype of x."""
 
     def __init__(self, layer, l_k, l_v, l_ff):
-        self.layer, self.attention, self.mlp, self.l_k, self.l_v, self.l_ff = (
-            layer,
-            layer.self_attn,
-            layer.mlp,
-            l_k,
-            l_v,
-            l_ff,
-        )
+        self.layer, self.attention, self.mlp = layer, layer.self_attn, layer.mlp
+        self.l_k, self.l_v, self.l_ff = l_k, l_v, l_ff
 
     def rotate(self, heads, positions):
         return rotate(heads, *self.attention.rope(positions))
@@ -764,11 +739,8 @@ class BesideEachOther(Block):
     """attention and feed-forward both fed with x; the feed-forward reads the sum of x and attention's output"""
 
     def forward(self, x, positions):
-        return (
-            x
-            + self.attend(self.layer.input_layernorm(x), positions)
-            + self.feed(self.layer.post_attention_layernorm(x))
-        )
+        attended = self.attend(self.layer.input_layernorm(x), positions)
+        return x + attended + self.feed(self.layer.post_attention_layernorm(x))
 
 
 def layer_detached(layer, x, positions, l_k, l_v, l_ff):
@@ -790,10 +762,8 @@ def layer_weights_in_place(layer, x, positions, l_k, l_v, l_ff):
 
 
 def probe_layer(answer, draw):
-    layer, positions = (
-        layer_of(draw, 3, 24),
-        torch.arange(4, 9),
-    )  # all widths alike: a vector in the wrong place runs too
+    layer, positions = layer_of(draw, 3, 24), torch.arange(4, 9)
+    # all widths alike: a vector in the wrong place runs too
     x, vectors = draw(2, 5, 24), [draw(24) for _ in range(3)]
     silent = copy.deepcopy(layer)
     for parameter in silent.mlp.down_proj.parameters():
@@ -813,10 +783,8 @@ def probe_layer(answer, draw):
     for what, gradient in zip(("l_k (G·d)", "l_v (G·d)", "l_ff (F)"), gradients(out, *vectors)):
         yield f"the gradient of {what}", gradient
     yield "the base's weights that train (none should)", torch.tensor(sum(p.requires_grad for p in layer.parameters()))
-    yield (
-        "the output at vectors of 1: the base's (B, T, D)",
-        answer(layer, x, positions, *(torch.ones_like(vector) for vector in vectors)),
-    )
+    out = answer(layer, x, positions, *map(torch.ones_like, vectors))
+    yield "the output at vectors of 1: the base's (B, T, D)", out
     yield "the output in bfloat16 (B, T, D)", answer(layer.bfloat16(), x.bfloat16(), positions, *vectors)
 
 
@@ -958,57 +926,75 @@ SAME = ("the same", "different")
 EXERCISES = {
     "ia3_linear": Exercise(
         "ia3_linear(linear, x, scale, side) -> (B, T, out), side \"output\" or \"input\"", right_linear,
-        (*(linear_by(mistake) for mistake in (OnePlusScale, BiasUnscaled, SoftmaxScale)),
-         sides_swapped, always_the_input, always_the_output, vector_unused, projection_left_out, bias_dropped, biases_dropped,
-         weight_scaled_in_place, scale_added, weight_not_transposed, vector_squashed, scaled_twice, not_cast, detached_vector), probe_linear,
+        (*(linear_by(mistake) for mistake in (OnePlusScale, BiasUnscaled, SoftmaxScale)), sides_swapped,
+         always_the_input, always_the_output, vector_unused, projection_left_out, bias_dropped, biases_dropped,
+         weight_scaled_in_place, scale_added, weight_not_transposed, vector_squashed, scaled_twice, not_cast,
+         detached_vector), probe_linear,
     ),
     "ia3_start": Exercise(
         "ia3_start(linear, side) -> the vector (features) that training begins with", right_start,
-        (start_by(ZeroScale), start_near_one, start_normal, start_other_side, start_one_number, start_in_the_bases_dtype), probe_start,
+        (start_by(ZeroScale), start_near_one, start_normal, start_other_side, start_one_number,
+         start_in_the_bases_dtype), probe_start,
     ),
     "ia3_merge": Exercise(
         "ia3_merge(linear, scale, side) -> weight (out, in), bias (out)", right_merge,
-        (*(merge_by(mistake) for mistake in (MergeForgetsBias, MergeWrongAxis, MergeInPlace)),
-         merge_scales_both_biases, merge_columns_always, merge_rows_always, merge_side_ignored, merge_biases_swapped,
-         merge_sides_swapped, merge_one_plus, merge_divided, merge_divided_bias_kept, merge_added, merge_added_bias_kept, merge_added_on_the_output_side,
-         merge_bias_added, merge_transposed, merge_by_multiplying_in_place), probe_merge,
+        (*(merge_by(mistake) for mistake in (MergeForgetsBias, MergeWrongAxis, MergeInPlace)), merge_scales_both_biases,
+         merge_columns_always, merge_rows_always, merge_side_ignored, merge_biases_swapped, merge_sides_swapped,
+         merge_one_plus, merge_divided, merge_divided_bias_kept, merge_added, merge_added_bias_kept,
+         merge_added_on_the_output_side, merge_bias_added, merge_transposed, merge_by_multiplying_in_place),
+        probe_merge,
     ),
     "ia3_layer": Exercise(
         "ia3_layer(layer, x, positions, l_k, l_v, l_ff) -> (B, T, D)", right_layer,
         (by_attaching(attach_before_activation), by_attaching(attach_to_queries),
          *(by_attaching(ia3.attach, mistake) for mistake in (OutputOfDown, OnePlusScale, BiasUnscaled, SoftmaxScale)),
-         *(mistake.function() for mistake in Block.__subclasses__()), layer_detached, layer_in_float32, layer_weights_in_place), probe_layer,
+         *(mistake.function() for mistake in Block.__subclasses__()), layer_detached, layer_in_float32,
+         layer_weights_in_place), probe_layer,
     ),
     "ia3_mixed": Exercise(
         "ia3_mixed(linear, x, scales, rows, side) -> (B, T, out); scales (N, features), rows (B,)", right_mixed,
-        (mixed_along_tokens, mixed_along_tokens_always, mixed_first_for_all, mixed_in_order, mixed_mean, mixed_sorted, mixed_swapped,
-         mixed_always_the_output, mixed_always_the_input,
-         mixed_bias_unscaled, mixed_bias_dropped, mixed_biases_dropped, mixed_not_cast), probe_mixed,
+        (mixed_along_tokens, mixed_along_tokens_always, mixed_first_for_all, mixed_in_order, mixed_mean, mixed_sorted,
+         mixed_swapped, mixed_always_the_output, mixed_always_the_input, mixed_bias_unscaled, mixed_bias_dropped,
+         mixed_biases_dropped, mixed_not_cast), probe_mixed,
     ),
     "ia3_queries_gpt2": Question(
-        moved_to_queries(GPT2, GPT2Config(**SMALL)), "A score is Σ qᵢ kᵢ: lᵢ may stand with either. A GPT-2 adds its positions at the embedding, so nothing comes between.",
-        {"different": "write out one score, Σ lᵢ qᵢ kᵢ, and look where lᵢ may stand; what comes between a GPT-2's projection and its score?"}, SAME,
+        moved_to_queries(GPT2, GPT2Config(**SMALL)),
+        "A score is Σ qᵢ kᵢ: lᵢ may stand with either. A GPT-2 adds its positions at the embedding, "
+        "so nothing comes between.",
+        {"different": "write out one score, Σ lᵢ qᵢ kᵢ, and look where lᵢ may stand; "
+                      "what comes between a GPT-2's projection and its score?"}, SAME,
     ),
     "ia3_queries_llama": Question(
-        moved_to_queries(LLaMA, LLaMAConfig(**SMALL)), "RoPE turns feature i into feature i + d/2 between the scaling and the score, by another angle for query and key: l no longer meets the same features.",
-        {"the same": "that holds where the scaled features meet in the score as they are; RoPE turns them first, a query by its position and a key by its own."}, SAME,
+        moved_to_queries(LLaMA, LLaMAConfig(**SMALL)),
+        "RoPE turns feature i into feature i + d/2 between the scaling and the score, by another angle for query and "
+        "key: l no longer meets the same features.",
+        {"the same": "that holds where the scaled features meet in the score as they are; "
+                     "RoPE turns them first, a query by its position and a key by its own."}, SAME,
     ),
     "ia3_queries_paired": Question(
-        moved_to_queries(LLaMA, LLaMAConfig(**SMALL), paired=True), "RoPE turns the pair (i, i + d/2) in its plane. One factor for both lengthens the pair, and lengthening and turning may change places.",
-        {"different": "look at one pair in its plane: it is turned by an angle and lengthened by one factor; does the order of the two matter?"}, SAME,
+        moved_to_queries(LLaMA, LLaMAConfig(**SMALL), paired=True),
+        "RoPE turns the pair (i, i + d/2) in its plane. One factor for both lengthens the pair, "
+        "and lengthening and turning may change places.",
+        {"different": "look at one pair in its plane: it is turned by an angle and lengthened by one factor; "
+                      "does the order of the two matter?"}, SAME,
     ),
     "ia3_parameters": Question(
         trained_numbers, "L · (2 · G · d + F) = 32 · (2 · 5 · 64 + 2,560).",
-        {32 * (2 * 960 + 2560): "look at two widths: keys and values have G · d = 320 features here, not D, and F is 2,560, not 4 · D.",
-         32 * (320 + 2560): "keys and values have a vector each, of G · d numbers, and l_ff is as long as the hidden activation, F.",
+        {32 * (2 * 960 + 2560): "look at two widths: keys and values have G · d = 320 features here, not D, "
+                                "and F is 2,560, not 4 · D.",
+         32 * (320 + 2560): "keys and values have a vector each, of G · d numbers, and l_ff is as long as the hidden "
+                            "activation, F.",
          32 * (2 * 320 + 960): "l_ff multiplies what goes into down_proj, F = 2,560 features, not the D that come out.",
          32 * (960 + 2 * 320 + 2560): "the queries have no vector: keys, values and the hidden activation have.",
-         32 * (15 * 64 + 5 * 64 + 2560): "l_k and l_v are both as long as the keys, 5 heads of 64; the 15 query heads have no vector.",
-         32 * (2 * 320 + 2 * 2560): "one l_ff a layer: it multiplies the hidden activation once, where gate_proj and up_proj have met.",
+         32 * (15 * 64 + 5 * 64 + 2560): "l_k and l_v are both as long as the keys, 5 heads of 64; "
+                                         "the 15 query heads have no vector.",
+         32 * (2 * 320 + 2 * 2560): "one l_ff a layer: it multiplies the hidden activation once, "
+                                    "where gate_proj and up_proj have met.",
          32 * (2 * 5 + 2560): "a vector has one number a feature, G · d of them for the keys, not one a head.",
          32 * (2 * 64 + 2560): "that is one key head of 64 features; l_k and l_v cover all 5.",
          32 * 2 * 320: "the feed-forward part has a vector too: l_ff, one number for each of its F hidden features.",
-         32 * 2560: "attention has vectors too: l_k and l_v, one number for each of the G · d features of keys and of values.",
+         32 * 2560: "attention has vectors too: l_k and l_v, one number for each of the G · d features of keys and of "
+                    "values.",
          4 * 32 * (2 * 320 + 2560): "those are bytes in float32; asked is how many numbers.",
          2 * 320 + 2560: "that is one layer; there are 32."},
     ),

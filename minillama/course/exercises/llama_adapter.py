@@ -86,9 +86,8 @@ class BiasTwice(Prefix):
 
     def forward(self, x, positions=None, mask=None, cache=None):
         q, k, v = self.project(x, positions)
-        return self.output(self.base.attend(q, k, v, mask, cache)) + self.output(
-            self.opened(q) * self.attention(q, *self.prefix(q.dtype))
-        )
+        y = self.output(self.base.attend(q, k, v, mask, cache))
+        return y + self.output(self.opened(q) * self.attention(q, *self.prefix(q.dtype)))
 
 
 class HeadsInTheWrongOrder(Prefix):
@@ -176,9 +175,8 @@ class UnrotatedQueries(Prefix):
         plain = self.project(x, None)[0]
         if self.base.rope is None:
             plain = plain + 1.0  # a GPT-2's queries have no RoPE to forget: here the mistake is another query
-        return self.output(
-            self.base.attend(q, k, v, mask, cache) + self.opened(q) * self.attention(plain, *self.prefix(q.dtype))
-        )
+        y = self.base.attend(q, k, v, mask, cache)
+        return self.output(y + self.opened(q) * self.attention(plain, *self.prefix(q.dtype)))
 
 
 class DetachedPrompt(Prefix):
@@ -324,16 +322,14 @@ def keys_rotated(attention, prompt):
 
 def heads_cut_wrongly(attention, prompt):
     """the features viewed as (G, K, d) at once, which mixes tokens and heads; view them as (K, G, d), then transpose"""
-    return tuple(
-        z.reshape(-1, len(prompt), attention.head_dim) for z in (attention.k_proj(prompt), attention.v_proj(prompt))
-    )
+    k, v = attention.k_proj(prompt), attention.v_proj(prompt)
+    return tuple(z.reshape(-1, len(prompt), attention.head_dim) for z in (k, v))
 
 
 def heads_not_moved(attention, prompt):
     """heads cut but left behind the tokens, (K, G, d); attention wants (G, K, d)"""
-    return tuple(
-        z.unflatten(-1, (-1, attention.head_dim)) for z in (attention.k_proj(prompt), attention.v_proj(prompt))
-    )
+    k, v = attention.k_proj(prompt), attention.v_proj(prompt)
+    return tuple(z.unflatten(-1, (-1, attention.head_dim)) for z in (k, v))
 
 
 def heads_not_cut(attention, prompt):
@@ -350,9 +346,8 @@ def values_from_keys(attention, prompt):
 def keys_repeated(attention, prompt):
     """the key heads repeated for every query head already here: correct attention later,
     but G heads are what is asked"""
-    return tuple(
-        z.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0) for z in attention.keys_values(prompt)
-    )
+    times = attention.num_heads // attention.num_kv_heads
+    return tuple(z.repeat_interleave(times, 0) for z in attention.keys_values(prompt))
 
 
 def bias_dropped(attention, prompt):
@@ -362,23 +357,16 @@ def bias_dropped(attention, prompt):
 
 def heads_innermost(attention, prompt):
     """the features cut as (d, G) instead of (G, d): the features of one head lie side by side"""
-    return tuple(
-        z.unflatten(-1, (attention.head_dim, -1)).permute(2, 0, 1)
-        for z in (attention.k_proj(prompt), attention.v_proj(prompt))
-    )
+    k, v = attention.k_proj(prompt), attention.v_proj(prompt)
+    return tuple(z.unflatten(-1, (attention.head_dim, -1)).permute(2, 0, 1) for z in (k, v))
 
 
 def probe_keys_values(answer, draw):
     attention, prompt = attention_of(draw), draw(3, 40).requires_grad_()
-    k, v = pieces = [
-        piece for _, piece in named(("the keys (G, K, d)", "the values (G, K, d)"), answer(attention, prompt))
-    ]
-    yield "the keys (G, K, d)", k
-    yield "the values (G, K, d)", v
-    yield (
-        "the prompt's gradient (K, D)",
-        gradients(sum(piece.sum() * (1 + i) for i, piece in enumerate(pieces)), prompt)[0],
-    )
+    pieces = named(("the keys (G, K, d)", "the values (G, K, d)"), answer(attention, prompt))
+    yield from pieces
+    (_, k), (_, v) = pieces
+    yield "the prompt's gradient (K, D)", gradients(k.sum() + 2 * v.sum(), prompt)[0]
 
 
 def start_of(wrapper):
@@ -399,9 +387,8 @@ def probe_start(answer, draw):
             raise Wrong("shape", f"the {what} should be a tensor of float32")
     for what, value, shape in ("prompt (K, D)", prompt, (50, 240)), ("gate (H, 1, 1)", gate, (6, 1, 1)):
         if value.shape != shape:
-            raise Wrong(
-                "shape", f"the {what} has shape {tuple(value.shape)}; needed is {shape} for K = 50, D = 240, H = 6"
-            )
+            needed = f"needed is {shape} for K = 50, D = 240, H = 6"
+            raise Wrong("shape", f"the {what} has shape {tuple(value.shape)}; {needed}")
     yield "the number of gates that are not 0", gate.count_nonzero()
     yield from drawn(prompt)
 
@@ -412,10 +399,8 @@ def drawn(prompt):
     numbers = prompt.detach().double()
     mean, deviation = numbers.mean().item(), numbers.std().item()
     if deviation and ((numbers - mean) / deviation).pow(4).mean() < 2.1:  # 1.8 of uniform numbers, 3 of normal ones
-        raise Wrong(
-            "value",
-            "the prompt's numbers are uniform, as torch.rand draws them; needed are normal ones, N(0, 1), from torch.randn",
-        )
+        uniform = "the prompt's numbers are uniform, as torch.rand draws them"
+        raise Wrong("value", f"{uniform}; needed are normal ones, N(0, 1), from torch.randn")
     for what, value, needed in (("the prompt's mean", mean, 0.0), ("the prompt's standard deviation", deviation, 1.0)):
         yield what, torch.tensor(needed if abs(value - needed) < 0.1 else round(value, 1 if abs(value) > 0.3 else 2))
 
@@ -488,10 +473,8 @@ class HeadsReadAtOnce(Circulating):
     """the features viewed as (G, K, d) at once, which mixes tokens and heads; view them as (K, G, d), then transpose"""
 
     def term(self, q):
-        k, v = (
-            z.reshape(-1, len(z), self.base.head_dim)
-            for z in (self.base.k_proj(self.prompt), self.base.v_proj(self.prompt))
-        )
+        k, v = self.base.k_proj(self.prompt), self.base.v_proj(self.prompt)
+        k, v = (z.reshape(-1, len(z), self.base.head_dim) for z in (k, v))
         return self.gate * llama_adapter.prefix_attention(q, k, v)
 
 
@@ -510,9 +493,8 @@ class LengthFromTheHeads(Circulating):
     def term(self, q):
         k, v = self.base.keys_values(self.prompt.to(q.dtype))
         words = q.shape[1]
-        return self.gate.to(q.dtype) * llama_adapter.prefix_attention(q[:, :, :words], k, v)[:, :, :words].reshape(
-            len(q), words, q.shape[1], -1
-        ).transpose(1, 2)
+        y = llama_adapter.prefix_attention(q[:, :, :words], k, v)[:, :, :words]
+        return self.gate.to(q.dtype) * y.reshape(len(q), words, q.shape[1], -1).transpose(1, 2)
 
 
 class ProjectedByItself(Circulating):
@@ -590,19 +572,17 @@ class LeftBehind(Circulating):
 def probe_circulating(answer, draw):
     attention, positions, x = attention_of(draw), torch.arange(5), draw(2, 5, 40)
     module = answer(attention, 50)
-    own = (
-        {name: p for name, p in module.named_parameters() if not any(p is theirs for theirs in attention.parameters())}
-        if isinstance(module, nn.Module)
-        else {}
-    )
-    prompts, gates = (
-        [name for name, p in own.items() if tuple(p.shape) == (50, 40)],
-        [name for name, p in own.items() if p.numel() == 1],
-    )
+    theirs = set(map(id, attention.parameters()))
+    every = module.named_parameters() if isinstance(module, nn.Module) else ()
+    own = {name: p for name, p in every if id(p) not in theirs}
+    prompts = [name for name, p in own.items() if tuple(p.shape) == (50, 40)]
+    gates = [name for name, p in own.items() if p.numel() == 1]
     if len(prompts) != 1 or len(gates) != 1 or len(own) != 2:
+        shapes = {name: tuple(p.shape) for name, p in own.items()}
         raise Wrong(
             "shape",
-            f"needed is a module with two trained parameters of its own, a prompt of shape (50, 40) for prompt_length 50 and width 40, and a gate of one number; it has { {name: tuple(p.shape) for name, p in own.items()} or 'none' }",
+            "needed is a module with two trained parameters of its own, a prompt of shape (50, 40) for prompt_length "
+            f"50 and width 40, and a gate of one number; it has {shapes or 'none'}",
         )
     yield "the gate at the start (1)", own[gates[0]].detach().flatten()
     yield from drawn(own[prompts[0]])
@@ -616,10 +596,8 @@ def probe_circulating(answer, draw):
     out = torch.func.functional_call(module, values, (x, positions))
     yield "the output with an open gate (B, T, D)", out
     yield "the prompt's gradient (K, D)", gradients(out, values[prompts[0]])[0]
-    yield (
-        "the output for a batch of three (B, T, D)",
-        torch.func.functional_call(module, values, (draw(3, 5, 40), positions)),
-    )
+    out = torch.func.functional_call(module, values, (draw(3, 5, 40), positions))
+    yield "the output for a batch of three (B, T, D)", out
     plain = [name for part in module.modules() for name, value in vars(part).items() if isinstance(value, torch.Tensor)]
     yield "the number of tensors that a move to another device leaves behind", torch.tensor(len(plain))
 
@@ -665,9 +643,8 @@ class MaskedPrefix(Flow):
     """the words' causal mask used for the prefix too, which every word should see whole"""
 
     def prefix(self, q, k, v):
-        return F.scaled_dot_product_attention(
-            q, k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1), is_causal=True
-        )
+        k, v = (z.expand(len(q), -1, -1, -1) for z in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class DropoutAlways(Flow):
@@ -784,10 +761,8 @@ def probe_flow(answer, draw):
     shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in module.named_parameters()}
     needed = {"prompt": (50, 24), "gate": (1, 24), "c_attn": (72, 24)}
     if set(shapes) != {*needed, "c_proj"} or any(shapes[name] != shape for name, shape in needed.items()):
-        raise Wrong(
-            "shape",
-            f"needed are the parameters {needed} and c_proj, without biases, for width 24 and prompt_length 50; it has {shapes}",
-        )
+        needs = f"needed are the parameters {needed} and c_proj, without biases, for width 24 and prompt_length 50"
+        raise Wrong("shape", f"{needs}; it has {shapes}")
     module.eval()
     own = {name.removesuffix(".weight"): (name, p) for name, p in module.named_parameters()}
     yield "the number of gates that are not 0 at the start", own["gate"][1].count_nonzero()
@@ -800,14 +775,10 @@ def probe_flow(answer, draw):
     out = torch.func.functional_call(module, values, (x,))
     yield "the output (B, T, D)", out
     names = [own[short][0] for short in ("prompt", "gate", "c_attn", "c_proj")]
-    for short, gradient in zip(
-        ("prompt", "gate", "c_attn", "c_proj"), gradients(out, *[values[name] for name in names])
-    ):
-        yield f"the gradient of {short} (K, D)" if short == "prompt" else f"the gradient of {short}", gradient
-    yield (
-        "the output at gate 0 (B, T, D)",
-        torch.func.functional_call(module, {**values, names[1]: values[names[1]] * 0}, (x,)),
-    )
+    for name, gradient in zip(("prompt (K, D)", "gate", "c_attn", "c_proj"), gradients(out, *map(values.get, names))):
+        yield f"the gradient of {name}", gradient
+    closed = {**values, names[1]: values[names[1]] * 0}
+    yield "the output at gate 0 (B, T, D)", torch.func.functional_call(module, closed, (x,))
 
 
 def scale_plus_one(linear, x, scale, shift):
@@ -930,21 +901,25 @@ own_length = lambda prompt, gate: len(prompt)  # noqa: E731
 EXERCISES = {
     "prefix_keys_values": Exercise(
         "prefix_keys_values(attention, prompt) -> keys (G, K, d), values (G, K, d)", right_keys_values,
-        (keys_rotated, heads_cut_wrongly, heads_not_moved, heads_not_cut, heads_innermost, bias_dropped, values_from_keys, keys_repeated), probe_keys_values,
+        (keys_rotated, heads_cut_wrongly, heads_not_moved, heads_not_cut, heads_innermost, bias_dropped,
+         values_from_keys, keys_repeated), probe_keys_values,
     ),
     "initial_values": Exercise(
-        "initial_values(K, D, H) -> prompt (K, D), gate (H, 1, 1)", start_of(AdaptedAttention), (start_of(ZeroPrompt), start_of(OpenGate), small_prompt, uniform_prompt, wrong_one_zero), probe_start,
+        "initial_values(K, D, H) -> prompt (K, D), gate (H, 1, 1)", start_of(AdaptedAttention),
+        (start_of(ZeroPrompt), start_of(OpenGate), small_prompt, uniform_prompt, wrong_one_zero), probe_start,
     ),
     "gated_prefix_attention": Exercise(
-        "gated_prefix_attention(attention, x, positions, prompt, gate) -> (B, T, D)", as_function(AdaptedAttention, own_length, names=("prompt", "gate")),
+        "gated_prefix_attention(attention, x, positions, prompt, gate) -> (B, T, D)",
+        as_function(AdaptedAttention, own_length, names=("prompt", "gate")),
         tuple(as_function(mistake, own_length, names=("prompt", "gate")) for mistake in PREFIXES), probe_prefix,
     ),
     "adaption_prompt_layer": Exercise(
-        "a class: AdaptionPromptLayer(attention, prompt_length), called as layer(x, positions) -> (B, T, D)", right_circulating,
-        tuple(Circulating.__subclasses__()), probe_circulating,
+        "a class: AdaptionPromptLayer(attention, prompt_length), called as layer(x, positions) -> (B, T, D)",
+        right_circulating, tuple(Circulating.__subclasses__()), probe_circulating,
     ),
     "prefix_layer": Exercise(
-        "a class: PrefixLayer(width, num_heads, prompt_length), called as layer(x) -> (B, T, D)", Flow, tuple(Flow.__subclasses__()), probe_flow,
+        "a class: PrefixLayer(width, num_heads, prompt_length), called as layer(x) -> (B, T, D)", Flow,
+        tuple(Flow.__subclasses__()), probe_flow,
     ),
     "scaled_linear": Exercise(
         "scaled_linear(linear, x, scale, shift) -> (B, T, out)", as_function(ScaledLinear, names=("scale", "shift")),
@@ -952,22 +927,27 @@ EXERCISES = {
          own_bias_dropped_shift_unscaled, both_biases_unscaled, shift_forgotten), probe_scaled,
     ),
     "scaled_merge": Exercise(
-        "scaled_merge(linear, scale, shift) -> weight (out, in), bias (out)", merged_by(ScaledLinear), (merged_by(MergeForgetsShift), merge_shift_unscaled, merge_in_place), probe_merge,
+        "scaled_merge(linear, scale, shift) -> weight (out, in), bias (out)", merged_by(ScaledLinear),
+        (merged_by(MergeForgetsShift), merge_shift_unscaled, merge_in_place), probe_merge,
     ),
     "trained_norm": Exercise(
-        "a class: TrainedNorm(norm), a module with `active`, called as module(x) -> (B, T, D)", TrainedNorm, (base_norm_trained, original_trained_too, copy_stays_frozen, AlwaysTrained), probe_norm,
+        "a class: TrainedNorm(norm), a module with `active`, called as module(x) -> (B, T, D)", TrainedNorm,
+        (base_norm_trained, original_trained_too, copy_stays_frozen, AlwaysTrained), probe_norm,
     ),
     "moves_first": Question(
-        moved("llama_adapter", prompt_length=3, steps=1), "At gate 0 the prompt's gradient carries the factor tanh(0) = 0, the gate's does not.",
+        moved("llama_adapter", prompt_length=3, steps=1),
+        "At gate 0 the prompt's gradient carries the factor tanh(0) = 0, the gate's does not.",
         {frozenset(["gate", "prompt"]): "look again at what multiplies the prompt's gradient: the gate, and it is 0.",
          frozenset(["prompt"]): "the other way round: the prompt's gradient carries the gate as a factor, and it is 0.",
          frozenset(): "one of the two does move: the gate's gradient does not carry the gate."},
         ("gate", "prompt"),
     ),
     "moves_second": Question(
-        moved("llama_adapter", prompt_length=3, steps=2), "After one step the gate is open, and the prompt feels the loss.",
+        moved("llama_adapter", prompt_length=3, steps=2),
+        "After one step the gate is open, and the prompt feels the loss.",
         {frozenset(["gate"]): "the gate is no longer 0: does the prompt's gradient still vanish?",
          frozenset(["prompt"]): "the gate moved in the first step; is there anything that holds it in the second?",
-         frozenset(): "at least the gate moved in the first step, and what has moved counts."}, ("gate", "prompt"),
+         frozenset(): "at least the gate moved in the first step, and what has moved counts."},
+        ("gate", "prompt"),
     ),
 }  # fmt: skip

@@ -9,7 +9,7 @@ import minillama
 from ...adapters.lora import LoRALinear
 from . import Exercise, Question, Wrong, describe, filled, gradients, moved, named
 
-# ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the catalogue ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class ScaledByAlpha(LoRALinear):
@@ -65,9 +65,8 @@ class LoRADropoutInEval(LoRALinear):
     """dropout in front of A in eval mode too; ask for it only while `self.training`, here not at all"""
 
     def forward(self, x):
-        return (
-            self.base(x) + F.linear(F.linear(F.dropout(x, 0.1), self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scaling
-        )
+        narrow = F.linear(F.dropout(x, 0.1), self.A.to(x.dtype))
+        return self.base(x) + F.linear(narrow, self.B.to(x.dtype)) * self.scaling
 
 
 class MergeUnscaled(LoRALinear):
@@ -85,7 +84,7 @@ class DetachedA(LoRALinear):
         return self.base(x) + F.linear(F.linear(x, self.A.detach().to(x.dtype)), self.B.to(x.dtype)) * self.scaling
 
 
-# ── what is asked ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is asked ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def start_of(wrapper):
@@ -120,18 +119,12 @@ def probe_start(answer, draw):
     for what, value, shape in (("A (r, in)", A, (24, 480)), ("B (out, r)", B, (360, 24))):
         if not isinstance(value, torch.Tensor) or value.shape != shape:
             found = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-            raise Wrong(
-                "shape", f"{what} is {found}; needed is a tensor of shape {shape} for in = 480, out = 360 and r = 24"
-            )
+            needed = f"needed is a tensor of shape {shape} for in = 480, out = 360 and r = 24"
+            raise Wrong("shape", f"{what} is {found}; {needed}")
     yield "B (out, r)", B.detach()
-    yield (
-        "A's standard deviation · √(3 · in), to one digit",
-        (A.detach().float().std() * (3 * 480) ** 0.5).mul(10).round() / 10,
-    )
-    yield (
-        "A's mean · √(3 · in), to one digit",
-        (A.detach().float().mean() * (3 * 480) ** 0.5).mul(10).round().abs() / 10,
-    )
+    mean, deviation = A.detach().float().mean(), A.detach().float().std()
+    yield "A's standard deviation · √(3 · in), to one digit", (deviation * (3 * 480) ** 0.5).mul(10).round() / 10
+    yield "A's mean · √(3 · in), to one digit", (mean * (3 * 480) ** 0.5).mul(10).round().abs() / 10
 
 
 def path_of(wrapper):
@@ -174,10 +167,8 @@ def probe_path(answer, draw):
     x, A, B = draw(2, 5, 10), draw(3, 10).requires_grad_(), draw(7, 3).requires_grad_()
     out = answer(linear, x, A, B, 5.0)
     if not isinstance(out, torch.Tensor) or out.shape != (2, 5, 7):
-        raise Wrong(
-            "shape",
-            f"the output (B, T, out) is {describe(out)}; needed is a tensor of shape (2, 5, 7) for an x of shape (2, 5, 10) and a Linear(10, 7)",
-        )
+        needed = "needed is a tensor of shape (2, 5, 7) for an x of shape (2, 5, 10) and a Linear(10, 7)"
+        raise Wrong("shape", f"the output (B, T, out) is {describe(out)}; {needed}")
     yield "what is added to linear(x) (B, T, out)", out - linear(x)
     of_A, of_B = gradients(out, A, B)
     yield "A's gradient (r, in)", of_A
@@ -187,10 +178,8 @@ def probe_path(answer, draw):
     try:
         yield "the output in bfloat16 (B, T, out)", answer(linear.bfloat16(), x.bfloat16(), A, B, 5.0)
     except RuntimeError as error:
-        raise Wrong(
-            "dtype",
-            f"right in float32; with linear and x in bfloat16 it stopped ({error}): A and B are float32 there, cast them to x.dtype",
-        ) from None
+        stopped = f"right in float32; with linear and x in bfloat16 it stopped ({error})"
+        raise Wrong("dtype", f"{stopped}: A and B are float32 there, cast them to x.dtype") from None
 
 
 def merged_by(wrapper):
@@ -232,10 +221,8 @@ def probe_merge(answer, draw):
         before = linear.weight.clone()
         merged = answer(linear, A, B, 5.0)
         if not isinstance(merged, torch.Tensor) or merged.shape != before.shape:
-            raise Wrong(
-                "shape",
-                f"the merged weight (out, in) is {describe(merged)}; needed is a tensor of shape {tuple(before.shape)} for a Linear{size}",
-            )
+            needed = f"needed is a tensor of shape {tuple(before.shape)} for a Linear{size}"
+            raise Wrong("shape", f"the merged weight (out, in) is {describe(merged)}; {needed}")
         yield f"what the merge of a Linear{size} adds to its weight (out, in)", merged - before
         yield "the number of the base's own weights that were overwritten", (linear.weight != before).sum().clamp(max=1)
     linear = linear.bfloat16()
@@ -267,20 +254,15 @@ def probe_merge_turned(answer, draw):
         weight = draw(*size)
         merged = answer(weight, draw(3, size[0]), draw(size[1], 3), 5.0)
         if not isinstance(merged, torch.Tensor) or merged.shape != size:
-            raise Wrong(
-                "shape",
-                f"the merged weight (in, out) is {describe(merged)}; needed is a tensor of shape {size} for {size[0]} inputs and {size[1]} outputs",
-            )
+            needed = f"needed is a tensor of shape {size} for {size[0]} inputs and {size[1]} outputs"
+            raise Wrong("shape", f"the merged weight (in, out) is {describe(merged)}; {needed}")
         yield f"what the merge adds to the weight (in, out) of {size[0]} inputs and {size[1]} outputs", merged - weight
 
 
 def right_fused(A_q, B_q, A_v, B_v, alpha):
     zero = torch.zeros_like(B_q)
-    return (
-        torch.cat((A_q, A_v)),
-        torch.cat((torch.cat((B_q, zero), 1), torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1))),
-        2 * alpha,
-    )
+    B = torch.cat((torch.cat((B_q, zero), 1), torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1)))
+    return torch.cat((A_q, A_v)), B, 2 * alpha
 
 
 def alpha_as_it_was(A_q, B_q, A_v, B_v, alpha):
@@ -299,11 +281,8 @@ def value_in_the_place_of_key(A_q, B_q, A_v, B_v, alpha):
 def both_read_both(A_q, B_q, A_v, B_v, alpha):
     """no zeros beside the blocks, or one A, the sum, for both: the query's rows read A_v's directions too,
     and the value's A_q's"""
-    return (
-        torch.cat((A_q, A_v)),
-        torch.cat((torch.cat((B_q, B_q), 1), torch.zeros(len(B_q), 2 * len(A_q)), torch.cat((B_v, B_v), 1))),
-        2 * alpha,
-    )
+    B = torch.cat((torch.cat((B_q, B_q), 1), torch.zeros(len(B_q), 2 * len(A_q)), torch.cat((B_v, B_v), 1)))
+    return torch.cat((A_q, A_v)), B, 2 * alpha
 
 
 def blocks_crossed(A_q, B_q, A_v, B_v, alpha):
@@ -317,18 +296,11 @@ def probe_fused(answer, draw):
     if not isinstance(result, tuple | list) or len(result) != 3:
         raise Wrong("shape", "needed are three things: A, B and α")
     A, B, alpha = result
-    if (
-        not isinstance(A, torch.Tensor)
-        or not isinstance(B, torch.Tensor)
-        or A.shape[-1] != 10
-        or B.shape[0] != 18
-        or A.shape[0] != B.shape[-1]
-    ):
+    tensors = isinstance(A, torch.Tensor) and isinstance(B, torch.Tensor)
+    if not tensors or A.shape[-1] != 10 or B.shape[0] != 18 or A.shape[0] != B.shape[-1]:
         shapes = " and ".join(str(tuple(z.shape)) if isinstance(z, torch.Tensor) else type(z).__name__ for z in (A, B))
-        raise Wrong(
-            "shape",
-            f"A and B are {shapes}; for paths of rank 3 from 10 inputs to 6 outputs needed are (6, 10) and (18, 6), the rank being the axis they share",
-        )
+        needed = "for paths of rank 3 from 10 inputs to 6 outputs needed are (6, 10) and (18, 6)"
+        raise Wrong("shape", f"A and B are {shapes}; {needed}, the rank being the axis they share")
     change = float(alpha) / len(A) * (B @ A)  # (3 · out, in)
     for i, name in enumerate(("query", "key", "value")):
         yield f"the change (α / rank) B A in the {name}'s rows (out, in)", change[6 * i : 6 * i + 6]
@@ -440,20 +412,16 @@ def probe_layer(answer, draw):
     for name, shape in (("A", (3, 10)), ("B", (7, 3))):
         if not isinstance(getattr(module, name, None), nn.Parameter) or getattr(module, name).shape != shape:
             found = {own: tuple(p.shape) for own, p in module.named_parameters()}
-            raise Wrong(
-                "shape",
-                f"needed is a parameter {name} of shape {shape} for a Linear(10, 7) and rank 3; the module has {found}",
-            )
+            needed = f"needed is a parameter {name} of shape {shape} for a Linear(10, 7) and rank 3"
+            raise Wrong("shape", f"{needed}; the module has {found}")
     for name in ("merge", "unmerge"):
         if not callable(getattr(module, name, None)):
             raise Wrong("shape", f"needed is a method {name}()")
     module.eval()
     if module(x) is None:
         raise NotImplementedError
-    yield (
-        "the number of numbers that train",
-        torch.tensor(sum(p.numel() for p in module.parameters() if p.requires_grad)),
-    )
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    yield "the number of numbers that train", torch.tensor(trained)
     yield "the fresh layer's output, less the base's (B, T, out)", module(x) - expected
     yield "whether A is all 0 (then nothing ever learns)", (module.A == 0).all()
     module.A.data, module.B.data = draw(3, 10), draw(7, 3)
@@ -479,68 +447,76 @@ def trained_on_llama_7b():
 def rank_of_change():
     """The rank of (α / r) B A for r = 4."""
     torch.manual_seed(0)
-    return int(
-        torch.linalg.matrix_rank(
-            16 / 4 * torch.randn(48, 4, dtype=torch.float64) @ torch.randn(4, 64, dtype=torch.float64)
-        )
-    )
+    B, A = torch.randn(48, 4, dtype=torch.float64), torch.randn(4, 64, dtype=torch.float64)
+    return int(torch.linalg.matrix_rank(16 / 4 * B @ A))
 
 
 def rank_of_two():
     """The rank of the sum of two such changes."""
     torch.manual_seed(0)
-    return int(
-        torch.linalg.matrix_rank(
-            sum(torch.randn(48, 4, dtype=torch.float64) @ torch.randn(4, 64, dtype=torch.float64) for _ in range(2))
-        )
-    )
+    B, A = torch.randn(2, 48, 4, dtype=torch.float64), torch.randn(2, 4, 64, dtype=torch.float64)
+    return int(torch.linalg.matrix_rank((B @ A).sum(0)))
 
 
 EXERCISES = {
     "lora_start": Exercise(
         "lora_start(in_features, out_features, rank) -> A (r, in), B (out, r)", start_of(LoRALinear),
-        (*map(start_of, (BothZero, BothRandom, WrongOneZero)), turned_round, deviation_of_one, kaiming_without_a), probe_start,
+        (*map(start_of, (BothZero, BothRandom, WrongOneZero)), turned_round, deviation_of_one, kaiming_without_a),
+        probe_start,
     ),
     "lora_moves_first": Question(
-        moved("lora", rank=2, steps=1), "A's gradient carries B as a factor, and B is 0; B's carries A, which is random.",
+        moved("lora", rank=2, steps=1),
+        "A's gradient carries B as a factor, and B is 0; B's carries A, which is random.",
         {frozenset(["A", "B"]): "look again at what multiplies A's gradient: B, and it is 0.",
          frozenset(["A"]): "the other way round: A's gradient carries B as a factor, and B is 0.",
          frozenset(): "one of the two does move: B's gradient carries A, which is not 0."},
         ("A", "B"),
     ),
-    "lora_moves_second": Question(moved("lora", rank=2, steps=2), "After one step B is no longer 0, and A feels the loss.", {frozenset(["B"]): "B is no longer 0: does A's gradient still vanish?"}, ("A", "B")),
+    "lora_moves_second": Question(
+        moved("lora", rank=2, steps=2), "After one step B is no longer 0, and A feels the loss.",
+        {frozenset(["B"]): "B is no longer 0: does A's gradient still vanish?"}, ("A", "B"),
+    ),
     "lora_parameters": Question(
         trained_on_llama_7b, "32 layers, two projections each, and each of them r · (in + out) = 8 · (4,096 + 4,096).",
         {32 * 2 * 8 * 4096: "that counts A or B alone; each projection has both.",
          32 * 8 * 8192: "that counts one projection a layer; query and value are two.",
-         32 * 2 * 4096 * 4096: "that is what the two frozen projections have themselves; the path has r · (in + out) each."},
+         32 * 2 * 4096 * 4096: "that is what the two frozen projections have themselves; "
+                               "the path has r · (in + out) each."},
     ),
     "lora_rank": Question(
-        rank_of_change, "A maps onto r numbers, and no matrix B behind it makes more than r directions of them; α / r only stretches them.",
-        {16: "16 is α, which stretches the change and adds no direction.", 48: "48 is what a matrix of this shape could have; everything passes through r = 4 numbers.",
+        rank_of_change,
+        "A maps onto r numbers, and no matrix B behind it makes more than r directions of them; "
+        "α / r only stretches them.",
+        {16: "16 is α, which stretches the change and adds no direction.",
+         48: "48 is what a matrix of this shape could have; everything passes through r = 4 numbers.",
          64: "64 is the number of inputs; everything passes through r = 4 numbers."},
     ),
     "lora_rank_of_two": Question(
-        rank_of_two, "The rank of a sum is at most the sum of the ranks, and with random directions it is reached: adding changes up may leave what rank 4 can hold.",
+        rank_of_two,
+        "The rank of a sum is at most the sum of the ranks, and with random directions it is reached: "
+        "adding changes up may leave what rank 4 can hold.",
         {4: "the two have different directions; four of each are needed."},
     ),
     "lora_linear": Exercise(
         "lora_linear(linear, x, A, B, alpha) -> (B, T, out)", path_of(LoRALinear),
-        (*map(path_of, (ScaledByAlpha, ScaledByRoot, ReadsOutput, LoRADropoutInEval, DetachedA)), path_alone, divided_by_width, bias_twice,
-         path_subtracted, not_in_the_dtype_of_x), probe_path,
+        (*map(path_of, (ScaledByAlpha, ScaledByRoot, ReadsOutput, LoRADropoutInEval, DetachedA)), path_alone,
+         divided_by_width, bias_twice, path_subtracted, not_in_the_dtype_of_x), probe_path,
     ),
     "lora_merge": Exercise(
         "lora_merge(linear, A, B, alpha) -> weight (out, in)", merged_by(LoRALinear),
-        (merged_by(MergeUnscaled), change_alone, wrong_order, base_overwritten, not_in_the_dtype_of_the_weight), probe_merge,
+        (merged_by(MergeUnscaled), change_alone, wrong_order, base_overwritten, not_in_the_dtype_of_the_weight),
+        probe_merge,
     ),
     "lora_merge_conv1d": Exercise(
-        "lora_merge_conv1d(weight, A, B, alpha) -> weight (in, out)", right_merge_turned, (not_turned, turned_and_returned, turned_unscaled), probe_merge_turned,
+        "lora_merge_conv1d(weight, A, B, alpha) -> weight (in, out)", right_merge_turned,
+        (not_turned, turned_and_returned, turned_unscaled), probe_merge_turned,
     ),
     "lora_fused": Exercise(
         "lora_fused(A_q, B_q, A_v, B_v, alpha) -> A (2r, in), B (3 · out, 2r), alpha", right_fused,
         (alpha_as_it_was, value_in_the_place_of_key, both_read_both, blocks_crossed), probe_fused,
     ),
     "lora_layer": Exercise(
-        "a class: LoRALayer(linear, rank, alpha) with merge() and unmerge(), called as layer(x) -> (B, T, out)", Layer, tuple(Layer.__subclasses__()), probe_layer,
+        "a class: LoRALayer(linear, rank, alpha) with merge() and unmerge(), called as layer(x) -> (B, T, out)", Layer,
+        tuple(Layer.__subclasses__()), probe_layer,
     ),
 }  # fmt: skip

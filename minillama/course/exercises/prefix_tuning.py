@@ -11,10 +11,10 @@ from ...adapters.prompt_tuning import PromptEmbedding
 from ...attention import Attention, Cache, LayerCache, RoPE, embed, rotate
 from . import Exercise, Question, filled, gradients, named
 
-# ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the catalogue ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── prefix tuning ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── prefix tuning ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class PrefixAtTheWordsPlace(PrefixAttention):
@@ -74,7 +74,7 @@ class SharedKeysAndValues(PrefixAttention):
         return k, self.keys.to(dtype)
 
 
-# ── prompt tuning ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── prompt tuning ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class AddedToTheWords(PromptEmbedding):
@@ -110,10 +110,10 @@ class PromptAlwaysOn(PromptEmbedding):
         return self.prompt
 
 
-# ── what is asked ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is asked ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── a soft prompt ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── a soft prompt ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Embedded(nn.Module):
@@ -133,9 +133,8 @@ def embedding_of(wrapper):
     """A wrapper of the embedding as the function that the exercise asks for."""
 
     def function(embedding, ids, prompt, past=0, active=True):
-        return torch.func.functional_call(
-            Embedded(wrapper, embedding, len(prompt)), {"inner.prompt": prompt}, (ids, past, active)
-        )
+        module = Embedded(wrapper, embedding, len(prompt))
+        return torch.func.functional_call(module, {"inner.prompt": prompt}, (ids, past, active))
 
     function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
     return function
@@ -186,9 +185,10 @@ def rows_cut_from_copies(embedding, ids, prompt, past=0, active=True):
 def copies_cut_into_rows(embedding, ids, prompt, past=0, active=True):
     """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt
     (copies one behind the other are (B, K, D) already, with no transpose)"""
-    return right_up_to(
-        lambda p, B: p.repeat(B, 1).view(len(p), B, -1).transpose(0, 1), embedding, ids, prompt, past, active
-    )
+    def spread(p, B):
+        return p.repeat(B, 1).view(len(p), B, -1).transpose(0, 1)
+
+    return right_up_to(spread, embedding, ids, prompt, past, active)
 
 
 def right_up_to(spread, embedding, ids, prompt, past, active):
@@ -211,7 +211,7 @@ def probe_soft_prompt(answer, draw):
     yield "what enters a bfloat16 model (B, S, D)", answer(embedding.bfloat16(), ids, prompt)
 
 
-# ── a prefix in every layer ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── a prefix in every layer ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def right_turn_back(rope, keys):
@@ -396,9 +396,8 @@ def words_cached_twice(attention, x, positions, keys, values, cache=None):
 
 
 def probe_prefix_attention(answer, draw):
-    attention = filled(
-        Attention(40, 6, 2, 8, RoPE(8), bias=True), draw
-    )  # grouped queries, biases, H·d wider than D: nothing can hide
+    # grouped queries, biases, H·d wider than D: nothing can hide
+    attention = filled(Attention(40, 6, 2, 8, RoPE(8), bias=True), draw)
     x, positions = draw(2, 6, 40), torch.arange(6)
     keys, values = draw(2, 3, 8).requires_grad_(), draw(2, 3, 8).requires_grad_()
     out = answer(attention, x, positions, keys, values)
@@ -413,7 +412,7 @@ def probe_prefix_attention(answer, draw):
     yield "the output in bfloat16 (B, T, D)", answer(attention.bfloat16(), x.bfloat16(), positions, keys, values)
 
 
-# ── the share, and the softmax as two ───────────────────────────────────────────────────────────────────────────────────
+# ── the share, and the softmax as two ─────────────────────────────────────────────────────────────────────────────────
 
 
 def scores_of(q, k, prefix_keys, causal=True, scale=None):
@@ -454,11 +453,8 @@ def word_hidden_from_itself(q, k, prefix_keys):
 def hidden_with_zero(q, k, prefix_keys):
     """hidden words given the score 0, which still weighs e^0 = 1; a hidden word has the score -∞"""
     on_prefix, on_words = scores_of(q, k, prefix_keys)
-    return (
-        torch.cat((on_prefix, on_words.masked_fill(on_words == -torch.inf, 0)), -1)
-        .softmax(-1)[..., : prefix_keys.shape[1]]
-        .sum(-1)
-    )
+    on_words = on_words.masked_fill(on_words == -torch.inf, 0)
+    return torch.cat((on_prefix, on_words), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
 
 
 def share_unscaled(q, k, prefix_keys):
@@ -644,13 +640,11 @@ def probe_split(answer, draw):
     pieces = named(names, answer(q, k, v, prefix_keys, prefix_values))
     yield from pieces
     share, words, prefix = (piece for _, piece in pieces)
-    yield (
-        "the blend (1 - share) · words + share · prefix (B, H, T, d)",
-        (1 - share[..., None]) * words + share[..., None] * prefix,
-    )
+    blend = (1 - share[..., None]) * words + share[..., None] * prefix
+    yield "the blend (1 - share) · words + share · prefix (B, H, T, d)", blend
 
 
-# ── predictions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def zero_share(word):
@@ -669,9 +663,8 @@ def zero_prefix_makes():
     torch.manual_seed(0)
     attention = Attention(16, 2, rope=RoPE(8)).requires_grad_(False)
     x = torch.randn(1, 6, 16)
-    ten, twenty = (
-        joined(attention, x, torch.arange(6), *torch.zeros(2, 2, K, 8), None).norm().item() for K in (10, 20)
-    )
+    lengths = (joined(attention, x, torch.arange(6), *torch.zeros(2, 2, K, 8), None).norm() for K in (10, 20))
+    ten, twenty = (length.item() for length in lengths)
     return "same" if abs(twenty - ten) < 1e-6 * ten else "smaller" if twenty < ten else "larger"
 
 
@@ -695,52 +688,69 @@ def tokens_after_zeros():
 
 EXERCISES = {
     "soft_prompt": Exercise(
-        "soft_prompt(embedding, ids, prompt, past=0, active=True) -> (B, K + T, D), or (B, T, D) where past > 0 or not active", right_soft_prompt,
-        (*map(embedding_of, PromptEmbedding.__subclasses__()), prompt_at_every_step, prompt_behind_the_words, prompt_over_the_words, prompt_in_its_own_dtype,
-         prompt_as_tokens_of_a_row, and_for_or, rows_cut_from_copies, copies_cut_into_rows), probe_soft_prompt,
+        "soft_prompt(embedding, ids, prompt, past=0, active=True) -> (B, K + T, D), "
+        "or (B, T, D) where past > 0 or not active", right_soft_prompt,
+        (*map(embedding_of, PromptEmbedding.__subclasses__()), prompt_at_every_step, prompt_behind_the_words,
+         prompt_over_the_words, prompt_in_its_own_dtype, prompt_as_tokens_of_a_row, and_for_or, rows_cut_from_copies,
+         copies_cut_into_rows), probe_soft_prompt,
     ),
     "turn_back": Exercise(
         "turn_back(rope, keys) -> (G, K, d)", right_turn_back,
-        (not_turned, turned_by_heads, turned_one_too_far, turned_in_reverse_order, cos_and_sin_exchanged, turned_forwards, turned_to_own_places, turned_from_zero, turned_by_one, neighbours_paired), probe_turn_back,
+        (not_turned, turned_by_heads, turned_one_too_far, turned_in_reverse_order, cos_and_sin_exchanged,
+         turned_forwards, turned_to_own_places, turned_from_zero, turned_by_one, neighbours_paired), probe_turn_back,
     ),
     "prefix_attention": Exercise(
         "prefix_attention(attention, x, positions, keys, values, cache=None) -> (B, T, D)", layer_of(PrefixAttention),
-        (*map(layer_of, PrefixAttention.__subclasses__()), prefix_behind_the_words, keys_turned_forwards, keys_turned_to_own_places, turned_and_moved,
-         values_turned_too, keys_for_values, prefix_left_out, cache_forgotten, words_cached_twice, heads_repeated_in_turn,
-         prefix_in_the_first_call_only, positions_counted_anew, prefix_detached), probe_prefix_attention,
+        (*map(layer_of, PrefixAttention.__subclasses__()), prefix_behind_the_words, keys_turned_forwards,
+         keys_turned_to_own_places, turned_and_moved, values_turned_too, keys_for_values, prefix_left_out,
+         cache_forgotten, words_cached_twice, heads_repeated_in_turn, prefix_in_the_first_call_only,
+         positions_counted_anew, prefix_detached), probe_prefix_attention,
     ),
     "prefix_share": Exercise(
         "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share,
-        (later_words_counted, word_hidden_from_itself, hidden_with_zero, prefix_under_the_mask, share_unscaled, share_by_model_width, share_by_head_width,
-         softmax_over_queries, softmax_of_the_prefix_alone, first_columns_of_the_words, earlier_words_hidden, share_of_the_words, odds, mean_of_the_weights, largest_weight,
-         share_by_counting, share_averaged_over_heads, share_that_overflows), probe_share,
+        (later_words_counted, word_hidden_from_itself, hidden_with_zero, prefix_under_the_mask, share_unscaled,
+         share_by_model_width, share_by_head_width, softmax_over_queries, softmax_of_the_prefix_alone,
+         first_columns_of_the_words, earlier_words_hidden, share_of_the_words, odds, mean_of_the_weights,
+         largest_weight, share_by_counting, share_averaged_over_heads, share_that_overflows), probe_share,
     ),
     "split_softmax": Exercise(
-        "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), words (B, H, T, d), prefix (B, H, T, d)", right_split,
-        (parts_weighted_already, words_weighted_already, prefix_weighted_already, words_unscaled, prefix_unscaled, whole_in_the_place_of_prefix, share_turned_round, parts_in_the_wrong_order, all_turned_round, share_of_a_count, words_not_causal, plain_mean_of_values,
-         whole_in_the_place_of_words, split_unscaled), probe_split,
+        "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), words (B, H, T, d), "
+        "prefix (B, H, T, d)", right_split,
+        (parts_weighted_already, words_weighted_already, prefix_weighted_already, words_unscaled, prefix_unscaled,
+         whole_in_the_place_of_prefix, share_turned_round, parts_in_the_wrong_order, all_turned_round, share_of_a_count,
+         words_not_causal, plain_mean_of_values, whole_in_the_place_of_words, split_unscaled), probe_split,
     ),
     "share_of_ten": Question(
         zero_share(10), "Each of the 15 scores is 0, each weight e^0 / (15 · e^0); five of them are the prefix's.",
-        {0: "a score of 0 is not a weight of 0: e^0 is 1, as for every word.", 1: "the words have score 0 too: nobody is ahead.",
+        {0: "a score of 0 is not a weight of 0: e^0 is 1, as for every word.",
+         1: "the words have score 0 too: nobody is ahead.",
          0.5: "that is five against five; how many words does the tenth see?", 2 / 3: "that is what the words keep.",
-         5 / 14: "nine words stand before the tenth; it sees itself as well.", 5 / 16: "nine words stand before the tenth, and it sees itself: ten in all.",
+         5 / 14: "nine words stand before the tenth; it sees itself as well.",
+         5 / 16: "nine words stand before the tenth, and it sees itself: ten in all.",
          1 / 15: "that is one key of the prefix; how many are there?"},
-        nudge="How many scores are in this word's softmax, what weight has each, and how many of them are the prefix's?",
+        nudge="How many scores are in this word's softmax, what weight has each, "
+              "and how many of them are the prefix's?",
     ),
     "share_of_the_first": Question(
-        zero_share(1), "The first word sees itself and the five: 5 / (5 + 1). The fewer words there are, the more a prefix takes.",
-        {0: "a score of 0 is not a weight of 0: e^0 is 1.", 0.5: "it sees one word and five keys of the prefix, and all six weigh the same.",
-         1 / 3: "the words behind the first one are hidden from it: it sees itself alone.", 1 / 6: "that is what the word keeps for itself.", 1: "the word sees itself too."},
-        nudge="Which words does the first one see? How many scores does that make, and how many of them are the prefix's?",
+        zero_share(1),
+        "The first word sees itself and the five: 5 / (5 + 1). The fewer words there are, the more a prefix takes.",
+        {0: "a score of 0 is not a weight of 0: e^0 is 1.",
+         0.5: "it sees one word and five keys of the prefix, and all six weigh the same.",
+         1 / 3: "the words behind the first one are hidden from it: it sees itself alone.",
+         1 / 6: "that is what the word keeps for itself.", 1: "the word sees itself too."},
+        nudge="Which words does the first one see? How many scores does that make, "
+              "and how many of them are the prefix's?",
     ),
     "longer_zero_prefix": Question(
-        zero_prefix_makes, "Zero values add nothing, but their keys take: the words' part is multiplied by 1 - λ, and λ grows with K.",
+        zero_prefix_makes,
+        "Zero values add nothing, but their keys take: the words' part is multiplied by 1 - λ, and λ grows with K.",
         {"same": "the values add nothing; but what do the keys take from the words' weights?",
          "larger": "nothing is added, since the values are 0; what happens to the words' weights?"},
     ),
     "tokens_after_zeros": Question(
-        tokens_after_zeros, "The three equal tokens get equal gradients and stay equal, one token counted three times; the other two began apart.",
+        tokens_after_zeros,
+        "The three equal tokens get equal gradients and stay equal, one token counted three times; "
+        "the other two began apart.",
         {5: "what could make the three that began at zero differ? They are equal, and each word weighs them equally.",
          1: "what could make tokens equal that began apart?", 2: "do the two from N(0, 1) begin equal?",
          4: "three began equal: what could make one of them differ from the other two?"},
