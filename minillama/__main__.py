@@ -1,6 +1,7 @@
 """The command line: `python -m minillama COMMAND`, or `minillama COMMAND`; with no command at all, adapt.
 
-A command is a module of commands/ with `add_arguments(parser)` and `run(arguments)`; only the one asked for is imported.
+A command is a module of commands/ with `add_arguments(parser)` and `run(arguments)`; only the one asked for is
+imported.
 """
 
 import argparse

@@ -43,7 +43,8 @@ def stream(
 ):
     """Yields the next ids, (B,), one step at a time; a row that met `stop` yields `stop` from then on.
 
-    Arguments as in `generate`. Each step runs in eval mode, so that dropout is off; between steps the model is as it was.
+    Arguments as in `generate`. Each step runs in eval mode, so that dropout is off; between steps the model is as it
+    was.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; needed is 0 or more")

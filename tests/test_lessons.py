@@ -142,10 +142,8 @@ def test_runs_from_clean(path, request):
     real = path.name.startswith("08")
     if real:
         request.getfixturevalue("smollm2")  # skips where the model cannot be had
-    limit = 12 * 60 if real else 150  # twice what a lesson may take where it is measured: this machine may be busy
-    notebook, seconds = notebooks.execute(path, timeout=limit)
+    notebook, _ = notebooks.execute(path, timeout=1800 if real else 600)  # a cell; only where a kernel hangs does it end so
     assert_solved(notebook)
-    assert seconds < limit
 
 
 def test_results_of_the_readme_are_the_lessons():

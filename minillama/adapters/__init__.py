@@ -9,11 +9,12 @@ model; it freezes nothing, `adapt` does. A wrapper is an nn.Module that stands i
     mergeable   (may be missing) True where its `weight` and `bias` say all that it computes
 
 and, around a linear layer, `weight`, `bias`, `in_features` and `out_features`, for code that reads them: a wrapper that
-amounts to another linear layer gives that layer's. `adapt` notes on it which `adapter` and which `method` it is part of.
+amounts to another linear layer gives that layer's. `adapt` notes on it which `adapter` and which `method` it is part
+of.
 
-Everything else follows. The name of a part is the one it has in the bare base, whatever stands around it; the name of an
-adapter's tensor is that place, the method and the tensor's own, "layers.3.self_attn.llama_adapter.gate", so that no two
-share one. Any number of adapters, each with a name and of one method or several, stand on one base in any order.
+Everything else follows. The name of a part is the one it has in the bare base, whatever stands around it; the name of
+an adapter's tensor is that place, the method and the tensor's own, "layers.3.self_attn.llama_adapter.gate", so that no
+two share one. Any number of adapters, each with a name and of one method or several, stand on one base in any order.
 
 Beside its `attach`, a method's module has LEARNING_RATES (the peak that suits it on the bundled bases, and on a real
 model), MERGEABLE where it is, and where the PEFT library has the method too, PEFT_TYPE, `to_peft` and `from_peft`
@@ -330,9 +331,9 @@ def refuse_stand_ins(model):
 def merge(model):
     """Folds the active adapters into weights of their own, so that they cost nothing at inference; returns the model.
 
-    `unmerge` brings back what was before, bit for bit: the base's weights are not touched. `disabled` is the base still,
-    `save_adapter` the adapter, and `save` writes the folded weights. Raises ValueError where an active method cannot
-    be merged.
+    `unmerge` brings back what was before, bit for bit: the base's weights are not touched. `disabled` is the base
+    still, `save_adapter` the adapter, and `save` writes the folded weights. Raises ValueError where an active method
+    cannot be merged.
     """
     refuse_stand_ins(model)
     if not any(wrapper.active for _, wrapper in wrappers(model)):
@@ -341,8 +342,8 @@ def merge(model):
     for place, wrapper in wrappers(model):
         if wrapper.active and not getattr(wrapper, "mergeable", False):
             raise ValueError(
-                f"{place}: the adapter {wrapper.adapter!r} has a part ({type(wrapper).__name__}) that no fixed weight can "
-                f"stand for; {', '.join(foldable)} can be merged, save_adapter keeps the others in a small file"
+                f"{place}: the adapter {wrapper.adapter!r} has a part ({type(wrapper).__name__}) that no fixed weight "
+                f"can stand for; {', '.join(foldable)} can be merged, save_adapter keeps the others in a small file"
             )
     for parent, name, wrapper in outermost(model):
         setattr(parent, name, Merged(wrapper))

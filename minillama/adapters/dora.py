@@ -7,9 +7,9 @@ trained by itself, the direction by a low-rank path as in LoRA (equation 5):
          ▲              ▲ ▲
       trained        trained, B 0 at first
 
-m starts at ‖W‖ and B at 0. Then m / ‖W‖ is 1, and what is computed is W x + b + (1 − 1) · W x + 1 · 0: the model returns
-what it returned, bit for bit (until the model is converted to another dtype, whose rounding changes the norms). As in the
-paper's section 4.3 no gradient goes through the norm.
+m starts at ‖W‖ and B at 0. Then m / ‖W‖ is 1, and what is computed is W x + b + (1 − 1) · W x + 1 · 0: the model
+returns what it returned, bit for bit (until the model is converted to another dtype, whose rounding changes the norms).
+As in the paper's section 4.3 no gradient goes through the norm.
 
 Trained parameters: r · (in + out) + out for each adapted projection. It is again one weight, and folds into it.
 

@@ -53,7 +53,7 @@ def gate_shape(gate, num_heads, head_dim):
 
 
 def prefix_attention(q, k, v):
-    """softmax(q kᵀ / √d) v, every query seeing every prompt token: q (B, H, T, d), k and v (G, K, d) -> (B, H, T, d)."""
+    """softmax(q kᵀ / √d) v, every query seeing every prompt: q (B, H, T, d), k and v (G, K, d) -> (B, H, T, d)."""
     (B, H, T, d), G = q.shape, len(k)
     q = q.reshape(B, G, H // G * T, d)  # heads that share a key lie side by side: nothing need be repeated
     weights = (q @ (k * d**-0.5).mT).softmax(
@@ -68,12 +68,14 @@ def opening(gate, tanh):
 
 
 class AdaptedAttention(nn.Module):
-    """Wraps an attention with the verbs project, keys_values, attend and output; adds the gated prefix term to `attend`.
+    """Wraps an attention with the verbs project, keys_values, attend and output; adds the gated term to `attend`.
 
     base: the attention (minillama.attention.Attention, or another wrapper). Its weights are used, never trained here.
-    prompt_length: K.  gate: "head", "layer" or "feature", one number for each.  tanh: squash the gate as the paper does.
-    join: "before" the output projection, as in the paper; "after", the term sent through it by itself, whose bias, where
-    there is one, is then added twice; or "unprojected", the heads put side by side and added to the layer's output.
+    prompt_length: K.  gate: "head", "layer" or "feature", one number for each.  tanh: squash the gate as the paper
+    does.
+    join: "before" the output projection, as in the paper; "after", the term sent through it by itself, whose bias,
+    where there is one, is then added twice; or "unprojected", the heads put side by side and added to the layer's
+    output.
     Parameters: prompt (K, D), drawn from N(0, 1); gate, zeros; both float32 whatever the base's dtype.
     With `active` set to False the layer is its base again, bit for bit.
     """
@@ -167,9 +169,10 @@ def attach(model, prompt_length=10, layers=None, gate="head", tanh=True, join="b
 
 
 class GatedPrefixAttention(nn.Module):
-    """The same in one layer that needs no base model: causal self-attention with its own projections and a gated prefix.
+    """The same in one layer that needs no base: causal self-attention with projections of its own and gated prompts.
 
-    width D, num_heads H, prompt_length K, gate and tanh as above. Every weight is trained, those of the projections too.
+    width D, num_heads H, prompt_length K, gate and tanh as above. Every weight is trained, those of the projections
+    too.
     """
 
     def __init__(self, width, num_heads, prompt_length=10, gate="head", tanh=True):
@@ -187,7 +190,7 @@ class GatedPrefixAttention(nn.Module):
         return self.c_attn(x).unflatten(-1, (3, self.num_heads, -1)).transpose(-4, -2).unbind(-3)
 
     def forward(self, x, attention_mask=None):
-        """x (B, T, D) -> (B, T, D). attention_mask: scaled_dot_product_attention's, for the tokens alone; None is causal."""
+        """x (B, T, D) -> (B, T, D). attention_mask: scaled_dot_product_attention's, of the tokens; None is causal."""
         q, k, v = self.project(x)  # (B, H, T, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None)
         _, k, v = self.project(self.prompt)  # (H, K, d)

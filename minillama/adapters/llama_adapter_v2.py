@@ -12,8 +12,8 @@ start y = 1 · (W x + 0): the model returns what it returned, bit for bit. In th
 attention: adapt the model with both methods under one name. lit-llama and litgpt scale the head too; here, as in the
 official code, it stays as it is.
 
-Scale and bias fold into the projection, the trained norms into the base's place. Trained parameters: for each projection
-2 · out (order "input": in + out), for each norm its own.
+Scale and bias fold into the projection, the trained norms into the base's place. Trained parameters: for each
+projection 2 · out (order "input": in + out), for each norm its own.
 
 The module needs torch alone and works on any model whose blocks carry Hugging Face's LLaMA names.
 """

@@ -53,8 +53,8 @@ class Switchboard(StandIn):
             return self.run(names[0], x, *arguments)
         if not of_rows:
             raise ValueError(
-                f"a tensor of shape {tuple(x.shape)} no longer tells the rows of the batch apart, which an adapter here "
-                "needs: compute model(ids) and the loss from its logits"
+                f"a tensor of shape {tuple(x.shape)} no longer tells the rows of the batch apart, which an adapter "
+                "here needs: compute model(ids) and the loss from its logits"
             )
         out = None
         try:

@@ -1,13 +1,13 @@
 """Translation between our adapters and the PEFT library's files.
 
-What PEFT calls a method's tensors and options stands with the method: `to_peft(options, tensors, layout)` gives (config,
-tensors) in PEFT's form, or None where PEFT would compute something else; `from_peft(config, tensors, layout)` gives
-(options, tensors) of ours, for a file of the method's PEFT_TYPE that asks for nothing special but its PEFT_KEYS. Both
-name places as our models do; here the places become those of transformers' model, and back.
+What PEFT calls a method's tensors and options stands with the method: `to_peft(options, tensors, layout)` gives
+(config, tensors) in PEFT's form, or None where PEFT would compute something else; `from_peft(config, tensors, layout)`
+gives (options, tensors) of ours, for a file of the method's PEFT_TYPE that asks for nothing special but its PEFT_KEYS.
+Both name places as our models do; here the places become those of transformers' model, and back.
 
 Where an architecture keeps query, key and value in one matrix, `c_attn` (GPT-2), what stands at our three places is
-joined into one and cut again: end to end, or for low-rank paths stacked, each with rows and columns of its own; one that
-PEFT trained is read as three that share A's values.
+joined into one and cut again: end to end, or for low-rank paths stacked, each with rows and columns of its own; one
+that PEFT trained is read as three that share A's values.
 """
 
 import torch
@@ -23,7 +23,8 @@ NEUTRAL = {
     "target_modules", "feedforward_modules", "init_ia3_weights", "init_lora_weights", "lora_dropout", "r", "lora_alpha",
     "fan_in_fan_out", "adapter_len", "adapter_layers", "megatron_core", "runtime_config", "qalora_group_size",
     "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules",
-    "encoder_hidden_size", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    "encoder_hidden_size", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
+    "tokenizer_kwargs",
 }  # fmt: skip
 
 
@@ -120,13 +121,12 @@ def from_peft(model, config, tensors):
             "that is not honoured here"
         )
     asked = [key for key, value in config.items() if key not in NEUTRAL and value not in (None, False, "none", {}, [])]
-    for name, method in methods.items():
-        refused = [key for key in asked if key not in getattr(method, "PEFT_KEYS", ())]
-        if not refused:
-            break
-    else:
-        raise ValueError(f"{refused[0]} is {config[refused[0]]!r}, which is not honoured here; only its default is")
-    layout = Layout(model)
+    refused = {name: [key for key in asked if key not in getattr(methods[name], "PEFT_KEYS", ())] for name in methods}
+    name = next((name for name in methods if not refused[name]), None)
+    if name is None:
+        key = min(refused.values(), key=len)[0]
+        raise ValueError(f"{key} is {config[key]!r}, which is not honoured here; only its default is")
+    method, layout = methods[name], Layout(model)
     options, own = method.from_peft(config, {layout.ours(key): tensor for key, tensor in tensors.items()}, layout)
     named = {}
     for key, tensor in own.items():

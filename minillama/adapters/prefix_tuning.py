@@ -1,18 +1,19 @@
 """Prefix tuning (Li & Liang 2021, https://arxiv.org/abs/2101.00190): learned keys and values before the tokens' own.
 
-Every layer gets K keys and K values of its own, which are parameters; the tokens attend to them and to each other in one
-softmax (equation 3 and section 4.2; without the reparameterisation this is also P-tuning v2):
+Every layer gets K keys and K values of its own, which are parameters; the tokens attend to them and to each other in
+one softmax (equation 3 and section 4.2; without the reparameterisation this is also P-tuning v2):
 
     x ─▶ project ─▶ q, k, v ─▶ softmax(q [k_prefix; k]ᵀ / √d) [v_prefix; v] ─▶ o_proj ─▶
                                     ▲                          ▲
                                  trained                    trained
 
 It is not the identity at the start, whatever the numbers: a prefix of zeros still takes its share of the softmax from
-the tokens (with K = 10 zero keys before 10 tokens of score 0, half of it). That is what the gate of LLaMA-Adapter mends.
+the tokens (with K = 10 zero keys before 10 tokens of score 0, half of it). That is what the gate of LLaMA-Adapter
+mends.
 
 The tokens stand at positions K, K + 1, …, as if the prefix were text before them, and the prefix is used as it is. Here
-the tokens keep the positions that the model gave them; with RoPE the prefix's keys are turned back by K positions instead,
-which leaves every score the same, and a GPT-2 reads its position embeddings K places on.
+the tokens keep the positions that the model gave them; with RoPE the prefix's keys are turned back by K positions
+instead, which leaves every score the same, and a GPT-2 reads its position embeddings K places on.
 
 reparameterize: a hidden width; the keys and values then come out of a small MLP over learned embeddings (section 4.3),
 here one for each layer, which steadies training; None: they are the parameters themselves.
@@ -31,8 +32,9 @@ PEFT_TYPE = "PREFIX_TUNING"
 class PrefixAttention(nn.Module):
     """Wraps an attention with the verbs project, keys_values, attend and output; `attend` sees the prefix as well.
 
-    Parameters: keys and values, (G, K, d) each, drawn from N(0, 1) as in PEFT; or, reparameterized, `embedding` (K, G·d)
-    and the two layers of `mlp`. float32 whatever the base's dtype. With `active` False it is its base, bit for bit.
+    Parameters: keys and values, (G, K, d) each, drawn from N(0, 1) as in PEFT; or, reparameterized, `embedding` (K,
+    G·d) and the two layers of `mlp`. float32 whatever the base's dtype. With `active` False it is its base, bit for
+    bit.
     """
 
     def __init__(self, base, prefix_length=10, reparameterize=None):

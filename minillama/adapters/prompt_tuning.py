@@ -1,4 +1,5 @@
-"""Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691): K learned vectors before the tokens' embeddings.
+"""Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691): K learned vectors before the tokens'
+embeddings.
 
     prompt (K, D) ◀ trained ──┐
                               ├─▶ [prompt; tokens] (K + T, D) ─▶ all layers, frozen ─▶ logits of the T tokens

@@ -74,8 +74,8 @@ def load_adapter(model, folder, name="default", check_base=True):
     remembered = read_metadata(path).get("base_fingerprint")
     if check_base and remembered is not None and not same_base(remembered, ours := fingerprint(model)):
         raise FileError(
-            f"{path} was trained on a base with fingerprint {remembered[:16]}, this one has {ours[:16]}: load that base, "
-            "or pass check_base=False (--any-base on the command line)"
+            f"{path} was trained on a base with fingerprint {remembered[:16]}, this one has {ours[:16]}: load that "
+            "base, or pass check_base=False (--any-base on the command line)"
         )
     if name in adapters(model):
         raise ValueError(
@@ -105,8 +105,8 @@ def fill(own, tensors, path):
     for key, tensor in own.items():
         if tensor.shape != tensors[key].shape:
             raise ValueError(
-                f"{key} has shape {tuple(tensors[key].shape)} in {path.name} and this base needs {tuple(tensor.shape)}: "
-                "it was made for another base"
+                f"{key} has shape {tuple(tensors[key].shape)} in {path.name} and this base needs "
+                f"{tuple(tensor.shape)}: it was made for another base"
             )
     for key, tensor in own.items():
         tensor.copy_(tensors[key])

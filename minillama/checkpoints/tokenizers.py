@@ -89,8 +89,8 @@ def read_tokenizer(folder):
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     eos = read_json(folder / "config.json").get("eos_token_id")
-    eos = eos[0] if isinstance(eos, list) else eos
-    return TextTokenizer(inner, tokens, None if "eos_token" in tokens else eos, template)
+    eos_id = None if "eos_token" in tokens else eos[0] if isinstance(eos, list) else eos
+    return TextTokenizer(inner, tokens, eos_id, template)
 
 
 # ── what chat templates are written for: the sandbox and the few names that transformers gives them ──────────────────

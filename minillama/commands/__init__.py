@@ -1,4 +1,5 @@
-"""What each word of the command line does, a module each: `add_arguments(parser)` and `run(arguments)`; and what they share."""
+"""What each word of the command line does, a module each: `add_arguments(parser)` and `run(arguments)`; and what they
+share."""
 
 import argparse
 
@@ -62,8 +63,8 @@ def add_machine(parser, seed=True):
 def add_base(parser):
     parser.add_argument(
         "--base", default="dates-llama", metavar="NAME",
-        help="dates-llama, dates-gpt2, smollm2, a folder in Hugging Face's layout, a hub name (owner/model), or a .gguf "
-        "file (dates-llama)",
+        help="dates-llama, dates-gpt2, smollm2, a folder in Hugging Face's layout, a hub name (owner/model), or a "
+        ".gguf file (dates-llama)",
     )  # fmt: skip
 
 
@@ -90,8 +91,8 @@ def add_training(parser):
     )  # fmt: skip
     parser.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction,
-        help="less memory for about a third more time: layers are computed again for the backward pass (for a real base "
-        "in bfloat16 on the CPU)",
+        help="less memory for about a third more time: layers are computed again for the backward pass (for a real "
+        "base in bfloat16 on the CPU)",
     )  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def open_base(args):
     model, tokenizer = load(args.base, dtype, device)
     if tokenizer is None:
         raise ValueError(
-            f"{args.base} has no tokenizer, without which text cannot become ids: copy its tokenizer.json into the folder"
+            f"{args.base} has no tokenizer, without which text cannot become ids: copy its tokenizer.json there"
         )
     shown = f"{count(model.parameters()):,} parameters · {device} · {str(dtype).removeprefix('torch.')}"
     print(f"{args.base}: {shown} · {torch.get_num_threads()} threads · seed {args.seed}")

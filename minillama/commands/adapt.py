@@ -60,8 +60,8 @@ def add_arguments(parser):
     )  # fmt: skip
     parser.add_argument(
         "--data", metavar="PATH",
-        help='instead of dates: a .jsonl file, or a folder of them, of lines {"prompt": "...", "response": "..."}; a tenth '
-        "is held out",
+        help='instead of dates: a .jsonl file, or a folder of them, of lines {"prompt": "...", "response": "..."}; a '
+        "tenth is held out",
     )  # fmt: skip
     parser.add_argument(
         "--max-length", type=at_least_two, default=512, metavar="N",
@@ -69,8 +69,8 @@ def add_arguments(parser):
     )  # fmt: skip
     parser.add_argument(
         "--chat", action="store_true",
-        help="prompts of --data are questions, put into the base's chat template; else prompt and response stand side by "
-        "side as they are",
+        help="prompts of --data are questions, put into the base's chat template; else prompt and response stand side "
+        "by side as they are",
     )  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="for what is written (the next free one under runs/)")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter that --out already holds")

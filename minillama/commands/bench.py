@@ -81,8 +81,8 @@ def run(args):
     dtype = pick_dtype(args.dtype, device)
     ratio, rounds = measure(args.base, dtype, device, args.batch_size)
     print(
-        f"{args.base}, {dtype}, {device}, {torch.get_num_threads()} threads, batches of {args.batch_size}; seconds per step "
-        "and mean loss of each round:"
+        f"{args.base}, {dtype}, {device}, {torch.get_num_threads()} threads, batches of {args.batch_size}; "
+        "seconds per step and mean loss of each round:"
     )
     for ours, theirs, our_loss, their_loss in rounds:
         print(

@@ -44,8 +44,8 @@ def run(args):
     if args.chat:
         if getattr(tokenizer, "template", None) is None:
             raise ValueError(
-                f"{args.base} has no chat template, since it was not taught to answer: leave --chat out, and it continues "
-                "the prompt"
+                f"{args.base} has no chat template, since it was not taught to answer: leave --chat out, and it "
+                "continues the prompt"
             )
         ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": args.prompt}]), special=True)
     else:

@@ -90,10 +90,11 @@ def write_card(args, out, matches, seconds, size):
         f"# {out.name}",
         "",
         f"A {kind} of {size:,} parameters that reads English dates and writes them as ISO 8601:",
-        '`"March 3, 2021 = "` → `"2021-03-03\\n"`. A token is a byte. Made to be frozen and adapted; it knows nothing else.',
+        '`"March 3, 2021 = "` → `"2021-03-03\\n"`. A token is a byte. Made to be frozen and adapted; it knows nothing '
+        "else.",
         "",
-        "- Text: Unicode CLDR through Babel, en_US and en_GB, formats medium, long and full, days of 1900 to 2099; letters "
-        f"of every second prompt replaced with probability {args.typos}.",
+        "- Text: Unicode CLDR through Babel, en_US and en_GB, formats medium, long and full, days of 1900 to 2099; "
+        f"letters of every second prompt replaced with probability {args.typos}.",
         f"- Training: {args.steps} steps of {args.batch_size} examples, seed {args.seed}, {where}:",
         f"  `{command}`",
         f"- Size: {bytes_:,} bytes, float32. Licence: MIT, as the project.",

@@ -1,5 +1,6 @@
-"""The LLaMA-Adapter paper's ablation (Fig. 7; 83.85 against 40.77 % on ScienceQA) on a real model: gated prefix attention
-begun at a gate of 0 and at a gate of 1, either at every learning rate, from several seeds. Lesson 08 draws the result.
+"""The LLaMA-Adapter paper's ablation (Fig. 7; 83.85 against 40.77 % on ScienceQA) on a real model: gated prefix
+attention begun at a gate of 0 and at a gate of 1, either at every learning rate, from several seeds. Lesson 08 draws
+the result.
 
     python -m minillama zero-init --base smollm2 --out docs/smollm2_zero_init.jsonl
 """
@@ -22,7 +23,8 @@ FACTORS = (0.1, 0.25, 0.5, 1, 2.5)  # of the method's learning rate
 
 
 def learn(model, tokenizer, gate, init, rate, seed, steps, batch_size, test_dates):
-    """Adapts the model to five languages at once; the loss of every step, and exact match on unseen dates by language."""
+    """Adapts the model to five languages at once; the loss of every step, and exact match on unseen dates by
+    language."""
     torch.manual_seed(seed)
     adapt(model, "llama_adapter", tanh=False, init=init)
     for name, parameter in adapter_parameters(model).items():

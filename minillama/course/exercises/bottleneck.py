@@ -866,6 +866,7 @@ def nudges(truth, wrongly, missing):
     """A sentence for every wrong set of names: on the first name that it wrongly has,
     else on the first that is missing."""
     subsets = [frozenset(names) for count in range(5) for names in itertools.combinations(NAMED, count)]
+
     def said(found):
         held = [sentence for name, sentence in wrongly.items() if name in found - truth]
         return next(iter(held), None) or next(missing[name] for name in missing if name not in found)

@@ -185,6 +185,7 @@ def rows_cut_from_copies(embedding, ids, prompt, past=0, active=True):
 def copies_cut_into_rows(embedding, ids, prompt, past=0, active=True):
     """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt
     (copies one behind the other are (B, K, D) already, with no transpose)"""
+
     def spread(p, B):
         return p.repeat(B, 1).view(len(p), B, -1).transpose(0, 1)
 
