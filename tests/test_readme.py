@@ -46,7 +46,7 @@ def test_results_on_smollm2_are_the_stored_runs():
         matches[run["gate"], run["init"], run["learning_rate"]].append(sum(run["matches"].values()) / 5)
     for gate in (0, 1):
         cells = {key: percent(values) for key, values in matches.items() if key[0] == gate}
-        for init, prompts in (("normal", "N(0, 1)"), ("input", "as the words")):
+        for init, prompts in (("normal", "N(0, 1)"), ("input", "as the tokens")):
             assert (
                 f"| {gate} | {prompts} | {' | '.join(cell for key, cell in sorted(cells.items()) if key[1] == init)} |"
                 in results
