@@ -97,7 +97,7 @@ def read_tokenizer(folder):
 
 
 class Generation(Extension):
-    """{% generation %} … {% endgeneration %} marks the model's words for training; the text is what stands inside."""
+    """{% generation %} … {% endgeneration %} marks the model's turn for training; the text is what stands inside."""
 
     tags = {"generation"}
 

@@ -153,9 +153,9 @@ def percent(matches):
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """What gated prefix attention looks at, for one row of ids (1, T): {layer: (words, prompts, gate)} in float32.
+    """What gated prefix attention looks at, for one row of ids (1, T): {layer: (tokens, prompts, gate)} in float32.
 
-    words (H, T, T): the softmax over the words.  prompts (H, T, K): the softmax over the prompts, before the gate.
+    tokens (H, T, T): the softmax over the tokens.  prompts (H, T, K): the softmax over the prompts, before the gate.
     gate (H): what the second is multiplied by.
     """
     adapted = {i: layer.self_attn for i, layer in enumerate(model.layers) if hasattr(layer.self_attn, "prompt")}
@@ -197,18 +197,18 @@ def turned(model, factor):
 
 def attention_figure(model, tokenizer, prompt, place=6):
     """What the model looks at while it writes the character of its answer at `place` (6: the month's second digit),
-    every layer and head a row: on the left the gated prompts, on the right the words."""
+    every layer and head a row: on the left the gated prompts, on the right the tokens."""
     written = answers(model, tokenizer, [prompt])[0]
     text = tokenizer.encode(prompt + written)[: len(tokenizer.encode(prompt)) + place]
     weights = attention_weights(model, torch.tensor([text]))
     prompts = torch.cat([gate[:, None] * on_prompts[:, -1] for _, on_prompts, gate in weights.values()])  # (L·H, K)
-    words = torch.cat([on_words[:, -1] for on_words, _, _ in weights.values()])  # (L·H, T)
+    tokens = torch.cat([on_tokens[:, -1] for on_tokens, _, _ in weights.values()])  # (L·H, T)
     characters = [chr(i) if 32 < i < 127 else {32: "␣", 10: "⏎"}.get(i, "·") for i in text]
     rows = [
-        f"layer {i}" if head == 0 else "" for i, (on_words, _, _) in weights.items() for head in range(len(on_words))
+        f"layer {i}" if head == 0 else "" for i, (on_tokens, _, _) in weights.items() for head in range(len(on_tokens))
     ]
     title = f"“{prompt}{written.strip()}”: where each head looks while it writes character {place + 1} of the answer"
-    return plots.attention_figure(prompts, words, characters, rows, title)
+    return plots.attention_figure(prompts, tokens, characters, rows, title)
 
 
 def gate_slider(model, tokenizer, prompt):

@@ -59,7 +59,7 @@ CLAIMS = (
 
 
 def counts():
-    """(method, options, model's name, trained parameters, the paper's words) of every claim."""
+    """(method, options, model's name, trained parameters, what the paper says) of every claim."""
     rows = []
     for method, options, make, claim in CLAIMS:
         with torch.device("meta"):

@@ -167,21 +167,21 @@ def curve_figure(curves, xlabel, ylabel, title, log=False):
     return figure
 
 
-def attention_figure(prompts, words, characters, rows, title):
-    """Heat maps side by side: gated weights on K prompts (R, K), which may be negative, and weights on T words (R, T),
+def attention_figure(prompts, tokens, characters, rows, title):
+    """Heat maps side by side: gated weights on K prompts (R, K), which may be negative, and weights on T tokens (R, T),
     a character of the text below each column; rows: R labels, empty ones skipped, a line above each that is not."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        left, right = figure.subplots(1, 2, width_ratios=(prompts.shape[1], words.shape[1]), sharey=True)
+        left, right = figure.subplots(1, 2, width_ratios=(prompts.shape[1], tokens.shape[1]), sharey=True)
         extent = max(0.05, abs(prompts).max().item())
         images = (
             left.imshow(prompts, aspect="auto", cmap="PuOr_r", vmin=-extent, vmax=extent),
-            right.imshow(words, aspect="auto", cmap="Blues", vmin=0, vmax=1),
+            right.imshow(tokens, aspect="auto", cmap="Blues", vmin=0, vmax=1),
         )
         left.set(title="gate · softmax over the prompts", xlabel="prompt token")
         left.set(xticks=range(prompts.shape[1]), xticklabels=range(1, prompts.shape[1] + 1))
-        right.set(title="softmax over the words", xlabel="text", xticks=range(len(characters)), xticklabels=characters)
+        right.set(title="softmax over the tokens", xlabel="text", xticks=range(len(characters)), xticklabels=characters)
         starts = [i for i, label in enumerate(rows) if label]
         middles = [i + 0.5 * (len(rows) / len(starts) - 1) for i in starts]
         left.set(yticks=middles, yticklabels=[rows[i] for i in starts])
@@ -203,7 +203,8 @@ def share_figure(panels, characters, rows, title):
         every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (heading, shares) in zip(every, panels.items()):
             image = axes.imshow(100 * shares, aspect="auto", cmap="Oranges", vmin=0, vmax=100)
-            axes.set(title=f"{heading}: {100 * shares.mean():.0f} % on average", xlabel="the word that looks")
+            axes.set(title=f"{heading}: {100 * shares.mean():.0f} % on average")
+            axes.set_xlabel("the token that looks (its character)")
             axes.set(xticks=range(len(characters)))
             axes.set_xticklabels(characters, fontsize=7.5)
             axes.set(yticks=middles, yticklabels=[rows[i] for i in starts])

@@ -194,7 +194,7 @@ def llama_adapter_schematic():
     inside, two softmaxes and a gate."""
     axes = sheet(11, 5.2, "LLaMA-Adapter: zero-init gated prefix attention", ("frozen", "trained", "gate"))
     frame(axes, 0.25, 2.14, 3.35, 4.4, "the top $N$ of $L$ layers")
-    names = ("word embeddings", "layer 1", "layer $L-N$", "layer $L-N+1$", "layer $L-1$", "layer $L$")
+    names = ("token embeddings", "layer 1", "layer $L-N$", "layer $L-N+1$", "layer $L-1$", "layer $L$")
     heights = (0.48, 1.03, 1.84, 2.45, 3.26, 3.8)
     stack = [box(axes, 2.45, y, 1.45, 0.36, name, "frozen") for name, y in zip(names, heights)]
     for part in (stack[:2], stack[2:4], [*stack[4:], point(2.45, 4.62)]):
@@ -207,22 +207,22 @@ def llama_adapter_schematic():
 
     frame(axes, 3.85, 0.3, 10.75, 4.55, "inside an adapted layer's attention")
     zoom(axes, [(3.175, 3.98), (3.85, 4.55)], [(3.175, 3.62), (3.85, 0.3)])
-    words = box(axes, 4.6, 2.8, 1.0, 0.62, "words\n($T$ tokens)")
+    tokens = box(axes, 4.6, 2.8, 1.0, 0.62, "tokens ($T$)")
     prompts = box(axes, 4.6, 1.65, 1.0, 0.62, "prompts\n($K$ tokens)", "trained")
     q_proj = box(axes, 6.1, 3.75, 1.0, 0.4, "q_proj", "frozen")
     o_proj = box(axes, 10.15, 2.8, 0.75, 0.4, "o_proj", "frozen")
     box(axes, 6.1, 2.225, 1.0, 1.85, "k_proj\nv_proj\n\nthe same\nfor both", "frozen")
-    over_words = box(axes, 8.0, 2.8, 1.5, 0.7, "softmax$(S_T)\\,V_T$\nover $T$ words")
+    over_tokens = box(axes, 8.0, 2.8, 1.5, 0.7, "softmax$(S_T)\\,V_T$\nover $T$ tokens")
     over_prompts = box(axes, 8.0, 1.65, 1.5, 0.7, "softmax$(S_K)\\,V_K$\nover $K$ prompts")
     plus, times = joint(axes, 9.25, 2.8, "+"), joint(axes, 9.25, 1.65, "x")
     gate = box(axes, 9.25, 0.95, 0.85, 0.36, "tanh $g$", "gate")
-    for y, source, softmax in ((2.8, words, over_words), (1.65, prompts, over_prompts)):
+    for y, source, softmax in ((2.8, tokens, over_tokens), (1.65, prompts, over_prompts)):
         arrow(axes, source.right, (5.6, y))
         arrow(axes, (6.6, y), softmax.left)
-    arrow(axes, words.top, (4.6, 3.75), q_proj.left)
+    arrow(axes, tokens.top, (4.6, 3.75), q_proj.left)
     arrow(axes, (6.98, 3.75), (6.98, 1.83), (7.25, 1.83), path_effects=OVER)
-    arrow(axes, q_proj.right, (8.0, 3.75), over_words.top)
-    chain(axes, "right", over_words, plus, o_proj)
+    arrow(axes, q_proj.right, (8.0, 3.75), over_tokens.top)
+    chain(axes, "right", over_tokens, plus, o_proj)
     chain(axes, "right", over_prompts, times)
     chain(axes, "up", gate, times, plus)
     chain(axes, "up", o_proj, point(10.15, 3.55))
@@ -264,7 +264,7 @@ def prefix_cross_attention_schematic():
     arrow(axes, attention.right, (6.4, 2.85), query.top)
     arrow(axes, query.bottom, (6.4, 1.05), scaled.left)
     arrow(axes, value.bottom, (9.4, 1.05), scaled.right)
-    note(axes, 3.1, 3.02, "the words' $q$, used again")
+    note(axes, 3.1, 3.02, "the tokens' $q$, used again")
     note(axes, 7.95, 0.56, "to the gating factor")
     return axes.figure
 
@@ -364,7 +364,7 @@ def prefix_and_prompt_schematic():
     for start, kind, layers in ((0.8, "trained", left), (2.15, "flow", left), (7.72, "flow", right)):
         row = cells(axes, start, 1.3, 8 if kind == "flow" else 4, kind)
         at = row.top[0]
-        note(axes, at, 1.0, "$T$ word embeddings" if kind == "flow" else "$K$ prompts", ha="center")
+        note(axes, at, 1.0, "$T$ token embeddings" if kind == "flow" else "$K$ prompts", ha="center")
         note(axes, at, 3.175, "⋮", 12, ha="center")
         arrow(axes, row.top, (at, layers[0].bottom[1]))
         arrow(axes, (at, layers[0].top[1]), (at, layers[1].bottom[1]))
@@ -377,7 +377,7 @@ def prefix_and_prompt_schematic():
             cells(axes, 5.97, y + up, 4, "trained")
         arrow(axes, (7.04, y - 0.24), (7.04, y + 0.24), head=False)  # a bracket around both rows
         arrow(axes, (7.04, y), layer.left)
-    note(axes, 0.25, 0.4, "Both take their share of the words' softmax from the first step on: "
+    note(axes, 0.25, 0.4, "Both take their share of the tokens' softmax from the first step on: "
          "neither starts as the base. A gate of $0$ mends that.")  # fmt: skip
     return axes.figure
 

@@ -763,7 +763,7 @@ EXERCISES = {
     ),
     "shifted_gpt2": Question(
         lambda: shifted("gpt2"),
-        "A GPT-2 adds the learned vector of each place to the word; place 100 has another one than place 0.",
-        {"same": "what does a GPT-2 add to the word at place 100, and what at place 0?"},
+        "A GPT-2 adds the learned vector of each place to the token; place 100 has another one than place 0.",
+        {"same": "what does a GPT-2 add to the token at place 100, and what at place 0?"},
     ),
 }  # fmt: skip

@@ -56,7 +56,7 @@ class RotatedPrefix(Prefix):
 
 
 class OneSoftmax(Prefix):
-    """one softmax over words and prompts, the gate outside"""
+    """one softmax over tokens and prompts, the gate outside"""
 
     def attend(self, q, k, v, mask=None, cache=None):
         y = self.base.attend(q, k, v, mask, cache)
@@ -134,7 +134,7 @@ class GateOnScores(Prefix):
 
 
 class OneMinusGate(Prefix):
-    """(1 - g) · words + g · prompts: the words fade as the gate opens"""
+    """(1 - g) · tokens + g · prompts: the tokens fade as the gate opens"""
 
     def attend(self, q, k, v, mask=None, cache=None):
         g, y = self.opened(q), self.base.attend(q, k, v, mask, cache)
@@ -142,7 +142,7 @@ class OneMinusGate(Prefix):
 
 
 class CausalPrefix(Prefix):
-    """a causal mask between words and prompts"""
+    """a causal mask between tokens and prompts"""
 
     def attention(self, q, k, v):
         repeat = self.num_heads // k.shape[0]
@@ -213,8 +213,8 @@ class NoGate(Prefix):
 
 
 class JointSoftmax(Prefix):
-    """one softmax over prompts and words together, as in prefix tuning,
-    so that the prompts take a share from the words"""
+    """one softmax over prompts and tokens together, as in prefix tuning,
+    so that the prompts take a share from the tokens"""
 
     def attend(self, q, k, v, mask=None, cache=None):
         pk, pv = self.prefix(q.dtype)
@@ -231,7 +231,7 @@ class JointSoftmax(Prefix):
 
 
 class SoftmaxOverWords(Prefix):
-    """the prompts' softmax taken along the words instead of along the prompts"""
+    """the prompts' softmax taken along the tokens instead of along the prompts"""
 
     def attention(self, q, k, v):
         k, v = (z.repeat_interleave(self.num_heads // z.shape[0], 0) for z in (k, v))
@@ -254,14 +254,14 @@ class KeysAndValuesSwapped(Prefix):
 
 
 class GateOnTheSum(Prefix):
-    """the gate on the whole sum, so that a closed gate silences the words too"""
+    """the gate on the whole sum, so that a closed gate silences the tokens too"""
 
     def attend(self, q, k, v, mask=None, cache=None):
         return self.opened(q) * (self.base.attend(q, k, v, mask, cache) + self.attention(q, *self.prefix(q.dtype)))
 
 
 class WordsForgotten(Prefix):
-    """the words' own attention left out"""
+    """the tokens' own attention left out"""
 
     def attend(self, q, k, v, mask=None, cache=None):
         return 0 * self.base.attend(q, k, v, mask, cache) + self.opened(q) * self.attention(q, *self.prefix(q.dtype))
@@ -488,13 +488,13 @@ class NeverProjected(Circulating):
 
 
 class LengthFromTheHeads(Circulating):
-    """the number of words read from the axis of the heads"""
+    """the number of tokens read from the axis of the heads"""
 
     def term(self, q):
         k, v = self.base.keys_values(self.prompt.to(q.dtype))
-        words = q.shape[1]
-        y = llama_adapter.prefix_attention(q[:, :, :words], k, v)[:, :, :words]
-        return self.gate.to(q.dtype) * y.reshape(len(q), words, q.shape[1], -1).transpose(1, 2)
+        tokens = q.shape[1]
+        y = llama_adapter.prefix_attention(q[:, :, :tokens], k, v)[:, :, :tokens]
+        return self.gate.to(q.dtype) * y.reshape(len(q), tokens, q.shape[1], -1).transpose(1, 2)
 
 
 class ProjectedByItself(Circulating):
@@ -620,7 +620,7 @@ class Flow(nn.Module):
     def join(self, y):
         return y.transpose(1, 2).flatten(2)
 
-    def words(self, q, k, v):
+    def tokens(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def prefix(self, q, k, v):
@@ -629,7 +629,7 @@ class Flow(nn.Module):
     def forward(self, x):
         q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
         _, pk, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
-        return self.c_proj(self.join(self.words(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
+        return self.c_proj(self.join(self.tokens(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
 
 
 class NotInHeads(Flow):
@@ -640,7 +640,7 @@ class NotInHeads(Flow):
 
 
 class MaskedPrefix(Flow):
-    """the words' causal mask used for the prefix too, which every word should see whole"""
+    """the tokens' causal mask used for the prefix too, which every token should see whole"""
 
     def prefix(self, q, k, v):
         k, v = (z.expand(len(q), -1, -1, -1) for z in (k, v))
@@ -650,7 +650,7 @@ class MaskedPrefix(Flow):
 class DropoutAlways(Flow):
     """dropout of 0.1 in eval mode too; ask for it only while `self.training`"""
 
-    def words(self, q, k, v):
+    def tokens(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1)
 
 
@@ -668,7 +668,7 @@ class GateBehindProjection(Flow):
     def forward(self, x):
         q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
         _, pk, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
-        return self.c_proj(self.join(self.words(q, k, v))) + self.gate * self.c_proj(self.join(self.prefix(q, pk, pv)))
+        return self.c_proj(self.join(self.tokens(q, k, v))) + self.gate * self.c_proj(self.join(self.prefix(q, pk, pv)))
 
 
 class MixedHeads(Flow):
@@ -692,7 +692,7 @@ class OtherOrder(Flow):
     def forward(self, x):
         k, q, v = map(self.heads, self.c_attn(x).chunk(3, -1))
         pk, _, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
-        return self.c_proj(self.join(self.words(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
+        return self.c_proj(self.join(self.tokens(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
 
 
 class QueryForKey(Flow):
@@ -701,7 +701,7 @@ class QueryForKey(Flow):
     def forward(self, x):
         q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
         pk, _, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
-        return self.c_proj(self.join(self.words(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
+        return self.c_proj(self.join(self.tokens(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
 
 
 class SquashedGate(Flow):
@@ -710,7 +710,7 @@ class SquashedGate(Flow):
     def forward(self, x):
         q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
         _, pk, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
-        return self.c_proj(self.join(self.words(q, k, v)) + self.gate.tanh() * self.join(self.prefix(q, pk, pv)))
+        return self.c_proj(self.join(self.tokens(q, k, v)) + self.gate.tanh() * self.join(self.prefix(q, pk, pv)))
 
 
 class GateForgotten(Flow):
@@ -719,7 +719,7 @@ class GateForgotten(Flow):
     def forward(self, x):
         q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
         _, pk, pv = map(self.heads, self.c_attn(self.prompt).chunk(3, -1))
-        return self.c_proj(self.join(self.words(q, k, v)) + self.join(self.prefix(q, pk, pv)))
+        return self.c_proj(self.join(self.tokens(q, k, v)) + self.join(self.prefix(q, pk, pv)))
 
 
 class GateAtOne(Flow):
@@ -744,13 +744,13 @@ class PromptDetached(Flow):
     def forward(self, x):
         q, k, v = map(self.heads, self.c_attn(x).chunk(3, -1))
         _, pk, pv = map(self.heads, self.c_attn(self.prompt.detach()).chunk(3, -1))
-        return self.c_proj(self.join(self.words(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
+        return self.c_proj(self.join(self.tokens(q, k, v)) + self.gate * self.join(self.prefix(q, pk, pv)))
 
 
 class NotCausal(Flow):
-    """no causal mask between the words: each sees those behind it"""
+    """no causal mask between the tokens: each sees those behind it"""
 
-    def words(self, q, k, v):
+    def tokens(self, q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -922,9 +922,10 @@ EXERCISES = {
         tuple(Flow.__subclasses__()), probe_flow,
     ),
     "scaled_linear": Exercise(
-        "scaled_linear(linear, x, scale, shift) -> (B, T, out)", as_function(ScaledLinear, names=("scale", "shift")),
-        (as_function(ShiftUnscaled, names=("scale", "shift")), scale_plus_one, own_bias_unscaled, own_bias_dropped,
-         own_bias_dropped_shift_unscaled, both_biases_unscaled, shift_forgotten), probe_scaled,
+        "scaled_linear(linear, x, scale, shift) -> (B, T, out)",
+        as_function(ScaledLinear, names=("scale", "adapter_bias")),
+        (as_function(ShiftUnscaled, names=("scale", "adapter_bias")), scale_plus_one, own_bias_unscaled,
+         own_bias_dropped, own_bias_dropped_shift_unscaled, both_biases_unscaled, shift_forgotten), probe_scaled,
     ),
     "scaled_merge": Exercise(
         "scaled_merge(linear, scale, shift) -> weight (out, in), bias (out)", merged_by(ScaledLinear),

@@ -18,7 +18,7 @@ from . import Exercise, Question, filled, gradients, named
 
 
 class PrefixAtTheWordsPlace(PrefixAttention):
-    """keys of the prefix used as if the words began at position 0"""
+    """keys of the prefix used as if the tokens began at position 0"""
 
     harmless_for = ("gpt2",)  # its positions are no part of the keys
 
@@ -27,7 +27,7 @@ class PrefixAtTheWordsPlace(PrefixAttention):
 
 
 class PrefixHidden(PrefixAttention):
-    """a causal mask that hides the prefix from the first words"""
+    """a causal mask that hides the prefix from the first tokens"""
 
     def attend(self, q, k, v, mask=None, cache=None):
         past = cache.k.shape[2] if cache is not None and cache.k is not None else 0
@@ -40,7 +40,7 @@ class PrefixHidden(PrefixAttention):
 
 
 class PrefixAsSecondSoftmax(PrefixAttention):
-    """a softmax of its own for the prefix, added to the words': LLaMA-Adapter without its gate"""
+    """a softmax of its own for the prefix, added to the tokens': LLaMA-Adapter without its gate"""
 
     def attend(self, q, k, v, mask=None, cache=None):
         y = self.base.attend(q, k, v, mask, cache)
@@ -78,7 +78,7 @@ class SharedKeysAndValues(PrefixAttention):
 
 
 class AddedToTheWords(PromptEmbedding):
-    """the prompt's mean added to every word instead of put before them"""
+    """the prompt's mean added to every token instead of put before them"""
 
     soft_prompt = None
 
@@ -141,18 +141,18 @@ def embedding_of(wrapper):
 
 
 def prompt_at_every_step(embedding, ids, prompt, past=0, active=True):
-    """the prompt put before later words too; words that follow cached ones (past > 0) have it in the cache already"""
+    """the prompt put before later tokens too; tokens that follow cached ones (past > 0) have it in the cache already"""
     return right_soft_prompt(embedding, ids, prompt, 0, active)
 
 
 def prompt_behind_the_words(embedding, ids, prompt, past=0, active=True):
-    """the prompt put behind the words, where a causal model never looks; it belongs before them"""
+    """the prompt put behind the tokens, where a causal model never looks; it belongs before them"""
     x = embedding(ids)
     return torch.cat((x, prompt.to(x.dtype).expand(len(x), -1, -1)), 1) if active and not past else x
 
 
 def prompt_over_the_words(embedding, ids, prompt, past=0, active=True):
-    """the first K words overwritten by the prompt; it stands before all of them, and K + T vectors come out"""
+    """the first K tokens overwritten by the prompt; it stands before all of them, and K + T vectors come out"""
     x = embedding(ids)
     return torch.cat((prompt.to(x.dtype).expand(len(x), -1, -1), x[:, len(prompt) :]), 1) if active and not past else x
 
@@ -207,8 +207,8 @@ def probe_soft_prompt(answer, draw):
     x = answer(embedding, ids, prompt)
     yield "what enters the first layer, S = K + T (B, S, D)", x
     yield "the prompt's gradient (K, D)", gradients(x, prompt)[0]
-    yield "later words, behind 4 in the cache (B, T, D)", answer(embedding, ids, prompt, 4)
-    yield "the words with the prompt not active (B, T, D)", answer(embedding, ids, prompt, 0, False)
+    yield "later tokens, behind 4 in the cache (B, T, D)", answer(embedding, ids, prompt, 4)
+    yield "the tokens with the prompt not active (B, T, D)", answer(embedding, ids, prompt, 0, False)
     yield "what enters a bfloat16 model (B, S, D)", answer(embedding.bfloat16(), ids, prompt)
 
 
@@ -245,12 +245,12 @@ def cos_and_sin_exchanged(rope, keys):
 
 
 def not_turned(rope, keys):
-    """the keys used as they are: the words, which the model counts from 0, would stand among the prefix"""
+    """the keys used as they are: the tokens, which the model counts from 0, would stand among the prefix"""
     return keys + 0
 
 
 def turned_forwards(rope, keys):
-    """the keys turned on by K positions instead of back: they would stand behind the first words"""
+    """the keys turned on by K positions instead of back: they would stand behind the first tokens"""
     return rotate(keys, *rope(torch.full((keys.shape[1],), keys.shape[1])))
 
 
@@ -261,7 +261,7 @@ def turned_to_own_places(rope, keys):
 
 
 def turned_from_zero(rope, keys):
-    """the keys turned by 0, 1, …, K - 1 as if they were fresh words;
+    """the keys turned by 0, 1, …, K - 1 as if they were fresh tokens;
     they are used as they are, only K positions back"""
     return rotate(keys, *rope(torch.arange(keys.shape[1])))
 
@@ -311,7 +311,7 @@ def joined(attention, x, positions, keys, values, cache, turn=right_turn_back, b
 
 
 def prefix_behind_the_words(attention, x, positions, keys, values, cache=None):
-    """the prefix put behind the words in the list of keys, where the causal mask hides words and shows later ones;
+    """the prefix put behind the tokens in the list of keys, where the causal mask hides tokens and shows later ones;
     it goes before them"""
     return joined(attention, x, positions, keys, values, cache, behind=True)
 
@@ -327,7 +327,7 @@ def keys_turned_to_own_places(attention, x, positions, keys, values, cache=None)
 
 
 def turned_and_moved(attention, x, positions, keys, values, cache=None):
-    """the keys turned back by K and the words moved on by K as well: the gap is there twice; do one of the two"""
+    """the keys turned back by K and the tokens moved on by K as well: the gap is there twice; do one of the two"""
     return joined(attention, x, positions + keys.shape[1], keys, values, cache)
 
 
@@ -337,7 +337,7 @@ def values_turned_too(attention, x, positions, keys, values, cache=None):
 
 
 def cache_forgotten(attention, x, positions, keys, values, cache=None):
-    """the cache not used: later words do not see the earlier ones;
+    """the cache not used: later tokens do not see the earlier ones;
     cache.append(k, v) adds the new ones and returns all"""
     return joined(attention, x, positions, keys, values, None)
 
@@ -375,19 +375,19 @@ def heads_repeated_in_turn(attention, x, positions, keys, values, cache=None):
 
 def prefix_in_the_first_call_only(attention, x, positions, keys, values, cache=None):
     """the prefix put in front in the first call alone; every call of a generation puts it in front,
-    for the cache holds the words"""
+    for the cache holds the tokens"""
     if cache is not None and cache.k is not None:
         return attention(x, positions, None, cache) + 0 * (keys.sum() + values.sum()).to(x.dtype)
     return joined(attention, x, positions, keys, values, cache)
 
 
 def positions_counted_anew(attention, x, positions, keys, values, cache=None):
-    """positions counted from 0 in every call; take the ones that are given, which go on behind the cached words"""
+    """positions counted from 0 in every call; take the ones that are given, which go on behind the cached tokens"""
     return joined(attention, x, torch.arange(x.shape[1]), keys, values, cache)
 
 
 def words_cached_twice(attention, x, positions, keys, values, cache=None):
-    """the words appended to the cache, and then prefix and words handed to `attend` together with the cache,
+    """the tokens appended to the cache, and then prefix and tokens handed to `attend` together with the cache,
     which appends them once more"""
     q, k, v = attention.project(x, positions)
     if cache is not None:
@@ -409,7 +409,7 @@ def probe_prefix_attention(answer, draw):
     cache = LayerCache()
     steps = [answer(attention, x[:, a:b], positions[a:b], keys, values, cache) for a, b in ((0, 3), (3, 5), (5, 6))]
     for step, size in zip(steps, (3, 2, 1)):
-        yield f"the output for the next {size} of the words, with a cache (B, T, D)", step
+        yield f"the output for the next {size} of the tokens, with a cache (B, T, D)", step
     yield "the output in bfloat16 (B, T, D)", answer(attention.bfloat16(), x.bfloat16(), positions, keys, values)
 
 
@@ -417,7 +417,7 @@ def probe_prefix_attention(answer, draw):
 
 
 def scores_of(q, k, prefix_keys, causal=True, scale=None):
-    """Scores on the prefix (B, H, T, K) and on the words (B, H, T, T), those of words yet to come at -∞."""
+    """Scores on the prefix (B, H, T, K) and on the tokens (B, H, T, T), those of tokens yet to come at -∞."""
     scale = scale or q.shape[-1] ** 0.5
     on_words = q @ k.mT / scale
     if causal:
@@ -430,20 +430,20 @@ def right_share(q, k, prefix_keys, **options):
 
 
 def later_words_counted(q, k, prefix_keys):
-    """no causal mask: words yet to come are counted among those the prefix takes from; word t sees words 0 to t"""
+    """no causal mask: tokens yet to come are counted among those the prefix takes from; token t sees tokens 0 to t"""
     return right_share(q, k, prefix_keys, causal=False)
 
 
 def prefix_under_the_mask(q, k, prefix_keys):
-    """the causal mask laid over prefix and words together, so that the first words see a part of the prefix only;
-    every word sees all of it"""
+    """the causal mask laid over prefix and tokens together, so that the first tokens see a part of the prefix only;
+    every token sees all of it"""
     scores = torch.cat(scores_of(q, k, prefix_keys, causal=False), -1)
     T, S = scores.shape[-2:]
     return scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)[..., : S - T].sum(-1)
 
 
 def word_hidden_from_itself(q, k, prefix_keys):
-    """the mask one word too strict: word t does not see itself; it sees words 0 to t
+    """the mask one token too strict: token t does not see itself; it sees tokens 0 to t
     (torch.triu(1) marks what is hidden)"""
     on_prefix, _ = scores_of(q, k, prefix_keys)
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu()
@@ -452,7 +452,7 @@ def word_hidden_from_itself(q, k, prefix_keys):
 
 
 def hidden_with_zero(q, k, prefix_keys):
-    """hidden words given the score 0, which still weighs e^0 = 1; a hidden word has the score -∞"""
+    """hidden tokens given the score 0, which still weighs e^0 = 1; a hidden token has the score -∞"""
     on_prefix, on_words = scores_of(q, k, prefix_keys)
     on_words = on_words.masked_fill(on_words == -torch.inf, 0)
     return torch.cat((on_prefix, on_words), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
@@ -474,23 +474,23 @@ def share_by_head_width(q, k, prefix_keys):
 
 
 def softmax_over_queries(q, k, prefix_keys):
-    """the softmax taken along the words that look, axis -2, instead of along what they look at, axis -1"""
+    """the softmax taken along the tokens that look, axis -2, instead of along what they look at, axis -1"""
     return torch.cat(scores_of(q, k, prefix_keys), -1).softmax(-2)[..., : prefix_keys.shape[1]].sum(-1)
 
 
 def softmax_of_the_prefix_alone(q, k, prefix_keys):
-    """a softmax over the prefix alone, which always sums to 1; the share is taken of prefix and words together"""
+    """a softmax over the prefix alone, which always sums to 1; the share is taken of prefix and tokens together"""
     return scores_of(q, k, prefix_keys)[0].softmax(-1).sum(-1)
 
 
 def first_columns_of_the_words(q, k, prefix_keys):
-    """the words joined before the prefix, and the first K columns taken, which are then words"""
+    """the tokens joined before the prefix, and the first K columns taken, which are then tokens"""
     on_prefix, on_words = scores_of(q, k, prefix_keys)
     return torch.cat((on_words, on_prefix), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
 
 
 def earlier_words_hidden(q, k, prefix_keys):
-    """the mask on the wrong side: word t sees those from t on, and not those before it;
+    """the mask on the wrong side: token t sees those from t on, and not those before it;
     torch.triu(1) marks what is hidden"""
     on_prefix, _ = scores_of(q, k, prefix_keys)
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(-1)
@@ -499,12 +499,12 @@ def earlier_words_hidden(q, k, prefix_keys):
 
 
 def share_of_the_words(q, k, prefix_keys):
-    """the words' share, 1 - λ, instead of the prefix's"""
+    """the tokens' share, 1 - λ, instead of the prefix's"""
     return 1 - right_share(q, k, prefix_keys)
 
 
 def odds(q, k, prefix_keys):
-    """the prefix's sum divided by the words' sum, λ / (1 - λ); a share divides by the sum of both"""
+    """the prefix's sum divided by the tokens' sum, λ / (1 - λ); a share divides by the sum of both"""
     on_prefix, on_words = scores_of(q, k, prefix_keys)
     return (on_prefix.logsumexp(-1) - on_words.logsumexp(-1)).exp()
 
@@ -520,7 +520,7 @@ def largest_weight(q, k, prefix_keys):
 
 
 def share_by_counting(q, k, prefix_keys):
-    """K / (K + n) for a word that sees n words: right for equal scores only"""
+    """K / (K + n) for a token that sees n tokens: right for equal scores only"""
     K = prefix_keys.shape[1]
     return (K / (K + torch.arange(1, q.shape[2] + 1))).expand(q.shape[:-1])
 
@@ -553,57 +553,57 @@ def right_split(q, k, v, prefix_keys, prefix_values, **options):
 def parts_weighted_already(q, k, v, prefix_keys, prefix_values):
     """parts of the one softmax, which carry their share already; each part is an average of its own,
     its weights sum to 1"""
-    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, (1 - share[..., None]) * words, share[..., None] * prefix
+    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, (1 - share[..., None]) * tokens, share[..., None] * prefix
 
 
 def words_weighted_already(q, k, v, prefix_keys, prefix_values):
-    """the words' part taken from the one softmax, so that it carries 1 - λ already; its own softmax sums to 1"""
-    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, (1 - share[..., None]) * words, prefix
+    """the tokens' part taken from the one softmax, so that it carries 1 - λ already; its own softmax sums to 1"""
+    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, (1 - share[..., None]) * tokens, prefix
 
 
 def prefix_weighted_already(q, k, v, prefix_keys, prefix_values):
     """the prefix's part taken from the one softmax, so that it carries λ already; its own softmax sums to 1"""
-    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, words, share[..., None] * prefix
+    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, tokens, share[..., None] * prefix
 
 
 def words_unscaled(q, k, v, prefix_keys, prefix_values):
-    """the words' scores not divided by √d in their own softmax"""
+    """the tokens' scores not divided by √d in their own softmax"""
     share, _, prefix = right_split(q, k, v, prefix_keys, prefix_values)
     return share, scores_of(q, k, prefix_keys, scale=1.0)[1].softmax(-1) @ v, prefix
 
 
 def prefix_unscaled(q, k, v, prefix_keys, prefix_values):
     """the prefix's scores not divided by √d in their own softmax"""
-    share, words, _ = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, words, scores_of(q, k, prefix_keys, scale=1.0)[0].softmax(-1) @ prefix_values
+    share, tokens, _ = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, tokens, scores_of(q, k, prefix_keys, scale=1.0)[0].softmax(-1) @ prefix_values
 
 
 def whole_in_the_place_of_prefix(q, k, v, prefix_keys, prefix_values):
-    """the whole output, words included, in the place of the prefix's part; that is attention over the prefix alone"""
-    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, words, torch.lerp(words, prefix, share[..., None])
+    """the whole output, tokens included, in the place of the prefix's part; that is attention over the prefix alone"""
+    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, tokens, torch.lerp(tokens, prefix, share[..., None])
 
 
 def share_turned_round(q, k, v, prefix_keys, prefix_values):
-    """1 - λ, what the words keep, in the place of λ, the prefix's share"""
-    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return 1 - share, words, prefix
+    """1 - λ, what the tokens keep, in the place of λ, the prefix's share"""
+    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return 1 - share, tokens, prefix
 
 
 def parts_in_the_wrong_order(q, k, v, prefix_keys, prefix_values):
-    """the prefix's part before the words'; asked are share, words, prefix"""
-    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, prefix, words
+    """the prefix's part before the tokens'; asked are share, tokens, prefix"""
+    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, prefix, tokens
 
 
 def all_turned_round(q, k, v, prefix_keys, prefix_values):
-    """prefix and words exchanged throughout: 1 - λ, what the words keep, for λ,
-    and the prefix's part before the words'; asked are λ, words, prefix"""
-    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return 1 - share, prefix, words
+    """prefix and tokens exchanged throughout: 1 - λ, what the tokens keep, for λ,
+    and the prefix's part before the tokens'; asked are λ, tokens, prefix"""
+    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return 1 - share, prefix, tokens
 
 
 def share_of_a_count(q, k, v, prefix_keys, prefix_values):
@@ -612,21 +612,21 @@ def share_of_a_count(q, k, v, prefix_keys, prefix_values):
 
 
 def words_not_causal(q, k, v, prefix_keys, prefix_values):
-    """no causal mask: words see those yet to come"""
+    """no causal mask: tokens see those yet to come"""
     return right_split(q, k, v, prefix_keys, prefix_values, causal=False)
 
 
 def plain_mean_of_values(q, k, v, prefix_keys, prefix_values):
     """the plain mean of the prefix's values; its own softmax weighs them"""
-    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, words, prefix_values.mean(-2, keepdim=True).expand(prefix.shape)
+    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, tokens, prefix_values.mean(-2, keepdim=True).expand(prefix.shape)
 
 
 def whole_in_the_place_of_words(q, k, v, prefix_keys, prefix_values):
-    """the whole output, prefix included, in the place of the words' part; that is attention over the words alone,
+    """the whole output, prefix included, in the place of the tokens' part; that is attention over the tokens alone,
     the frozen layer's"""
-    share, words, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, torch.lerp(words, prefix, share[..., None]), prefix
+    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
+    return share, torch.lerp(tokens, prefix, share[..., None]), prefix
 
 
 def split_unscaled(q, k, v, prefix_keys, prefix_values):
@@ -637,23 +637,23 @@ def split_unscaled(q, k, v, prefix_keys, prefix_values):
 def probe_split(answer, draw):
     q, k, v = draw(2, 4, 5, 8), draw(2, 4, 5, 8), draw(2, 4, 5, 8)
     prefix_keys, prefix_values = draw(4, 3, 8), draw(4, 3, 8)
-    names = ("the share (B, H, T)", "the words' part (B, H, T, d)", "the prefix's part (B, H, T, d)")
+    names = ("the share (B, H, T)", "the tokens' part (B, H, T, d)", "the prefix's part (B, H, T, d)")
     pieces = named(names, answer(q, k, v, prefix_keys, prefix_values))
     yield from pieces
-    share, words, prefix = (piece for _, piece in pieces)
-    blend = (1 - share[..., None]) * words + share[..., None] * prefix
-    yield "the blend (1 - share) · words + share · prefix (B, H, T, d)", blend
+    share, tokens, prefix = (piece for _, piece in pieces)
+    blend = (1 - share[..., None]) * tokens + share[..., None] * prefix
+    yield "the blend (1 - share) · tokens + share · prefix (B, H, T, d)", blend
 
 
 # ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def zero_share(word):
-    """What 5 zero keys take of the softmax of a word that sees this many words, itself among them,
+def zero_share(token):
+    """What 5 zero keys take of the softmax of a token that sees this many tokens, itself among them,
     each with score 0."""
 
     def truth():
-        q, k = torch.zeros(1, 1, word, 8), torch.zeros(1, 1, word, 8)
+        q, k = torch.zeros(1, 1, token, 8), torch.zeros(1, 1, token, 8)
         return right_share(q, k, torch.zeros(1, 5, 8))[0, 0, -1].item()
 
     return truth
@@ -715,7 +715,7 @@ EXERCISES = {
          largest_weight, share_by_counting, share_averaged_over_heads, share_that_overflows), probe_share,
     ),
     "split_softmax": Exercise(
-        "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), words (B, H, T, d), "
+        "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), tokens (B, H, T, d), "
         "prefix (B, H, T, d)", right_split,
         (parts_weighted_already, words_weighted_already, prefix_weighted_already, words_unscaled, prefix_unscaled,
          whole_in_the_place_of_prefix, share_turned_round, parts_in_the_wrong_order, all_turned_round, share_of_a_count,
@@ -723,36 +723,36 @@ EXERCISES = {
     ),
     "share_of_ten": Question(
         zero_share(10), "Each of the 15 scores is 0, each weight e^0 / (15 · e^0); five of them are the prefix's.",
-        {0: "a score of 0 is not a weight of 0: e^0 is 1, as for every word.",
-         1: "the words have score 0 too: nobody is ahead.",
-         0.5: "that is five against five; how many words does the tenth see?", 2 / 3: "that is what the words keep.",
-         5 / 14: "nine words stand before the tenth; it sees itself as well.",
-         5 / 16: "nine words stand before the tenth, and it sees itself: ten in all.",
+        {0: "a score of 0 is not a weight of 0: e^0 is 1, as for every token.",
+         1: "the tokens have score 0 too: nobody is ahead.",
+         0.5: "that is five against five; how many tokens does the tenth see?", 2 / 3: "that is what the tokens keep.",
+         5 / 14: "nine tokens stand before the tenth; it sees itself as well.",
+         5 / 16: "nine tokens stand before the tenth, and it sees itself: ten in all.",
          1 / 15: "that is one key of the prefix; how many are there?"},
-        nudge="How many scores are in this word's softmax, what weight has each, "
+        nudge="How many scores are in this token's softmax, what weight has each, "
               "and how many of them are the prefix's?",
     ),
     "share_of_the_first": Question(
         zero_share(1),
-        "The first word sees itself and the five: 5 / (5 + 1). The fewer words there are, the more a prefix takes.",
+        "The first token sees itself and the five: 5 / (5 + 1). The fewer tokens there are, the more a prefix takes.",
         {0: "a score of 0 is not a weight of 0: e^0 is 1.",
-         0.5: "it sees one word and five keys of the prefix, and all six weigh the same.",
-         1 / 3: "the words behind the first one are hidden from it: it sees itself alone.",
-         1 / 6: "that is what the word keeps for itself.", 1: "the word sees itself too."},
-        nudge="Which words does the first one see? How many scores does that make, "
+         0.5: "it sees one token and five keys of the prefix, and all six weigh the same.",
+         1 / 3: "the tokens behind the first one are hidden from it: it sees itself alone.",
+         1 / 6: "that is what the token keeps for itself.", 1: "the token sees itself too."},
+        nudge="Which tokens does the first one see? How many scores does that make, "
               "and how many of them are the prefix's?",
     ),
     "longer_zero_prefix": Question(
         zero_prefix_makes,
-        "Zero values add nothing, but their keys take: the words' part is multiplied by 1 - λ, and λ grows with K.",
-        {"same": "the values add nothing; but what do the keys take from the words' weights?",
-         "larger": "nothing is added, since the values are 0; what happens to the words' weights?"},
+        "Zero values add nothing, but their keys take: the tokens' part is multiplied by 1 - λ, and λ grows with K.",
+        {"same": "the values add nothing; but what do the keys take from the tokens' weights?",
+         "larger": "nothing is added, since the values are 0; what happens to the tokens' weights?"},
     ),
     "tokens_after_zeros": Question(
         tokens_after_zeros,
         "The three equal tokens get equal gradients and stay equal, one token counted three times; "
         "the other two began apart.",
-        {5: "what could make the three that began at zero differ? They are equal, and each word weighs them equally.",
+        {5: "what could make the three that began at zero differ? They are equal, and each token weighs them equally.",
          1: "what could make tokens equal that began apart?", 2: "do the two from N(0, 1) begin equal?",
          4: "three began equal: what could make one of them differ from the other two?"},
         nudge="Which tokens begin equal, and what gradients do equal tokens get?",
