@@ -13,7 +13,8 @@ from conftest import left_padded, make, open_gates
 
 import minillama
 from minillama import Cache, adapt
-from minillama.adapters import Merged, adapter_parameters, base_tensors, outermost
+from minillama.adapters import adapter_parameters, base_tensors, outermost
+from minillama.adapters.merging import Merged
 
 LENGTHS = [9, 4, 6]  # of the rows of `ids`, when padded on the left
 

@@ -13,13 +13,13 @@ import minillama
 from minillama import adapt, disabled, merge, set_adapter, unmerge
 from minillama.adapters import (
     METHODS,
-    Merged,
     adapter_parameters,
     delete_adapter,
     llama_adapter,
     trainable_parameters,
     wrappers,
 )
+from minillama.adapters.merging import Merged
 
 
 RIGHT = [(case, check) for case in CASES for check in checks(case)]

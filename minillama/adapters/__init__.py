@@ -22,7 +22,6 @@ model), MERGEABLE where it is, and where the PEFT library has the method too, PE
 """
 
 import contextlib
-import copy
 import inspect
 
 import torch
@@ -271,93 +270,27 @@ def delete_adapter(model, name=None):
     return model
 
 
-# ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 class StandIn(nn.Module):
     """Stands in for the wrappers at one place for a while, and follows the protocol itself: `base` are the wrappers."""
 
     own, adapter, method = (), None, None
+    way_out = ""  # what it is that holds the adapters, and how to end it
 
     def __init__(self, wrapper):
         super().__init__()
         self.base, self.active = wrapper, True
 
 
-class Merged(StandIn):
-    """The wrappers at one place folded into one plain layer. They stay beneath it, for `unmerge` and for `disabled`, go
-    along with .to() and copies, and cost nothing; in the model's state_dict the plain layer stands alone."""
-
-    def __init__(self, wrapper):
-        super().__init__(wrapper)
-        inner = wrapper
-        while is_wrapper(inner):
-            inner = inner.base
-        self.folded = copy.deepcopy(inner)
-        for name in ("weight", "bias"):
-            if (tensor := getattr(wrapper, name, None)) is not None:
-                setattr(self.folded, name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
-
-    def forward(self, x):
-        return self.folded(x) if self.active else self.base(x)
-
-    @property
-    def weight(self):
-        return (self.folded if self.active else self.base).weight
-
-    @property
-    def bias(self):
-        return (self.folded if self.active else self.base).bias
-
-    def state_dict(self, *arguments, **options):
-        return self.folded.state_dict(*arguments, **options)
-
-
-def is_merged(model):
-    return any(isinstance(wrapper, Merged) for _, wrapper in wrappers(model))
-
-
 def refuse_stand_ins(model):
     """Refuses what would change the adapters beneath a merge or within `mixed`."""
-    if is_merged(model):
-        raise ValueError("the model's adapters are merged into its weights: unmerge(model) first")
-    if any(isinstance(wrapper, StandIn) for _, wrapper in wrappers(model)):
-        raise ValueError(
-            "the model is in a block of mixed(), which holds its adapters as they are: leave the block first"
-        )
+    for _, wrapper in wrappers(model):
+        if isinstance(wrapper, StandIn):
+            raise ValueError(wrapper.way_out)
 
 
-@torch.no_grad()
-def merge(model):
-    """Folds the active adapters into weights of their own, so that they cost nothing at inference; returns the model.
-
-    `unmerge` brings back what was before, bit for bit: the base's weights are not touched. `disabled` is the base
-    still, `save_adapter` the adapter, and `save` writes the folded weights. Raises ValueError where an active method
-    cannot be merged.
-    """
-    refuse_stand_ins(model)
-    if not any(wrapper.active for _, wrapper in wrappers(model)):
-        raise ValueError("the model carries no adapter that is active: there is nothing to merge")
-    foldable = [name for name, method in METHODS.items() if getattr(method, "MERGEABLE", False)]
-    for place, wrapper in wrappers(model):
-        if wrapper.active and not getattr(wrapper, "mergeable", False):
-            raise ValueError(
-                f"{place}: the adapter {wrapper.adapter!r} has a part ({type(wrapper).__name__}) that no fixed weight "
-                f"can stand for; {', '.join(foldable)} can be merged, save_adapter keeps the others in a small file"
-            )
-    for parent, name, wrapper in outermost(model):
-        setattr(parent, name, Merged(wrapper))
-    return model
-
-
-def unmerge(model):
-    """Undoes `merge`, bit for bit, and returns the model."""
-    for parent, name, wrapper in outermost(model):
-        if isinstance(wrapper, Merged):
-            setattr(parent, name, wrapper.base)
-    return model
-
-
-from .mixed import mixed as mixed  # noqa: E402  (these use the names above)
+from .merging import is_merged as is_merged  # noqa: E402  (these use the names above)
+from .merging import merge as merge  # noqa: E402
+from .merging import unmerge as unmerge  # noqa: E402
+from .mixed import mixed as mixed  # noqa: E402
 from .storage import load_adapter as load_adapter  # noqa: E402
 from .storage import save_adapter as save_adapter  # noqa: E402

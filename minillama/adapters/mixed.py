@@ -27,6 +27,8 @@ from . import StandIn, adapters, is_wrapper, outermost, refuse_stand_ins, requir
 class Switchboard(StandIn):
     """Stands in for the outermost wrapper at one place. `names` is the list shared by all places of the model."""
 
+    way_out = "the model is in a block of mixed(), which holds its adapters as they are: leave the block first"
+
     def __init__(self, wrapper, names):
         super().__init__(wrapper)
         self.names = names
