@@ -73,7 +73,8 @@ def layer_by_hand(layer, x, positions, l_k, l_v, l_ff):
 
 
 def layer_values_behind_the_softmax(layer, x, positions, l_k, l_v, l_ff):
-    """l_v multiplies each head's output, since the softmax mixes tokens and no features; l_ff sits on the linear branch."""
+    """l_v multiplies each head's output, since the softmax mixes tokens and no features;
+    l_ff sits on the linear branch."""
     l_k, l_v, l_ff = (vector.to(x.dtype) for vector in (l_k, l_v, l_ff))
     attention, mlp = layer.self_attn, layer.mlp
     h = layer.input_layernorm(x)

@@ -18,7 +18,8 @@ from minillama.adapters.merging import Merged
 
 LENGTHS = [9, 4, 6]  # of the rows of `ids`, when padded on the left
 
-# Every method, by a name for the test's title: the arguments of `adapt`, and the parameters that move at the first step.
+# Every method, by a name for the test's title: the arguments of `adapt`,
+# and the parameters that move at the first step.
 CASES = {
     "llama_adapter": (dict(method="llama_adapter", prompt_length=4), ("gate",)),
     "v2": (dict(method="llama_adapter_v2"), ("scale", "adapter_bias", "weight", "bias")),
@@ -45,7 +46,8 @@ CASES = {
 
 
 def builder(kind, case, **changes):
-    """build(state): the same random base each time, plain (None), freshly adapted, or with every adapter number random."""
+    """build(state): the same random base each time, plain (None), freshly adapted,
+    or with every adapter number random."""
     arguments, first = CASES[case]
 
     def build(state, dtype=torch.float32):
@@ -229,7 +231,8 @@ def check_open(build, ids):
 
 
 def check_two_steps(build, ids):
-    """The first step moves what starts at zero and nothing else, the second everything trainable; the base never moves."""
+    """The first step moves what starts at zero and nothing else, the second everything trainable;
+    the base never moves."""
     model = build("closed").double().train()  # in float64 no step is too small to be seen
     own = adapter_parameters(model)
     every = base_tensors(model) | own
@@ -266,7 +269,8 @@ def check_nothing_stale(build, ids):
 
 @torch.no_grad()
 def check_merge(build, ids):
-    """Merged equals adapted, and unmerging restores both the adapted model and the base bit for bit, even from scale 0."""
+    """Merged equals adapted, and unmerging restores both the adapted model and the base bit for bit,
+    even from scale 0."""
     model, base = build("open").double(), build(None).double()(ids)
     for parameter in adapter_parameters(model).values():
         parameter.view(-1)[0] = 0.0

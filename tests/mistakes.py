@@ -1,5 +1,5 @@
-"""The catalogue of mistakes (minillama/exercises) as the tests plant it: each takes the place of a method's wrapper or of its
-`attach`; where one makes no difference to a kind of model, its `harmless_for` says so."""
+"""The catalogue of mistakes (minillama/exercises) as the tests plant it: each takes the place of a method's wrapper or
+of its `attach`; where one makes no difference to a kind of model, its `harmless_for` says so."""
 
 from minillama.adapters import bottleneck, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
 from minillama.course.exercises.bottleneck import Adapted, Bottleneck, attach_to_mlp_only

@@ -1,4 +1,5 @@
-"""Adapter folders: written whole, read back to the same logits, exchanged with PEFT, and refused when anything is off."""
+"""Adapter folders: written whole, read back to the same logits, exchanged with PEFT,
+and refused when anything is off."""
 
 import copy
 import json

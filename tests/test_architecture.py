@@ -1,4 +1,5 @@
-"""The house: which room may import which, how long a file of the reading path may be, and that an installed wheel works."""
+"""The house: which room may import which, how long a file of the reading path may be,
+and that an installed wheel works."""
 
 import ast
 import pathlib

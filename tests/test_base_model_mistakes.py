@@ -110,7 +110,8 @@ def token_by_token(model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("mistake", (parts.positions_from_one, parts.own_positions))
 def test_only_distances_count(mistake, monkeypatch, ids):
-    """All positions later by the same number are no mistake to a LLaMA; positions that begin again at each call are one."""
+    """All positions later by the same number are no mistake to a LLaMA;
+    positions that begin again at each call are one."""
     model = random_model()
     logits = model(ids)
     in_rope(monkeypatch, mistake)
@@ -148,7 +149,8 @@ def test_a_wrong_split_moves_the_logits(split, ids):
 
 @torch.no_grad()
 def test_squares_overflow_in_float16(monkeypatch, ids):
-    """A residual stream in the hundreds, as large models have: the right norm does not notice, squares in float16 are infinite."""
+    """A residual stream in the hundreds, as large models have: the right norm does not notice,
+    squares in float16 are infinite."""
     model = random_model()
     model.embed_tokens.weight *= 500
     logits, half = model(ids), copy.deepcopy(model).half()

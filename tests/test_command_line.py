@@ -1,4 +1,5 @@
-"""The command line: as a process, the way a reader runs it, where that matters; else inside this one, which saves seconds."""
+"""The command line: as a process, the way a reader runs it, where that matters;
+else inside this one, which saves seconds."""
 
 import contextlib
 import io

@@ -381,6 +381,14 @@ def test_every_round_has_another_order():
     assert {frozenset(batch) for batch in rounds[0]} != {frozenset(batch) for batch in rounds[1]}
 
 
+def test_short_batches_do_not_come_first():
+    """Sorted by length within a bucket, but given out in any order."""
+    pairs = [("x" * (1 + i), "y\n") for i in range(64)]
+    stream = data.batches(pairs, 8, seed=0)
+    longest = [max(len(prompt) for prompt, _ in next(stream)) for _ in range(8)]
+    assert sorted(longest) == list(range(8, 65, 8)) and longest != sorted(longest)
+
+
 def test_blocks_of_checkpointing_nest(model, ids):
     with checkpointed(model), checkpointed(model):
         answer_loss(model, ids, ids).backward()

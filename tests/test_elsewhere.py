@@ -101,8 +101,8 @@ def own(model):
 
 @pytest.mark.parametrize("method, kind", [pair for pair in EVERY if pair in USES])
 def test_it_works(method, kind):
-    """Bit-identical at the start (but for prefix tuning), in eval without gradients too, where torch's encoder reads the
-    weights and calls no module; every parameter has an effect, and training reaches it."""
+    """Bit-identical at the start (but for prefix tuning), in eval without gradients too, where torch's encoder reads
+    the weights and calls no module; every parameter has an effect, and training reaches it."""
     torch.manual_seed(0)
     model, inputs = MODELS[kind]()
     model.eval().requires_grad_(False)

@@ -1,4 +1,5 @@
-"""The checker: every right answer passes, every mistake of the catalogue is named, and what is in no catalogue is described."""
+"""The checker: every right answer passes, every mistake of the catalogue is named,
+and what is in no catalogue is described."""
 
 import pytest
 import torch

@@ -167,7 +167,8 @@ def test_use_sets_the_style_and_svg_is_the_same_each_time(tmp_path):
 
 
 def test_a_notebook_shows_svg_and_png():
-    """As the last expression of a cell, a figure made without pyplot becomes one SVG, without a date, and a PNG as wide."""
+    """As the last expression of a cell, a figure made without pyplot becomes one SVG, without a date,
+    and a PNG as wide."""
     shells = pytest.importorskip("IPython.core.interactiveshell")
     pytest.importorskip("matplotlib_inline")
     shell = shells.InteractiveShell.instance()

@@ -52,7 +52,8 @@ def base(**changes):
 
 
 def random_blocks(weight, kind):
-    """Rows of `weight`'s shape in a K quantisation, of which the gguf package knows only the way back: random bytes with small scales."""
+    """Rows of `weight`'s shape in a K quantisation, of which the gguf package knows only the way back:
+    random bytes with small scales."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(weight.numel()).integers(0, 256, (weight.numel() // block, size), dtype=np.uint8)
     half = lambda value: np.frombuffer(np.float16(value).tobytes(), np.uint8)
@@ -63,7 +64,8 @@ def random_blocks(weight, kind):
 
 
 def write(path, model, kind=Kind.F32, drop=(), tensors={}, architecture="llama", **fields):
-    """A .gguf file by the gguf package, the rows of q and k as llama.cpp wants them: features i and i + d/2 side by side."""
+    """A .gguf file by the gguf package, the rows of q and k as llama.cpp wants them:
+    features i and i + d/2 side by side."""
     config, writer = model.config, gguf.GGUFWriter(str(path), architecture)
     known = dict(
         block_count=config.num_hidden_layers, context_length=config.max_position_embeddings, embedding_length=config.hidden_size,

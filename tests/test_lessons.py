@@ -1,4 +1,5 @@
-"""Every lesson runs from clean and shows what it last computed; the course map and the README say the same as the lessons."""
+"""Every lesson runs from clean and shows what it last computed;
+the course map and the README say the same as the lessons."""
 
 import re
 
@@ -74,7 +75,8 @@ def test_a_changed_cell_is_not_fresh():
 
 @each
 def test_words_and_numbers_agree(path):
-    """The runtime in the first cell and in the course map is the measured one; the map counts the exercises; links lead somewhere."""
+    """The runtime in the first cell and in the course map is the measured one;
+    the map counts the exercises; links lead somewhere."""
     notebook, course_map = STORED[path], (notebooks.LESSONS / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in course_map.splitlines() if f"]({path.name})" in line]
     cells = [cell.strip() for cell in row.strip("|").split("|")]

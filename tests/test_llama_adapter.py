@@ -1,4 +1,5 @@
-"""The promises of llama_adapter.py beyond those of every method (test_methods.py): variants, economy, the layer of its own."""
+"""The promises of llama_adapter.py beyond those of every method (test_methods.py):
+variants, economy, the layer of its own."""
 
 import pytest
 import torch

@@ -154,8 +154,8 @@ def test_merging_leaves_inactive_adapters_out(model, ids):
 
 
 def test_what_is_drawn_at_the_start_has_its_published_spread():
-    """LoRA's A as nn.Linear draws: uniform up to 1/√in; Houlsby's matrices normal(0, 1e-2) cut at two deviations; AdapterHub's
-    normal(0, 0.02)."""
+    """LoRA's A as nn.Linear draws: uniform up to 1/√in; Houlsby's matrices normal(0, 1e-2) cut at two deviations;
+    AdapterHub's normal(0, 0.02)."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(300, 200)
     for wrapper in (METHODS["lora"].LoRALinear(linear, 64), METHODS["dora"].DoRALinear(linear, 64)):

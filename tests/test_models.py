@@ -1,4 +1,5 @@
-"""Our models compute what transformers' do, from the same files, both ways; and the cache and padding change nothing."""
+"""Our models compute what transformers' do, from the same files, both ways;
+and the cache and padding change nothing."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""The adapter protocol: any number of adapters and methods on one base, saved, loaded, switched, stacked, merged, converted,
-copied, compiled, deleted, in any order; whole or not at all."""
+"""The adapter protocol: any number of adapters and methods on one base, saved, loaded, switched, stacked, merged,
+converted, copied, compiled, deleted, in any order; whole or not at all."""
 
 import copy
 import itertools
@@ -162,7 +162,8 @@ def test_a_merged_model_is_converted_copied_and_pickled(case, ids):
 @pytest.mark.parametrize("case", [*MERGEABLE, "lora head", "v2 and ia3"])
 @pytest.mark.parametrize("kind", (*KINDS, "mistral", "tied"))
 def test_a_merged_model_is_saved_whole_or_refused(kind, case, ids, tmp_path):
-    """What `save` writes of a merged model, we and transformers open with the same logits; else it says why it cannot."""
+    """What `save` writes of a merged model, we and transformers open with the same logits;
+    else it says why it cannot."""
     torch.manual_seed(0)
     changes = {"mistral": dict(sliding_window=64), "tied": dict(tie_word_embeddings=True)}.get(kind, {})
     model = make(kind) if not changes else minillama.LLaMA(minillama.LLaMAConfig(**SHAPE, **changes)).eval()
@@ -285,8 +286,8 @@ def test_a_wrapper_answers_like_the_layer_it_stands_for(model, method, ids):
 
 
 class SharedLinear(nn.Module):
-    """VeRA (Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454) in short: random matrices that all layers share, frozen,
-    and two trained vectors each."""
+    """VeRA (Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454) in short: random matrices that all layers share,
+    frozen, and two trained vectors each."""
 
     own, mergeable = ("A", "B", "d", "b"), True
 
@@ -328,6 +329,18 @@ def test_a_method_with_shared_buffers_needs_no_special_case(ids, tmp_path, monke
     save_adapter(model, tmp_path)
     torch.manual_seed(0)
     assert torch.equal(load_adapter(make("llama"), tmp_path)(ids), expected)
+
+
+@pytest.mark.parametrize("gate, tanh", [("head", True), ("head", False), ("feature", False), ("layer", True)])
+def test_gates_are_what_the_term_is_multiplied_by(model, gate, tanh):
+    """One number per head: its gate under the tanh, or the mean of its features' gates."""
+    adapt(model, "llama_adapter", gate=gate, tanh=tanh)
+    open_gates(model)
+    for index, shown in gates(model)["gates"].items():
+        numbers = model.layers[int(index)].self_attn.gate
+        numbers = numbers.tanh() if tanh else numbers
+        expected = numbers.squeeze() if gate == "head" else numbers.flatten(1).mean(1) if gate == "feature" else numbers
+        assert shown == pytest.approx(expected.tolist()) and len(shown) == (1 if gate == "layer" else 6)
 
 
 def test_gates_of_several_adapters_are_told_apart(model):

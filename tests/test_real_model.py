@@ -1,5 +1,6 @@
-"""SmolLM2-135M, a real pre-trained LLaMA, on the CPU: what the command says of an adaptation, what PEFT makes of the file, and
-how long a step takes beside PEFT's. Lesson 08, which test_lessons.py executes, trains in full and asserts what is learned."""
+"""SmolLM2-135M, a real pre-trained LLaMA, on the CPU: what the command says of an adaptation, what PEFT makes of the
+file, and how long a step takes beside PEFT's. Lesson 08, which test_lessons.py executes, trains in full and asserts
+what is learned."""
 
 import re
 
@@ -59,7 +60,8 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_takes_less_than_pefts(smollm2):
-    """The same batches, weights and adapter in turns: in float32 the same loss, and in the dtype of choice much less time."""
+    """The same batches, weights and adapter in turns: in float32 the same loss,
+    and in the dtype of choice much less time."""
     _, rounds = bench.measure(smollm2, torch.float32, rounds=1, steps=1)
     for _, _, ours, theirs in rounds:
         assert ours == pytest.approx(theirs, rel=1e-3)

@@ -1,4 +1,5 @@
-"""Tokenizers and chat templates against transformers, on a thousand strings; text from a stream without half a character."""
+"""Tokenizers and chat templates against transformers, on hundreds of strings;
+text from a stream without half a character."""
 
 import datetime
 import json
@@ -25,7 +26,8 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def strings():
-    """A thousand: lines of this repository, dates in twelve languages, emoji, control characters, 100 kB of one letter."""
+    """A thousand: lines of this repository, dates in twelve languages, emoji, control characters, 100 kB of one
+    letter."""
     draw = random.Random(0)
     files = [
         ROOT / "README.md",
@@ -245,7 +247,8 @@ def test_a_chat_without_a_template_and_one_that_breaks_out():
 
 
 def sentencepiece():
-    """Words begin with ▁, what is not in the vocabulary is bytes, and the decoder drops the first space: as in Llama 2."""
+    """Words begin with ▁, what is not in the vocabulary is bytes, and the decoder drops the first space:
+    as in Llama 2."""
     vocab = (
         {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"▁": 257, "a": 258, "b": 259, "▁a": 260}
     )
@@ -343,7 +346,8 @@ def test_generate_answers_a_chat_and_continues_a_text(tmp_path, capsys):
 def test_smollm2s_ids_and_chats_as_transformers(smollm2, tmp_path):
     ours = read_gguf_tokenizer(read_header(smollm2)[0])
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    # Reading a .gguf, transformers leaves out the first cut of "smollm", by single digits, which the model's own tokenizer.json has.
+    # Reading a .gguf, transformers leaves out the first cut of "smollm", by single digits,
+    # which the model's own tokenizer.json has.
     missing = "".join(chr(i) for i in range(32) if not ours.encode(chr(i)))
     same = [text for text in strings() if not any(c.isnumeric() for c in text)]
     equal_ids(ours, theirs, same, missing)
