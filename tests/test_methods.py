@@ -139,9 +139,11 @@ def test_dropout_acts_in_training_alone(model, ids):
 
 
 @torch.no_grad()
-def test_merging_leaves_inactive_adapters_out(model, ids):
-    adapt(model, "lora", name="one")
-    adapt(model, "ia3", name="two")
+@pytest.mark.parametrize("inactive", ("ia3", "lora", "dora", "llama_adapter_v2"))
+def test_merging_leaves_inactive_adapters_out(model, ids, inactive):
+    """The inactive one stands inside, around the same projections."""
+    adapt(model, inactive, name="two")
+    adapt(model, "lora", name="one", targets=("q_proj", "k_proj", "v_proj", "down_proj"))
     for name in ("one", "two"):
         for parameter in adapter_parameters(model, name).values():
             parameter.normal_(std=0.3)
