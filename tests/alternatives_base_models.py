@@ -45,9 +45,8 @@ def rope_pair_by_pair(x, positions, theta):
 def rope_as_matrices(x, positions, theta):
     half = x.shape[-1] // 2
     angle = positions[:, None] * torch.exp(-math.log(theta) * torch.arange(half) / half)  # (T, d/2)
-    turn = torch.stack(
-        (torch.stack((angle.cos(), -angle.sin()), -1), torch.stack((angle.sin(), angle.cos()), -1)), -2
-    )  # (T, d/2, 2, 2)
+    cos, sin = angle.cos(), angle.sin()
+    turn = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)  # (T, d/2, 2, 2)
     pairs = x.unflatten(-1, (2, half)).float()  # (B, H, T, 2, d/2)
     return torch.einsum("tiab,...tbi->...tai", turn, pairs).flatten(-2).to(x.dtype)
 
@@ -77,13 +76,10 @@ def attention_softmax_by_hand(q, k, v):
 
 def attention_token_by_token(q, k, v):
     k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1])
-            for t in range(q.shape[2])
-        ],
-        2,
-    )
+    rows = []
+    for t in range(q.shape[2]):
+        rows.append(F.scaled_dot_product_attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1]))
+    return torch.cat(rows, 2)
 
 
 def swiglu_sigmoid(x, gate, up, down):

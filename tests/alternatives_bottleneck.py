@@ -8,9 +8,8 @@ from torch import nn
 
 
 def network_by_matrices(x, down_weight, down_bias, up_weight, up_bias):
-    down_weight, down_bias, up_weight, up_bias = (
-        tensor.to(x.dtype) for tensor in (down_weight, down_bias, up_weight, up_bias)
-    )
+    given = (down_weight, down_bias, up_weight, up_bias)
+    down_weight, down_bias, up_weight, up_bias = (tensor.to(x.dtype) for tensor in given)
     narrow = x @ down_weight.T + down_bias
     return nn.GELU()(narrow) @ up_weight.mT + up_bias
 
@@ -34,12 +33,8 @@ def network_in_float32(x, down_weight, down_bias, up_weight, up_bias):
 
 
 def start_of_the_paper(D, m):
-    return (
-        nn.init.trunc_normal_(torch.empty(m, D), std=1e-2, a=-2e-2, b=2e-2),
-        torch.zeros(m),
-        torch.zeros(D, m),
-        torch.zeros(D),
-    )
+    down = nn.init.trunc_normal_(torch.empty(m, D), std=1e-2, a=-2e-2, b=2e-2)
+    return down, torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
 
 
 def start_of_linear(D, m):
@@ -54,12 +49,8 @@ def start_narrow(D, m):
 
 
 def start_kaiming(D, m):
-    return (
-        nn.init.kaiming_normal_(torch.empty(m, D), nonlinearity="relu"),
-        torch.zeros(m),
-        torch.zeros(D, m),
-        torch.zeros(D),
-    )
+    down = nn.init.kaiming_normal_(torch.empty(m, D), nonlinearity="relu")
+    return down, torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
 
 
 def sequential_in_another_order(sublayer, x, bottleneck):

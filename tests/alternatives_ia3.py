@@ -55,9 +55,8 @@ def merge_by_asking(linear, scale, side):
 
 def merge_row_by_row(linear, scale, side):
     if side == "output":
-        return torch.stack([row * number for row, number in zip(linear.weight, scale)]), torch.stack(
-            [b * number for b, number in zip(linear.bias, scale)]
-        )
+        weight = torch.stack([row * number for row, number in zip(linear.weight, scale)])
+        return weight, torch.stack([b * number for b, number in zip(linear.bias, scale)])
     return torch.stack([row * scale for row in linear.weight]), linear.bias
 
 
@@ -81,9 +80,8 @@ def layer_values_behind_the_softmax(layer, x, positions, l_k, l_v, l_ff):
     q, _, v = attention.project(h, positions)
     k = rotate(attention.heads(attention.k_proj(h) * l_k), *attention.rope(positions))
     y = attention.attend(q, k, v)  # (B, H, T, d)
-    of_heads = l_v.view(attention.num_kv_heads, 1, -1).repeat_interleave(
-        attention.num_heads // attention.num_kv_heads, 0
-    )
+    group = attention.num_heads // attention.num_kv_heads
+    of_heads = l_v.view(attention.num_kv_heads, 1, -1).repeat_interleave(group, 0)
     x = x + attention.output(y * of_heads)
     h = layer.post_attention_layernorm(x)
     return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * (mlp.up_proj(h) * l_ff))
@@ -97,9 +95,8 @@ def layer_head_by_head(layer, x, positions, l_k, l_v, l_ff):
     for head in range(attention.num_heads):
         own, shared = slice(head * d, head * d + d), head // (attention.num_heads // attention.num_kv_heads)
         shared = slice(shared * d, shared * d + d)
-        scores = (rotate(q[..., own], *turn) @ rotate(k[..., shared], *turn).mT / d**0.5).masked_fill(
-            future, -torch.inf
-        )
+        scores = rotate(q[..., own], *turn) @ rotate(k[..., shared], *turn).mT / d**0.5
+        scores = scores.masked_fill(future, -torch.inf)
         heads.append(scores.float().softmax(-1).to(x.dtype) @ v[..., shared])
     x = x + attention.o_proj(torch.cat(heads, -1))
     h = layer.post_attention_layernorm(x)
@@ -119,18 +116,16 @@ def layer_by_wrapping(layer, x, positions, l_k, l_v, l_ff):
 
 def mixed_row_by_row(linear, x, scales, rows, side):
     scales = scales.to(x.dtype)
-    return torch.stack(
-        [linear(z) * scales[r] if side == "output" else linear(z * scales[r]) for z, r in zip(x, rows.tolist())]
-    )
+    if side == "output":
+        return torch.stack([linear(z) * scales[r] for z, r in zip(x, rows.tolist())])
+    return torch.stack([linear(z * scales[r]) for z, r in zip(x, rows.tolist())])
 
 
 def mixed_by_einsum(linear, x, scales, rows, side):
     chosen = F.one_hot(rows, len(scales)).to(x.dtype) @ scales.to(x.dtype)  # (B, features)
-    return (
-        torch.einsum("bto,bo->bto", linear(x), chosen)
-        if side == "output"
-        else linear(torch.einsum("bti,bi->bti", x, chosen))
-    )
+    if side == "output":
+        return torch.einsum("bto,bo->bto", linear(x), chosen)
+    return linear(torch.einsum("bti,bi->bti", x, chosen))
 
 
 def mixed_by_groups(linear, x, scales, rows, side):

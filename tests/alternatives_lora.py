@@ -6,9 +6,8 @@ from torch import nn
 
 
 def start_like_linear(in_features, out_features, rank):
-    return nn.Linear(in_features, rank, bias=False).weight.detach(), nn.Linear(
-        rank, out_features, bias=False
-    ).weight.detach() * 0
+    A, B = nn.Linear(in_features, rank, bias=False).weight, nn.Linear(rank, out_features, bias=False).weight
+    return A.detach(), B.detach() * 0
 
 
 def start_gaussian(in_features, out_features, rank):
@@ -63,10 +62,8 @@ class WeightNeverTouched(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.base, self.alpha, self.merged = linear.requires_grad_(False), alpha, False
-        self.A, self.B = (
-            nn.Parameter(torch.rand(rank, linear.in_features) - 0.5),
-            nn.Parameter(torch.zeros(linear.out_features, rank)),
-        )
+        self.A = nn.Parameter(torch.rand(rank, linear.in_features) - 0.5)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def weight(self):
         return self.base.weight + self.alpha / len(self.A) * (self.B @ self.A)
@@ -86,12 +83,9 @@ class CopyOfTheBase(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight.detach(), linear.bias.detach()
         linear.requires_grad_(False)
-        self.A, self.B, self.scale = (
-            nn.Parameter(torch.randn(rank, linear.in_features)),
-            nn.Parameter(torch.zeros(linear.out_features, rank)),
-            alpha / rank,
-        )
-        self.folded = None
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.scale, self.folded = alpha / rank, None
 
     def merge(self):
         self.folded = (self.weight + self.scale * self.B @ self.A).detach()

@@ -88,9 +88,8 @@ def share_by_attention(q, k, prefix_keys):
 
 def split_by_attention(q, k, v, prefix_keys, prefix_values):
     words = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    prefix = F.scaled_dot_product_attention(
-        q, prefix_keys.expand(len(q), -1, -1, -1), prefix_values.expand(len(q), -1, -1, -1)
-    )
+    pk, pv = (z.expand(len(q), -1, -1, -1) for z in (prefix_keys, prefix_values))
+    prefix = F.scaled_dot_product_attention(q, pk, pv)
     return share_by_logsumexp(q, k, prefix_keys), words, prefix
 
 
@@ -98,15 +97,11 @@ def split_from_one_softmax(q, k, v, prefix_keys, prefix_values):
     """The one softmax cut in two, each part divided by what it sums to; word by word."""
     K, rows = prefix_keys.shape[1], []
     for t in range(q.shape[2]):
-        scores = (
-            torch.cat((q[:, :, t : t + 1] @ prefix_keys.mT, q[:, :, t : t + 1] @ k[:, :, : t + 1].mT), -1)
-            / q.shape[-1] ** 0.5
-        )
-        weights = scores.softmax(-1)
+        word = q[:, :, t : t + 1] / q.shape[-1] ** 0.5
+        weights = torch.cat((word @ prefix_keys.mT, word @ k[:, :, : t + 1].mT), -1).softmax(-1)
         share = weights[..., :K].sum(-1, keepdim=True)
-        rows.append(
-            (share[..., 0], weights[..., K:] @ v[:, :, : t + 1] / (1 - share), weights[..., :K] @ prefix_values / share)
-        )
+        of_words, of_prefix = weights[..., K:] @ v[:, :, : t + 1], weights[..., :K] @ prefix_values
+        rows.append((share[..., 0], of_words / (1 - share), of_prefix / share))
     return tuple(torch.cat(parts, 2) for parts in zip(*rows))
 
 

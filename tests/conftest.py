@@ -13,13 +13,9 @@ from minillama.adapters import adapter_parameters
 from minillama.checkpoints import hub
 
 SHAPE = dict(
-    vocab_size=101,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    max_position_embeddings=64,
-)
+    vocab_size=101, hidden_size=48, intermediate_size=80,
+    num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=64,
+)  # fmt: skip
 KINDS = ("llama", "grouped", "gpt2")
 
 

@@ -18,6 +18,8 @@ from minillama.adapters.merging import Merged
 
 LENGTHS = [9, 4, 6]  # of the rows of `ids`, when padded on the left
 
+OUTPUTS = ("q_proj", "k_proj", "up_proj")
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 # Every method, by a name for the test's title: the arguments of `adapt`,
 # and the parameters that move at the first step.
 CASES = {
@@ -27,17 +29,9 @@ CASES = {
     "prefix_tuning": (dict(method="prefix_tuning", prefix_length=4), ("keys", "values")),
     "prompt_tuning": (dict(method="prompt_tuning", prompt_length=4), ("prompt",)),
     "ia3": (dict(method="ia3"), ("scale",)),
-    "ia3 everywhere": (
-        dict(method="ia3", outputs=("q_proj", "k_proj", "up_proj"), inputs=("o_proj", "down_proj")),
-        ("scale",),
-    ),
+    "ia3 everywhere": (dict(method="ia3", outputs=OUTPUTS, inputs=("o_proj", "down_proj")), ("scale",)),
     "lora": (dict(method="lora", rank=3, alpha=5.0), ("B",)),
-    "lora everywhere": (
-        dict(
-            method="lora", rank=2, alpha=3.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
-        ),
-        ("B",),
-    ),
+    "lora everywhere": (dict(method="lora", rank=2, alpha=3.0, targets=EVERY), ("B",)),
     "dora": (dict(method="dora", rank=3, alpha=5.0), ("B", "magnitude")),
     "houlsby": (dict(method="bottleneck", size=5), ("up.weight", "up.bias")),
     "pfeiffer": (dict(method="bottleneck", reduction=8, place="pfeiffer"), ("up.weight", "up.bias")),
@@ -61,9 +55,8 @@ def builder(kind, case, **changes):
 
     build.first = first
     build.identity = arguments["method"] not in ("prefix_tuning", "prompt_tuning")
-    build.tolerance = (
-        1e-10 if build.identity else 1e-6
-    )  # angles are float32: turning keys back rounds otherwise than turning queries on
+    # angles are float32: turning keys back rounds otherwise than turning queries on
+    build.tolerance = 1e-10 if build.identity else 1e-6
     build.mergeable = arguments["method"] in ("ia3", "lora", "dora", "llama_adapter_v2")
     build.reference = lambda ids, real: reference(
         kind, case, tuple(changes.items()), tuple(ids.flatten().tolist()), tuple(map(tuple, real.tolist()))
@@ -91,9 +84,8 @@ def reference_logits(model, ids, real):
     before = part.get("prefix_length", 0)  # tokens that stand before the words
 
     def bottleneck(place, x):
-        act = {"houlsby": lambda z: z / 2 * (1 + torch.erf(z / math.sqrt(2)))}.get(
-            part["place"], lambda z: z.clamp(min=0)
-        )
+        gelu, relu = lambda z: z / 2 * (1 + torch.erf(z / math.sqrt(2))), lambda z: z.clamp(min=0)
+        act = gelu if part["place"] == "houlsby" else relu
         narrow = act(x @ own[f"{place}.bottleneck.down.weight"].T + own[f"{place}.bottleneck.down.bias"])
         return part["scale"] * (narrow @ own[f"{place}.bottleneck.up.weight"].T + own[f"{place}.bottleneck.up.bias"])
 
@@ -120,9 +112,8 @@ def reference_logits(model, ids, real):
     def norm(place, x):
         place = f"{place}.trained" if f"{place}.trained.weight" in own else place
         if not llama:
-            return F.layer_norm(
-                x, x.shape[-1:], weight[f"{place}.weight"], weight[f"{place}.bias"], model.config.layer_norm_eps
-            )
+            given = weight[f"{place}.weight"], weight[f"{place}.bias"]
+            return F.layer_norm(x, x.shape[-1:], *given, model.config.layer_norm_eps)
         return x / (x.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt() * weight[f"{place}.weight"]
 
     def attention(place, x):
@@ -181,10 +172,8 @@ def rotated(z, rope, first=0):
     """Row n of z (n, d) turned by first + n times the frequencies."""
     a, b = z.chunk(2, -1)
     angle = torch.arange(first, first + len(z))[:, None] * rope.frequencies()
-    cos, sin = (
-        angle.cos().double(),
-        angle.sin().double(),
-    )  # float32 as in the model: test_models.py holds it to transformers'
+    # float32 as in the model: test_models.py holds it to transformers'
+    cos, sin = angle.cos().double(), angle.sin().double()
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
@@ -249,9 +238,8 @@ def check_two_steps(build, ids):
     assert step() == {name for name in own if name.endswith(build.first)}
     assert step() == set(own)
     for name in own:
-        assert (own[name] != before[name]).float().mean() > 0.5 or "down" in name, (
-            f"most of {name} never moved"
-        )  # a ReLU may leave down rows dead
+        moved = (own[name] != before[name]).float().mean()
+        assert moved > 0.5 or "down" in name, f"most of {name} never moved"  # a ReLU may leave down rows dead
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from minillama.adapters.llama_adapter import PRESETS
 
 NATIVE = list(CASES) + [dict(method="llama_adapter", gate="feature", layers=2, prompt_length=3)]
 # What PEFT has and computes alike: our arguments of `adapt`, and its configuration.
+EVERY = ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")
 SHARED = {
     "adaption_prompt": (
         dict(method="llama_adapter", prompt_length=4, layers=2),  # and the preset of the base
@@ -62,13 +63,11 @@ SHARED = {
         ),
     ),
     "lora everywhere": (
-        dict(method="lora", rank=2, alpha=3.0, targets=("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")),
+        dict(method="lora", rank=2, alpha=3.0, targets=EVERY),
         lambda gpt2: peft.LoraConfig(
             r=2,
             lora_alpha=3,
-            target_modules=["c_attn", "c_proj", "c_fc"]
-            if gpt2
-            else ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"],
+            target_modules=["c_attn", "c_proj", "c_fc"] if gpt2 else list(EVERY),
             fan_in_fan_out=gpt2,
             task_type="CAUSAL_LM",
         ),
@@ -99,11 +98,8 @@ def test_round_trip(model, ids, case, tmp_path):
     load_adapter(model, tmp_path, name="again")
     # a rank-r path of a fused GPT-2 matrix comes back as paths of a greater rank: the same but for rounding
     exact = not (isinstance(model, minillama.GPT2) and parts[0]["method"] in ("lora", "dora"))
-    assert (
-        torch.equal(model(ids), expected)
-        if exact
-        else (model(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
-    )
+    far = (model(ids) - expected).abs().max()
+    assert torch.equal(model(ids), expected) if exact else far < 1e-5 * expected.abs().max()
     assert list(model.adapters) == ["again"]
 
 

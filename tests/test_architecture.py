@@ -78,10 +78,9 @@ def test_the_reading_path_is_short():
 
 
 def test_the_linter_and_the_formatter_are_content():
+    ruff, trees = [sys.executable, "-m", "ruff"], [PACKAGE, PACKAGE.parent / "tests"]
     for command in (("check",), ("format", "--check")):
-        done = subprocess.run(
-            ["ruff", *command, "-q", PACKAGE, PACKAGE.parent / "tests"], capture_output=True, text=True
-        )
+        done = subprocess.run([*ruff, *command, "-q", *trees], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 

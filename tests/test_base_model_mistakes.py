@@ -42,11 +42,10 @@ def in_attend(patch, mistake):
 
 
 def in_mlp(patch, mistake):
-    patch.setattr(
-        llama.MLP,
-        "forward",
-        lambda self, x: mistake(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight),
-    )
+    def forward(self, x):
+        return mistake(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+    patch.setattr(llama.MLP, "forward", forward)
 
 
 def in_cached_attention(patch, mistake):
@@ -61,12 +60,9 @@ def cases(mistakes, plant, but=()):
     return [pytest.param(plant, mistake, id=mistake.__name__) for mistake in mistakes if mistake not in but]
 
 
-DTYPES = (
-    parts.squares_in_half_precision,
-    parts.left_in_float32,
-    parts.angles_in_half_precision,
-    parts.rope_left_in_float32,
-)  # right in float32
+DTYPES = (  # right in float32
+    parts.squares_in_half_precision, parts.left_in_float32, parts.angles_in_half_precision, parts.rope_left_in_float32,
+)  # fmt: skip
 ONCE = (
     *cases(parts.NORMS, in_norm, (*DTYPES, parts.size_detached)),
     *cases(parts.ROPES, in_rope, (*DTYPES, parts.positions_from_one, parts.own_positions)),

@@ -36,8 +36,8 @@ def lab(tmp_path):
         **os.environ,
         "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
         "JUPYTER_DATA_DIR": str(tmp_path / "data"),
-        "OMP_NUM_THREADS": "1",
-    }  # the other core is for the browser
+        "OMP_NUM_THREADS": "1",  # the other core is for the browser
+    }
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyter", "lab", "--no-browser", *options], stdout=log, stderr=log, env=environment
@@ -67,43 +67,36 @@ def test_the_slider_changes_the_answer(lab):
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.goto(f"{lab}/lab/tree/lessons/03_llama_adapter.ipynb")
         page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context?.isReady", timeout=120_000)
-        page.wait_for_function(
-            "jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=120_000
-        )
-        figures = "jupyterapp.shell.currentWidget.content.node.querySelectorAll('.jp-RenderedImage img[src^=\"data:image/png\"]').length"
-        page.wait_for_function(
-            f"{figures} > 0", timeout=30_000
-        )  # stored ones, though nobody has trusted this notebook yet
+        shown = "jupyterapp.shell.currentWidget"
+        page.wait_for_function(f"{shown}.sessionContext.session?.kernel?.status === 'idle'", timeout=120_000)
+        image = "'.jp-RenderedImage img[src^=\"data:image/png\"]'"
+        figures = f"{shown}.content.node.querySelectorAll({image}).length"
+        # stored ones, though nobody has trusted this notebook yet
+        page.wait_for_function(f"{figures} > 0", timeout=30_000)
         page.evaluate("jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
         page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')", None)
-        cells = "jupyterapp.shell.currentWidget.content.widgets.filter(w => w.model.type === 'code' && w.model.sharedModel.getSource().trim())"
+        source = "w.model.sharedModel.getSource()"
+        cells = f"{shown}.content.widgets.filter(w => w.model.type === 'code' && {source}.trim())"
         page.wait_for_function(f"{cells}.every(w => w.model.executionCount)", timeout=300_000)
         outputs = page.evaluate(f"{cells}.map(w => w.model.outputs.toJSON()).flat()")
         assert not [output for output in outputs if output["output_type"] == "error"], outputs
         assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
 
-        place = page.evaluate(
-            "jupyterapp.shell.currentWidget.content.widgets.findIndex(w => w.model.sharedModel.getSource().includes('gate_slider'))"
-        )
-        page.evaluate("place => jupyterapp.shell.currentWidget.content.scrollToItem(place, 'start')", place)
-        handle, answer = (
-            page.locator(".jupyter-widgets .noUi-handle").first,
-            page.locator(".jupyter-widgets.widget-html-content, .widget-html-content").first,
-        )
+        place = page.evaluate(f"{shown}.content.widgets.findIndex(w => {source}.includes('gate_slider'))")
+        page.evaluate(f"place => {shown}.content.scrollToItem(place, 'start')", place)
+        handle = page.locator(".jupyter-widgets .noUi-handle").first
+        answer = page.locator(".jupyter-widgets.widget-html-content, .widget-html-content").first
         handle.wait_for(timeout=30_000)
         adapted = answer.inner_text()
         handle.focus()
         page.keyboard.press("Home")  # the gate at 0
-        page.wait_for_function(
-            "before => document.querySelector('.widget-html-content').innerText !== before", arg=adapted, timeout=30_000
-        )
+        said = "document.querySelector('.widget-html-content').innerText"
+        page.wait_for_function(f"before => {said} !== before", arg=adapted, timeout=30_000)
         (question, right), (again, guess) = (
             re.search(r"^(.*) = (\S+)", text).groups() for text in (adapted, answer.inner_text())
         )
         assert question == again and right != guess and "bit for bit" in answer.inner_text()
         handle.focus()
         page.keyboard.press("End")
-        page.wait_for_function(
-            "document.querySelector('.widget-html-content').innerText.includes('bit for bit') === false", timeout=30_000
-        )
+        page.wait_for_function(f"{said}.includes('bit for bit') === false", timeout=30_000)
         browser.close()

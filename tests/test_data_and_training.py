@@ -46,13 +46,9 @@ def test_known_texts():
     day = [datetime.date(2021, 3, 3)]
     texts = {language: {prompt for prompt, _ in data.examples(language, day, 60)} for language in ("en", "fr", "hu")}
     assert texts["en"] == {
-        "Mar 3, 2021 = ",
-        "March 3, 2021 = ",
-        "Wednesday, March 3, 2021 = ",
-        "3 Mar 2021 = ",
-        "3 March 2021 = ",
-        "Wednesday, 3 March 2021 = ",
-    }
+        "Mar 3, 2021 = ", "March 3, 2021 = ", "Wednesday, March 3, 2021 = ",
+        "3 Mar 2021 = ", "3 March 2021 = ", "Wednesday, 3 March 2021 = ",
+    }  # fmt: skip
     assert texts["fr"] == {"3 mars 2021 = ", "mercredi 3 mars 2021 = "}
     assert "2021. március 3., szerda = " in texts["hu"]
 
@@ -127,10 +123,8 @@ def test_chat_puts_the_prompt_into_the_template():
 
 
 def write_lines(path, *records):
-    path.write_text(
-        "\n".join(record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records),
-        encoding="utf-8",
-    )
+    lines = (record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records)
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
@@ -188,22 +182,19 @@ def test_batches_are_of_like_length_and_lose_nothing():
     stream = data.batches(pairs, 10, seed=0)
     once = [next(stream) for _ in range(100)]
     assert sorted(pair for batch in once for pair in batch) == sorted(pairs)
-    spread = [
-        max(map(len, prompts)) - min(map(len, prompts))
-        for batch in once
-        for prompts in [[prompt for prompt, _ in batch]]
-    ]
-    assert sum(spread) / len(spread) < 4
+
+    def spread(batches):
+        lengths = [[len(prompt) for prompt, _ in batch] for batch in batches]
+        return sum(max(row) - min(row) for row in lengths) / len(lengths)
+
+    assert spread(once) < 4
     again = data.batches(pairs, 10, seed=0)
     assert [next(again) for _ in range(5)] == once[:5]
     assert next(data.batches(pairs, 10, seed=1)) != once[0]
     stream = data.batches(pairs, 10, seed=0, bucket=1)
     mixed = [next(stream) for _ in range(100)]
     assert sorted(pair for batch in mixed for pair in batch) == sorted(pairs)
-    assert (
-        sum(max(len(prompt) for prompt, _ in batch) - min(len(prompt) for prompt, _ in batch) for batch in mixed) / 100
-        > 10
-    )
+    assert spread(mixed) > 10
 
 
 def test_typos_change_letters_only():
@@ -250,16 +241,15 @@ def test_mean_loss_weighs_every_answer_token_alike(model):
 def test_checkpointing_gives_the_same_gradients_and_keeps_less(kind, method, ids):
     torch.manual_seed(0)
     model = open_gates(adapt(make(kind), method))
-    measured = []
+    measured, hooks = [], torch.autograd.graph.saved_tensors_hooks
     for block in (contextlib.nullcontext, lambda: checkpointed(model)):
         kept = []
-        with block(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        with block(), hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
             loss = answer_loss(model, ids, ids)
         model.zero_grad()
         loss.backward()
-        measured.append(
-            (loss, [parameter.grad for parameter in model.parameters() if parameter.requires_grad], sum(kept))
-        )
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        measured.append((loss, gradients, sum(kept)))
     (plain, gradients, much), (again, same, little) = measured
     assert torch.equal(plain, again) and all(map(torch.equal, gradients, same))
     assert little < much / 2
@@ -295,17 +285,8 @@ def some_pairs():
 def test_training_learns_logs_and_repeats_bit_for_bit():
     def once(seed):
         model = small()
-        history = train(
-            model,
-            TOKENIZER,
-            some_pairs(),
-            steps=20,
-            batch_size=8,
-            learning_rate=1e-2,
-            seed=seed,
-            progress=False,
-        )
-        return model, history
+        settings = dict(steps=20, batch_size=8, learning_rate=1e-2, seed=seed, progress=False)
+        return model, train(model, TOKENIZER, some_pairs(), **settings)
 
     (one, history), (two, _), (other, _) = once(0), once(0), once(1)
     assert history[-1]["loss"] < 0.8 * history[0]["loss"] and len(history) == 20
@@ -398,17 +379,16 @@ def test_blocks_of_checkpointing_nest(model, ids):
 def test_only_what_requires_gradients_reaches_the_optimizer(monkeypatch):
     model, given = adapt(small(), "llama_adapter", layers=1), []
     original = torch.optim.AdamW
-    monkeypatch.setattr(
-        torch.optim,
-        "AdamW",
-        lambda parameters, **settings: given.append(list(parameters)) or original(given[0], **settings),
-    )
+
+    def watched(parameters, **settings):
+        given.append(list(parameters))
+        return original(given[0], **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", watched)
     frozen = {name: parameter.clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
     train(model, TOKENIZER, some_pairs(), steps=3, batch_size=8, progress=False)
-    assert {id(parameter) for parameter in given[0]} == {
-        id(model.layers[1].self_attn.prompt),
-        id(model.layers[1].self_attn.gate),
-    }
+    top = model.layers[1].self_attn
+    assert {id(parameter) for parameter in given[0]} == {id(top.prompt), id(top.gate)}
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in model.named_parameters() if name in frozen)
 
 
@@ -421,17 +401,8 @@ def test_training_refuses_what_cannot_work():
         with pytest.raises(ValueError, match="learning_rate is"):
             train(small(), TOKENIZER, some_pairs(), learning_rate=rate, progress=False)
     with pytest.raises(ValueError, match="lower the learning rate"):
-        train(
-            small(),
-            TOKENIZER,
-            some_pairs(),
-            steps=20,
-            batch_size=8,
-            learning_rate=1e18,
-            warmup=0,
-            clip=1e30,
-            progress=False,
-        )
+        settings = dict(steps=20, batch_size=8, learning_rate=1e18, warmup=0, clip=1e30, progress=False)
+        train(small(), TOKENIZER, some_pairs(), **settings)
 
 
 def test_exact_match_is_by_generation_not_teacher_forcing():
@@ -450,21 +421,21 @@ def test_exact_match_is_by_generation_not_teacher_forcing():
             return torch.nn.functional.one_hot(following, 256).float()
 
     assert answers(Echo(), TOKENIZER, ["x=", "long ="]) == ["bcd\n", "bcd\n"]
-    assert (
-        exact_match(Echo(), TOKENIZER, [("x=", "bcd\n"), ("long =", "bce\n"), ("y=", "bc\n"), ("y=", "bcde")]) == 0.25
-    )
+    pairs = [("x=", "bcd\n"), ("long =", "bce\n"), ("y=", "bc\n"), ("y=", "bcde")]
+    assert exact_match(Echo(), TOKENIZER, pairs) == 0.25
 
 
-@pytest.mark.parametrize("name, least", [("dates-llama", 0.995), ("dates-gpt2", 0.995)])
-def test_bundled_bases(name, least):
-    """Small, complete with a card that tells how they were made, and right on English dates they never saw."""
+@pytest.mark.parametrize("name", ("dates-llama", "dates-gpt2"))
+def test_bundled_bases(name):
+    """Small, complete with a card that tells how they were made, and right on English dates they never saw:
+    at most one of 300 is missed."""
     from minillama.checkpoints import BASES
 
     assert (BASES / name / "model.safetensors").stat().st_size <= 4_000_000
     assert f"pretrain --model {name.removeprefix('dates-')}" in (BASES / name / "README.md").read_text()
     model, tokenizer = minillama.load(name)
     _, test_days = data.split_dates()
-    assert exact_match(model, tokenizer, data.examples("en", test_days, 1000, seed=1)) >= least
+    assert exact_match(model, tokenizer, data.examples("en", test_days, 300, seed=1)) >= 299 / 300
     assert name == "dates-gpt2" or model.config.num_key_value_heads < model.config.num_attention_heads
 
 
@@ -486,11 +457,8 @@ def test_native_bfloat16_by_features(monkeypatch):
     from minillama.device import native_bfloat16
 
     for features, native in (
-        ({}, False),
-        ({"avx512_f": True}, False),
-        ({"avx512_bf16": True}, True),
-        ({"amx_bf16": True}, True),
-    ):
+        ({}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True),
+    ):  # fmt: skip
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
         assert native_bfloat16(torch.device("cpu")) == native
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

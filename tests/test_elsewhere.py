@@ -85,6 +85,7 @@ USES = {
     ("llama_adapter", "Llama"): lambda m: transformers_llama.attach(m, prompt_length=4),
     ("prefix_tuning", "Llama"): lambda m: transformers_llama.attach(m, prefix_tuning, prefix_length=4),
 }
+GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)  # transformers' loop without an end
 EVERY = [(method, model) for method in METHODS for model in MODELS]
 
 
@@ -174,7 +175,7 @@ def test_it_equals_ours(name, attention, preset, tmp_path):
             assert (logits - expected)[real].abs().max() < 1e-5
         assert not torch.equal(logits, base)
         expected = minillama.generate(ours, ids, 12)
-        written = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)  # fmt: skip
+        written = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **GREEDY)
         assert torch.equal(written, expected)
 
 
@@ -190,7 +191,7 @@ def test_prefix_tuning_equals_ours(tmp_path):
             for own_ in ("keys", "values"):
                 getattr(layer.self_attn.adapted, own_).copy_(getattr(mine.self_attn, own_))
         assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-5
-        written = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)  # fmt: skip
+        written = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **GREEDY)
         assert torch.equal(written, minillama.generate(ours, ids, 8))
 
 

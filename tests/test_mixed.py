@@ -63,11 +63,11 @@ def test_every_row_passes_the_base_once(model, ids):
     rows = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "bottleneck" not in name:
-            module.register_forward_hook(
-                lambda module, inputs, _, name=name: rows.update(
-                    {name: rows.get(name, 0) + (len(inputs[0]) if inputs[0].dim() == 3 else 0)}
-                )
-            )
+
+            def count(module, inputs, _, name=name):
+                rows[name] = rows.get(name, 0) + (len(inputs[0]) if inputs[0].dim() == 3 else 0)
+
+            module.register_forward_hook(count)
     with mixed(model, NAMES):
         model(ids)
     assert set(rows.values()) == {3}
@@ -188,15 +188,8 @@ def test_32_rows_over_eight_languages():
     for i, language in enumerate(languages):
         method, options, rate = methods[i % 4]
         adapt(model, method, name=language, **options)
-        train(
-            model,
-            tokenizer,
-            data.examples(language, train_days, 200 * 16),
-            steps=200,
-            batch_size=16,
-            learning_rate=rate,
-            progress=False,
-        )
+        pairs = data.examples(language, train_days, 200 * 16)
+        train(model, tokenizer, pairs, steps=200, batch_size=16, learning_rate=rate, progress=False)
     rows = [(language, pair) for language in languages for pair in data.examples(language, test_days, 4, seed=5)]
     names, pairs = [language for language, _ in rows], [pair for _, pair in rows]
     with mixed(model, names):

@@ -79,7 +79,14 @@ def test_three_adapters_are_saved_loaded_switched_and_deleted_in_any_order(kind,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("methods", [("ia3", "llama_adapter_v2"), ("lora", "ia3"), ("llama_adapter_v2", "lora"), ("lora", "dora"), ("llama_adapter", "prefix_tuning"), ("bottleneck", "ia3", "lora", "dora", "llama_adapter_v2", "llama_adapter")])  # fmt: skip
+@pytest.mark.parametrize(
+    "methods",
+    [
+        ("ia3", "llama_adapter_v2"), ("lora", "ia3"), ("llama_adapter_v2", "lora"), ("lora", "dora"),
+        ("llama_adapter", "prefix_tuning"),
+        ("bottleneck", "ia3", "lora", "dora", "llama_adapter_v2", "llama_adapter"),
+    ],
+)  # fmt: skip
 def test_methods_of_one_adapter_never_share_a_key(model, methods, ids, tmp_path):
     for method in methods:
         adapt(model, method)
@@ -95,7 +102,8 @@ def test_a_reparameterized_prefix_beside_a_parallel_bottleneck(model, ids, tmp_p
     """He et al.'s MAM adapter: the bottleneck finds the model's feed-forward parts, not the prefix's own network."""
     adapt(model, "prefix_tuning", prefix_length=3, reparameterize=8)
     adapt(model, "bottleneck", size=4, place="parallel")
-    assert [place for place, wrapper in wrappers(model) if wrapper.method == "bottleneck"] == [f"layers.{i}.mlp" for i in range(3)]  # fmt: skip
+    places = [place for place, wrapper in wrappers(model) if wrapper.method == "bottleneck"]
+    assert places == [f"layers.{i}.mlp" for i in range(3)]
     adapt(model, "lora", targets="all-linear")
     assert not any("embedding" in place or "down" == place.split(".")[-1] for place, _ in wrappers(model))
     expected = open_gates(model)(ids)
@@ -255,11 +263,15 @@ def test_tracing_goes_through(model, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method, options", [("lora", dict(targets=("lm_head", "q_proj"))), ("ia3", dict(outputs=("lm_head",), inputs=("down_proj",)))])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, options",
+    [("lora", dict(targets=("lm_head", "q_proj"))), ("ia3", dict(outputs=("lm_head",), inputs=("down_proj",)))],
+)
 @pytest.mark.parametrize("kind", ("llama", "gpt2"))
 def test_an_adapter_on_the_head_goes_to_peft(kind, method, options, ids, tmp_path):
     if kind == "gpt2":
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)).eval()  # fmt: skip
+        config = transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
+        theirs = transformers.GPT2LMHeadModel(config).eval()
     else:
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).eval()
     theirs.save_pretrained(tmp_path / "base")

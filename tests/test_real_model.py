@@ -35,27 +35,17 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     model, tokenizer = minillama.load(smollm2, torch.float32)
     minillama.save(model, tmp_path / "base")
     minillama.load_adapter(model, tmp_path / "adapter")
-    prompts = [
-        data.examples(language, data.split_dates()[1], 2, 7, data.LABELLED)[i][0]
-        for language in LANGUAGES
-        for i in range(2)
-    ]
-    theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
-    ).eval()
+    days = data.split_dates()[1]
+    pairs = [pair for language in LANGUAGES for pair in data.examples(language, days, 2, 7, data.LABELLED)]
+    prompts = [prompt for prompt, _ in pairs]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    greedy = dict(max_new_tokens=16, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=0)
     for prompt, answer in zip(prompts, answers(model, tokenizer, prompts)):
         ids = torch.tensor([tokenizer.encode(prompt)])
-        written = theirs.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=16,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_id,
-            pad_token_id=0,
-        )
-        assert tokenizer.decode(written[0, ids.shape[1] :].tolist()) == answer and re.fullmatch(
-            r" \d{4}-\d\d-\d\d<\|im_end\|>", answer
-        )
+        written = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
+        assert tokenizer.decode(written[0, ids.shape[1] :].tolist()) == answer
+        assert re.fullmatch(r" \d{4}-\d\d-\d\d<\|im_end\|>", answer)
 
 
 @pytest.mark.slow

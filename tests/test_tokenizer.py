@@ -2,6 +2,7 @@
 text from a stream without half a character."""
 
 import datetime
+import functools
 import json
 import pathlib
 import random
@@ -25,45 +26,28 @@ ROOT = pathlib.Path(__file__).parent.parent
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
+@functools.cache
 def strings():
-    """A thousand: lines of this repository, dates in twelve languages, emoji, control characters, 100 kB of one
-    letter."""
+    """Five hundred: the README, a few lines of every other file of this repository, dates in twelve languages,
+    special tokens, emoji, control characters, 100 kB of one letter."""
     draw = random.Random(0)
-    files = [
-        ROOT / "README.md",
-        *sorted(ROOT.glob("docs/*.md")),
-        *sorted(ROOT.glob("minillama/*.py")),
-        *sorted(ROOT.glob("tests/*.py")),
-    ]
-    texts = [file.read_text(encoding="utf-8") for file in files]
-    texts += draw.sample([line for text in texts for line in text.splitlines(keepends=True)], 400)
-    days = [datetime.date(1900, 1, 1) + datetime.timedelta(days=draw.randrange(73000)) for _ in range(20)]
+    texts = [(ROOT / "README.md").read_text(encoding="utf-8")]
+    for file in sorted(file for place in ("docs/*.md", "minillama/**/*.py", "tests/*.py") for file in ROOT.glob(place)):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        first = draw.randrange(max(1, len(lines) - 5))
+        texts += ["".join(lines[first : first + 5]), draw.choice(lines or [""])]
+    days = [datetime.date(1900, 1, 1) + datetime.timedelta(days=draw.randrange(73000)) for _ in range(10)]
     texts += [format_date(day, draw.choice(data.FORMATS), language) for language in data.LANGUAGES for day in days]
+    texts += ["<|im_start|>user\nHi<|im_end|>\n", "a <|endoftext|>b", "<|im_end", *SPECIAL]
     texts += [
-        "a" * 100_000,
-        "\n" * 1000,
-        " " * 1000,
-        "1" * 1000,
-        "",
-        " ",
-        "\0",
-        "".join(map(chr, range(32))),
-        "\x7f\x80\x9f\u200b\u2028\ufeff\ufffd",
-        "\r\n\r\n \t",
-    ]
-    texts += [
-        "🦙",
-        "👩‍👩‍👧‍👦 family",
-        "🇫🇮🇭🇺",
-        "e\u0301 é",
-        "Ⅷ ² ½ ٣ 三 १२",
-        "10,000.50  2021-03-03   x  7",
-        "don't WE'LL I'm",
-        "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 日本語 العربية עברית ภาษาไทย",
-    ]
+        "a" * 100_000, "\n" * 1000, " " * 1000, "1" * 1000, "", " ", "\0", "".join(map(chr, range(32))),
+        "\x7f\x80\x9f\u200b\u2028\ufeff\ufffd", "\r\n\r\n \t",
+        "🦙", "👩‍👩‍👧‍👦 family", "🇫🇮🇭🇺", "e\u0301 é", "Ⅷ ² ½ ٣ 三 १२", "10,000.50  2021-03-03   x  7",
+        "don't WE'LL I'm", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 日本語 العربية עברית ภาษาไทย",
+    ]  # fmt: skip
+    assert len(texts) < 450
     alphabet = "aZ é9 \n\t.🦙ß½"
-    texts += ["".join(draw.choices(alphabet, k=draw.randrange(1, 40))) for _ in range(1000 - len(texts))]
-    assert len(texts) == 1000
+    texts += ["".join(draw.choices(alphabet, k=draw.randrange(1, 40))) for _ in range(500 - len(texts))]
     return texts
 
 
@@ -71,9 +55,8 @@ def small(digits=True):
     """A tokenizer cut like SmolLM2's (digits alone, then GPT-2's words as bytes), trained on the README: 600 tokens."""
     inner = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words]) if digits else words
-    )
+    alone = pre_tokenizers.Digits(individual_digits=True)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([alone, words]) if digits else words
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=[AddedToken(word, special=True, normalized=False) for word in SPECIAL],
@@ -109,9 +92,8 @@ def equal_ids(ours, theirs, texts, missing=""):
         ids, plain = ours.encode(text, special=True), ours.encode(text)
         assert ids == theirs(text, add_special_tokens=False).input_ids, text[:80]
         assert (plain == ids) == (not any(word in text for word in special)), text[:80]
-        assert ours.decode(ids) == theirs.decode(ids) and (
-            ours.decode(ids) == ours.decode(plain) == text or set(text) & set(missing)
-        )
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.decode(ids) == ours.decode(plain) == text or set(text) & set(missing)
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2"])
@@ -120,10 +102,8 @@ def test_ids_of_a_gguf_header_as_transformers(pre, tmp_path):
     ours = read_gguf_tokenizer(header(tmp_path / "tiny.gguf", inner, pre))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
     equal_ids(ours, theirs, strings())
-    assert (
-        ours.tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
-        and ours.eos_id == 2
-    )
+    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    assert ours.tokens == roles and ours.eos_id == 2
     other = read_gguf_tokenizer(header(tmp_path / "other.gguf", inner, "gpt-2" if pre == "smollm" else "smollm"))
     assert other.encode("x  7") != ours.encode("x  7")  # so that the cut matters
 
@@ -149,20 +129,21 @@ def test_a_saved_tokenizer_opens_in_transformers_and_here(tmp_path):
     messages = CONVERSATIONS[1]
     text = again.chat(messages)
     assert text == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert again.encode(text, special=True) == theirs.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False
-    )
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert again.encode(text, special=True) == expected
 
 
 def test_layouts_of_a_folder(tmp_path):
     small().save(str(tmp_path / "tokenizer.json"))
-    write = lambda name, text: (tmp_path / name).write_text(text, encoding="utf-8")
+
+    def write(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
     write("config.json", '{"eos_token_id": [2, 0]}')
     assert (read_tokenizer(tmp_path).eos_id, read_tokenizer(tmp_path).template) == (2, None)
-    write(
-        "tokenizer_config.json",
-        '{"eos_token": {"content": "<|endoftext|>"}, "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}',
-    )
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    roles = {"eos_token": {"content": "<|endoftext|>"}, "chat_template": templates}
+    write("tokenizer_config.json", json.dumps(roles))
     assert (read_tokenizer(tmp_path).eos_id, read_tokenizer(tmp_path).template) == (0, "d")
     write("chat_template.jinja", "j")
     assert read_tokenizer(tmp_path).chat([]) == "j"
@@ -174,7 +155,8 @@ def test_layouts_of_a_folder(tmp_path):
 # ── chat templates ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -186,7 +168,8 @@ TEMPLATES = {
             {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
                 {{- raise_exception('roles must take turns: user, assistant, user') }}
             {%- endif %}
-            {%- if message['role'] == 'user' %}{{- '[INST] ' + message['content'] | trim + ' [/INST]' }}{% else %}{{- ' ' + message['content'] + eos_token }}{% endif %}
+            {%- if message['role'] == 'user' %}{{- '[INST] ' + message['content'] | trim + ' [/INST]' }}
+            {%- else %}{{- ' ' + message['content'] + eos_token }}{% endif %}
         {%- endfor %}
     """,
     "dates, tools, json, loops, blocks": """
@@ -202,10 +185,8 @@ TEMPLATES = {
     {% if add_generation_prompt %}<ASSISTANT>{% endif %}
     """,
 }
-USER, ANSWER = (
-    {"role": "user", "content": ' Où est 🦙 <b>"Finland"</b>?\n'},
-    {"role": "assistant", "content": "In the north."},
-)
+USER = {"role": "user", "content": ' Où est 🦙 <b>"Finland"</b>?\n'}
+ANSWER = {"role": "assistant", "content": "In the north."}
 CONVERSATIONS = [
     [USER],
     [USER, ANSWER, {"role": "user", "content": "And <|im_end|> Hungary?"}],
@@ -249,9 +230,8 @@ def test_a_chat_without_a_template_and_one_that_breaks_out():
 def sentencepiece():
     """Words begin with ▁, what is not in the vocabulary is bytes, and the decoder drops the first space:
     as in Llama 2."""
-    vocab = (
-        {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"▁": 257, "a": 258, "b": 259, "▁a": 260}
-    )
+    of_bytes = {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    vocab = {"<unk>": 0} | of_bytes | {"▁": 257, "a": 258, "b": 259, "▁a": 260}
     inner = tokenizers.Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     inner.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
@@ -308,32 +288,18 @@ def test_a_long_stream_decodes_a_few_ids_at_a_time():
 
 def test_generate_answers_a_chat_and_continues_a_text(tmp_path, capsys):
     torch.manual_seed(0)
-    minillama.save(
-        minillama.LLaMA(minillama.LLaMAConfig(600, 16, 32, 1, 2)),
-        tmp_path,
-        TextTokenizer(small(), {"eos_token": "<|im_end|>"}, template=CHATML),
-    )
+    tokenizer = TextTokenizer(small(), {"eos_token": "<|im_end|>"}, template=CHATML)
+    minillama.save(minillama.LLaMA(minillama.LLaMAConfig(600, 16, 32, 1, 2)), tmp_path, tokenizer)
     model, tokenizer = minillama.load(tmp_path)
-    arguments = [
-        "generate",
-        "--base",
-        str(tmp_path),
-        "--dtype",
-        "float32",
-        "--max-new-tokens",
-        "30",
-        "--prompt",
-        "Où est Paris?",
-    ]
-    for flags, ids in [
-        ([], tokenizer.encode("Où est Paris?")),
-        (["--chat"], tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Où est Paris?"}]), special=True)),
-    ]:
+    prompt = "Où est Paris?"
+    chat = tokenizer.chat([{"role": "user", "content": prompt}])
+    arguments = ["generate", "--base", str(tmp_path), *"--dtype float32 --max-new-tokens 30 --prompt".split(), prompt]
+    for flags, ids in [([], tokenizer.encode(prompt)), (["--chat"], tokenizer.encode(chat, special=True))]:
         assert main([*arguments, *flags]) == 0
         out, err = capsys.readouterr()
         new = minillama.generate(model, torch.tensor([ids]), 30, stop=2)[0, len(ids) :].tolist()
         text = tokenizer.decode([id for id in new if id != 2])
-        assert out.partition("\n")[2] == ("" if flags else "Où est Paris?") + text + "\n"
+        assert out.partition("\n")[2] == ("" if flags else prompt) + text + "\n"
         assert f"{len(new)} tokens in" in err and "tokens/s" in err
     assert main(["generate", "--base", "dates-llama", "--chat", "--prompt", "Hi"]) == 2
     assert "dates-llama has no chat template" in capsys.readouterr().err
@@ -351,15 +317,13 @@ def test_smollm2s_ids_and_chats_as_transformers(smollm2, tmp_path):
     missing = "".join(chr(i) for i in range(32) if not ours.encode(chr(i)))
     same = [text for text in strings() if not any(c.isnumeric() for c in text)]
     equal_ids(ours, theirs, same, missing)
-    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), theirs.backend_tokenizer.pre_tokenizer]
-    )
+    digits, cut = pre_tokenizers.Digits(individual_digits=True), theirs.backend_tokenizer.pre_tokenizer
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, cut])
     equal_ids(ours, theirs, strings(), missing)
     for messages in CONVERSATIONS:
         text = ours.chat(messages)
         assert text == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert ours.encode(text, special=True) == theirs(text, add_special_tokens=False).input_ids
-    print(
-        f"\n{len(same)} strings without digits as transformers reads the file, {len(strings())} with the cut by digits; no token for {missing!r}"
-    )
+    print(f"\n{len(same)} strings without digits as transformers reads the file,", end=" ")
+    print(f"{len(strings())} with the cut by digits; no token for {missing!r}")
     assert ours.eos_id == theirs.eos_token_id == 2

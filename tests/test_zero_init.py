@@ -21,7 +21,8 @@ def test_the_command_writes_one_run_a_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gate_of_1_begins_far_from_the_base():
-    closed, opened = (
-        zero_init.learn(*minillama.load("dates-llama"), gate, "normal", 1e-9, 0, 1, 8, 1)[0] for gate in (0.0, 1.0)
-    )
+    def losses(gate):
+        return zero_init.learn(*minillama.load("dates-llama"), gate, "normal", 1e-9, 0, 1, 8, 1)[0]
+
+    closed, opened = losses(0.0), losses(1.0)
     assert opened[0] != pytest.approx(closed[0], abs=0.01)
