@@ -9,16 +9,14 @@ model; it freezes nothing, `adapt` does. A wrapper is an nn.Module that stands i
     mergeable   (may be missing) True where its `weight` and `bias` say all that it computes
 
 and, around a linear layer, `weight`, `bias`, `in_features` and `out_features`, for code that reads them: a wrapper that
-amounts to another linear layer gives that layer's. `adapt` notes on it which `adapter` and which `method` it is part
-of.
+amounts to another linear layer gives that layer's. `adapt` notes on it which `adapter` and `method` it is part of.
 
 Everything else follows. The name of a part is the one it has in the bare base, whatever stands around it; the name of
 an adapter's tensor is that place, the method and the tensor's own, "layers.3.self_attn.llama_adapter.gate", so that no
 two share one. Any number of adapters, each with a name and of one method or several, stand on one base in any order.
 
 Beside its `attach`, a method's module has LEARNING_RATES (the peak that suits it on the bundled bases, and on a real
-model), MERGEABLE where it is, and where the PEFT library has the method too, PEFT_TYPE, `to_peft` and `from_peft`
-(peft.py).
+model), and where the PEFT library has the method too, PEFT_TYPE, `to_peft` and `from_peft` (peft.py).
 """
 
 import contextlib

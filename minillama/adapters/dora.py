@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn import functional as F
 
 LEARNING_RATES = (1e-2, 1e-2)  # on the bundled bases, and on a real model
-MERGEABLE = True
 PEFT_TYPE, PEFT_KEYS = "LORA", ("use_dora",)
 
 

@@ -26,7 +26,6 @@ from torch import nn
 SIDES = ("output", "input")
 LEARNING_RATES = (0.1, 4e-2)  # on the bundled bases, and on a real model
 PEFT_TYPE = "IA3"
-MERGEABLE = True
 
 
 class IA3Linear(nn.Module):

@@ -27,7 +27,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 ORDERS = ("output", "input")
 LEARNING_RATES = (1e-2, 3e-3)  # on the bundled bases, and on a real model
-MERGEABLE = True
 
 
 class ScaledLinear(nn.Module):

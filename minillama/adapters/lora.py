@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 LEARNING_RATES = (1e-2, 1e-2)  # on the bundled bases, and on a real model
 PEFT_TYPE = "LORA"
-MERGEABLE = True
 
 
 class LoRALinear(nn.Module):

@@ -58,7 +58,7 @@ def merge(model):
     refuse_stand_ins(model)
     if not any(wrapper.active for _, wrapper in wrappers(model)):
         raise ValueError("the model carries no adapter that is active: there is nothing to merge")
-    foldable = [name for name, method in METHODS.items() if getattr(method, "MERGEABLE", False)]
+    foldable = [n for n, method in METHODS.items() if any(hasattr(part, "mergeable") for part in vars(method).values())]
     for place, wrapper in wrappers(model):
         if wrapper.active and not getattr(wrapper, "mergeable", False):
             raise ValueError(

@@ -3,7 +3,7 @@
     with mixed(model, ["fr", "de", None, "fr"]):      # four rows; None is the base alone
         logits = model(ids)                           # (4, T, V), each row as if it ran with its own adapter
 
-Within the block every place that the named adapters wrap becomes a switchboard: it sorts the rows by name, sends each
+Within the block every place that the named adapters wrap becomes a router: it sorts the rows by name, sends each
 group through the wrappers of its name, and puts the results back in order.
 
               ┌─ rows 0, 3 ─▶ wrappers of "fr" ─▶ base ─┐
@@ -24,7 +24,7 @@ from ..attention import LayerCache
 from . import StandIn, adapters, is_wrapper, outermost, refuse_stand_ins, require, wrappers
 
 
-class Switchboard(StandIn):
+class Router(StandIn):
     """Stands in for the outermost wrapper at one place. `names` is the list shared by all places of the model."""
 
     way_out = "the model is in a block of mixed(), which holds its adapters as they are: leave the block first"
@@ -104,13 +104,13 @@ def mixed(model, names):
     states = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
     shared, replaced = list(names), []
     for parent, own, wrapper in outermost(model):
-        board = Switchboard(wrapper, shared)
-        if any(inner.adapter in named for inner in board.chain):
+        router = Router(wrapper, shared)
+        if any(inner.adapter in named for inner in router.chain):
             replaced.append((parent, own, wrapper))
-            setattr(parent, own, board)
+            setattr(parent, own, router)
     try:
         for wrapper, _ in states:
-            wrapper.active = False  # a switchboard opens those of its rows
+            wrapper.active = False  # a router opens those of its rows
         yield model
     finally:
         for parent, own, wrapper in replaced:
