@@ -34,6 +34,15 @@ def make(kind):
     return model.eval()
 
 
+def rotated(kinds, cases):
+    """Every (kind, case); in the fast suite each case meets one kind, in turn, and the others are slow."""
+    return [
+        pytest.param(kind, case, marks=() if i % len(kinds) == j else pytest.mark.slow)
+        for i, case in enumerate(cases)
+        for j, kind in enumerate(kinds)
+    ]
+
+
 def pytest_collection_modifyitems(items):
     """The longest first, so that no worker is left with one of them at the end."""
 

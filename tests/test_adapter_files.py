@@ -85,7 +85,12 @@ BASES = {
     ),
 }
 # PEFT has no adaption prompt for Qwen2
-PAIRS = [(kind, method) for kind in BASES for method in SHARED if (kind, method) != ("qwen2", "adaption_prompt")]
+PAIRS = [
+    pytest.param(kind, method, marks=() if kind in ("llama with biases", "gpt2") else pytest.mark.slow)
+    for kind in BASES
+    for method in SHARED
+    if (kind, method) != ("qwen2", "adaption_prompt")
+]
 
 
 @torch.no_grad()

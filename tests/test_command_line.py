@@ -86,6 +86,7 @@ def test_a_short_run_in_float32(tmp_path):
     assert part["method"] == "llama_adapter" and part["layers"] == 2 and "bit-identical" in out
 
 
+@pytest.mark.slow
 def test_several_languages_and_their_mean(tmp_path):
     options = "--steps 2 --batch-size 8 --test-dates 10 --languages fr,en,fi --checkpointing --out here"
     code, out, err = inside("adapt", *options.split(), cwd=tmp_path)
@@ -254,6 +255,7 @@ def test_every_command_has_help_without_none(command, tmp_path):
     assert out.count("(") >= out.count("--device")
 
 
+@pytest.mark.slow
 def test_version_and_what_the_light_commands_import(tmp_path):
     """`check` looks whether matplotlib is there, so it must start without it; and no command imports another's room."""
     code = (

@@ -425,6 +425,7 @@ def test_exact_match_is_by_generation_not_teacher_forcing():
     assert exact_match(Echo(), TOKENIZER, pairs) == 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("dates-llama", "dates-gpt2"))
 def test_bundled_bases(name):
     """Small, complete with a card that tells how they were made, and right on English dates they never saw:
@@ -465,6 +466,7 @@ def test_native_bfloat16_by_features(monkeypatch):
     assert not native_bfloat16(torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_what_is_held():
     """In a process of its own, which holds little."""
     code = (

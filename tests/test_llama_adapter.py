@@ -4,7 +4,7 @@ variants, economy, the layer of its own."""
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS
+from conftest import KINDS, rotated
 from methods import builder, check_closed, check_open
 from torch import nn
 
@@ -16,8 +16,7 @@ from minillama.adapters.llama_adapter import PRESETS, AdaptedAttention, GatedPre
 VARIANTS = [dict(gate=gate, tanh=tanh) for gate in ("head", "layer", "feature") for tanh in (True, False)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("kind, variant", rotated(KINDS, VARIANTS), ids=str)
 def test_variants(kind, variant, ids):
     check_closed(builder(kind, "llama_adapter", **variant), ids)
     check_open(builder(kind, "llama_adapter", **variant), ids)

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import torch
-from conftest import KINDS, open_gates
+from conftest import KINDS, open_gates, rotated
 from methods import CASES, builder, checks, fails
 from mistakes import MISTAKES, Prefix
 
@@ -21,18 +21,24 @@ from minillama.adapters import (
 )
 from minillama.adapters.merging import Merged
 
+
+def titled(value):
+    """A test's title: the case, and the check or the mistake."""
+    return f"{value[0]}-{value[-1].__name__}" if isinstance(value, tuple) else value
+
+
 RIGHT = [(case, check) for case in CASES for check in checks(case)]
 
 
-@pytest.mark.parametrize("case, check", RIGHT, ids=lambda value: getattr(value, "__name__", value))
-@pytest.mark.parametrize("kind", KINDS)
-def test_right(kind, case, check, ids):
+@pytest.mark.parametrize("kind, right", rotated(KINDS, RIGHT), ids=titled)
+def test_right(kind, right, ids):
+    case, check = right
     check(builder(kind, case), ids)
 
 
-@pytest.mark.parametrize("case, module, name, mistake", MISTAKES, ids=lambda value: getattr(value, "__name__", None))
-@pytest.mark.parametrize("kind", KINDS)
-def test_mistakes_are_caught(kind, case, module, name, mistake, ids, monkeypatch):
+@pytest.mark.parametrize("kind, planted", rotated(KINDS, MISTAKES), ids=titled)
+def test_mistakes_are_caught(kind, planted, ids, monkeypatch):
+    case, module, name, mistake = planted
     if kind in getattr(mistake, "harmless_for", ()):
         pytest.skip(f"harmless on {kind}: {mistake.__doc__}")
     # by the right implementation, before it is replaced

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import KINDS, SHAPE, make, open_gates
+from conftest import KINDS, SHAPE, make, open_gates, rotated
 from methods import CASES, builder
 from torch import nn
 
@@ -46,8 +46,7 @@ def case_of(method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("three", list(orders()), ids="-".join)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, three", rotated(KINDS, orders()), ids=str)
 def test_three_adapters_are_saved_loaded_switched_and_deleted_in_any_order(kind, three, ids, tmp_path):
     torch.manual_seed(0)
     model = make(kind)
@@ -123,8 +122,7 @@ def test_all_linear_is_every_projection_but_the_head(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", MERGEABLE)
+@pytest.mark.parametrize("kind, case", rotated(KINDS, MERGEABLE))
 def test_a_merged_model_knows_that_it_is_one(kind, case, ids, tmp_path):
     build = builder(kind, case)
     base, model = build(None)(ids), build("open")
@@ -167,8 +165,7 @@ def test_a_merged_model_is_converted_copied_and_pickled(case, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [*MERGEABLE, "lora head", "v2 and ia3"])
-@pytest.mark.parametrize("kind", (*KINDS, "mistral", "tied"))
+@pytest.mark.parametrize("kind, case", rotated((*KINDS, "mistral", "tied"), [*MERGEABLE, "lora head", "v2 and ia3"]))
 def test_a_merged_model_is_saved_whole_or_refused(kind, case, ids, tmp_path):
     """What `save` writes of a merged model, we and transformers open with the same logits;
     else it says why it cannot."""
@@ -226,8 +223,7 @@ def test_a_refused_adapter_changes_nothing(model, ids, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", [case for case in CASES if builder("llama", case).identity])
+@pytest.mark.parametrize("kind, case", rotated(KINDS, [case for case in CASES if builder("llama", case).identity]))
 def test_closed_under_autocast(kind, case, ids):
     """float32 weights, bfloat16 arithmetic: the base's logits bit for bit, with cache and without."""
     build = builder(kind, case)
@@ -241,6 +237,7 @@ def test_closed_under_autocast(kind, case, ids):
             assert torch.equal(model(part, cache=cache), base(part, cache=plain))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_saves_what_the_plain_one_saves(model, ids, tmp_path):
     open_gates(adapt(model, "llama_adapter"))

@@ -9,6 +9,7 @@ from minillama.__main__ import main
 from minillama.commands import zero_init
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_run_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(zero_init, "FACTORS", (1,))
     out = tmp_path / "runs.jsonl"
