@@ -278,6 +278,7 @@ def test_bad_options_leave_the_model_alone(model, method, options, named):
         merge(model)
 
 
+@pytest.mark.slow
 def test_counts_are_the_papers():
     """Computed from the real shapes, on the meta device."""
     from minillama.course.papers import counts

@@ -80,6 +80,7 @@ def test_shards_with_an_index(theirs, ids, tmp_path):
     close(minillama.load(tmp_path)[0](ids), theirs(ids).logits)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours, _ = minillama.load(tmp_path)
