@@ -14,6 +14,8 @@ COMMANDS = {
     "generate": "continue a prompt, token by token",
     "pretrain": "train a base from scratch on English dates",
     "compare": "train every method beside full fine-tuning: a table and a picture",
+    "mistakes": "show what the checker knows of an exercise, mistake by mistake",
+    "grade": "mark a folder of students' notebooks",
     "lessons": "execute the notebooks of lessons/ and store their outputs",
     "bench": "time a training step beside the PEFT library's",
     "zero-init": "run the paper's ablation, a gate begun at 0 and at 1, on a real model",

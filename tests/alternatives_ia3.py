@@ -137,10 +137,104 @@ def mixed_by_groups(linear, x, scales, rows, side):
     return out
 
 
+def linear_feature_by_feature(linear, x, scale, side):
+    """A weighted sum over the columns, and the bias behind it."""
+    scale = scale.to(x.dtype)
+    into = x * scale if side == "input" else x
+    y = sum(into[..., i, None] * linear.weight[:, i] for i in range(linear.in_features)) + linear.bias
+    return y.mul(scale) if side == "output" else y
+
+
+def linear_by_wrapping(linear, x, scale, side):
+    return torch.func.functional_call(IA3Linear(linear, side), {"scale": scale}, (x,))
+
+
+def linear_in_float32(linear, x, scale, side):
+    """Multiplied in float32, rounded afterwards."""
+    if side == "output":
+        return (linear(x).float() * scale).to(x.dtype)
+    return linear((x.float() * scale).to(x.dtype))
+
+
+def start_from_a_list(linear, side):
+    features = {"output": linear.weight.size(0), "input": linear.weight.size(1)}[side]
+    return torch.tensor([1.0 for _ in range(features)])
+
+
+def start_by_numpy(linear, side):
+    import numpy
+
+    return torch.from_numpy(numpy.ones(linear.weight.shape[side == "input"], dtype="float32"))
+
+
+def merge_by_einsum(linear, scale, side):
+    ones = torch.ones_like(linear.bias)
+    rows = scale if side == "output" else ones
+    columns = scale if side == "input" else torch.ones(linear.in_features)
+    return torch.einsum("o,oi,i->oi", rows, linear.weight, columns), linear.bias * rows
+
+
+def merge_by_transposing(linear, scale, side):
+    if side == "input":
+        return torch.nn.Parameter(linear.weight.mul(scale)), linear.bias
+    return (linear.weight.T * scale).T.contiguous(), torch.stack([linear.bias, scale]).prod(0)
+
+
+def layer_by_hooks(layer, x, positions, l_k, l_v, l_ff):
+    """The layer itself, with what flows changed on its way."""
+    scaled = lambda vector: lambda module, inputs, output: output * vector.to(x.dtype)  # noqa: E731
+    handles = [
+        layer.self_attn.k_proj.register_forward_hook(scaled(l_k)),
+        layer.self_attn.v_proj.register_forward_hook(scaled(l_v)),
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] * l_ff.to(x.dtype),)),
+    ]
+    try:
+        return layer(x, positions)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_by_folding(layer, x, positions, l_k, l_v, l_ff):
+    """Merged weights in the place of the layer's own, for this call."""
+    attention, mlp = layer.self_attn, layer.mlp
+    l_k, l_v, l_ff = (vector.to(x.dtype) for vector in (l_k, l_v, l_ff))
+    own = {
+        "self_attn.k_proj.weight": attention.k_proj.weight * l_k[:, None],
+        "self_attn.k_proj.bias": attention.k_proj.bias * l_k,
+        "self_attn.v_proj.weight": attention.v_proj.weight * l_v[:, None],
+        "self_attn.v_proj.bias": attention.v_proj.bias * l_v,
+        "mlp.down_proj.weight": mlp.down_proj.weight * l_ff,
+    }
+    return torch.func.functional_call(layer, own, (x, positions))
+
+
+def mixed_by_index_select(linear, x, scales, rows, side):
+    chosen = torch.index_select(scales, 0, rows).unsqueeze(1).expand(-1, x.shape[1], -1).type_as(x)
+    return linear(x).mul(chosen) if side == "output" else linear(x.mul(chosen))
+
+
+def mixed_through_every_task(linear, x, scales, rows, side):
+    """Every task's result for the whole batch, of which each row picks its own."""
+    scales = scales.to(x.dtype)
+    every = [linear(x) * scale if side == "output" else linear(x * scale) for scale in scales]
+    return torch.stack(every)[rows, torch.arange(len(x))]
+
+
 ALTERNATIVES = {
-    "ia3_linear": [linear_by_einsum, linear_by_diagonal, linear_by_folding],
-    "ia3_start": [start_from_the_weight, start_as_a_parameter, start_by_exponential],
-    "ia3_merge": [merge_by_diagonal, merge_by_asking, merge_row_by_row],
-    "ia3_layer": [layer_by_hand, layer_values_behind_the_softmax, layer_head_by_head, layer_by_wrapping],
-    "ia3_mixed": [mixed_row_by_row, mixed_by_einsum, mixed_by_groups],
-}
+    "ia3_linear": [
+        linear_by_einsum, linear_by_diagonal, linear_by_folding, linear_feature_by_feature, linear_by_wrapping,
+        linear_in_float32,
+    ],
+    "ia3_start": [
+        start_from_the_weight, start_as_a_parameter, start_by_exponential, start_from_a_list, start_by_numpy,
+    ],
+    "ia3_merge": [merge_by_diagonal, merge_by_asking, merge_row_by_row, merge_by_einsum, merge_by_transposing],
+    "ia3_layer": [
+        layer_by_hand, layer_values_behind_the_softmax, layer_head_by_head, layer_by_wrapping, layer_by_hooks,
+        layer_by_folding,
+    ],
+    "ia3_mixed": [
+        mixed_row_by_row, mixed_by_einsum, mixed_by_groups, mixed_by_index_select, mixed_through_every_task,
+    ],
+}  # fmt: skip

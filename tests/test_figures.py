@@ -1,16 +1,21 @@
-"""The figures: nothing overlaps, nothing leaves the canvas, and a notebook shows them."""
+"""The figures: nothing overlaps, nothing leaves the canvas, a method keeps its colour, and a notebook shows them."""
 
+import io
 import itertools
 import re
 import xml.etree.ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path
+from PIL import Image
 
+from minillama.adapters import METHODS
 from minillama.course import plots, schematics
 
 
@@ -130,9 +135,9 @@ def test_a_planted_fault_is_found(plant, fault):
     assert any(fault in sentence for sentence in faults(axes.figure))
 
 
-def history(gated):
+def history(gated, layers=4):
     records = [{"step": step, "loss": 3.0 / step, "accuracy": 1 - 1 / step} for step in range(1, 30)]
-    gates = {str(layer): [0.1, -0.2] for layer in range(4)}
+    gates = {str(layer): [0.1, -0.2] for layer in range(layers)}
     return [record | {"gates": gates} for record in records] if gated else records
 
 
@@ -142,9 +147,73 @@ def test_plots_stay_on_the_canvas():
         {"method": method, "parameters": 10**i, "matches": [0.1 * i, 0.1 * i + 0.05]}
         for i, method in enumerate(methods, 1)
     ]
-    for gated in (False, True):
-        assert faults(plots.training_figure(history(gated), "A title"), dpi=100) == []
+    for gated, layers in ((False, 4), (True, 4), (True, 30)):
+        assert faults(plots.training_figure(history(gated, layers), "A title"), dpi=100) == []
     assert faults(plots.comparison_figure(rows, "A title"), dpi=100) == []
+    crowded = [{"method": method, "parameters": 10**i, "matches": [0.97]} for i, method in enumerate(METHODS, 1)]
+    near, whole = plots.comparison_figure(crowded, "A title").axes
+    assert near.get_ylim()[0] > 90 and whole.get_ylim()[0] == 0
+    many = {method: (range(3), [[0.1, 0.2]] * 3) for method in METHODS}
+    for curves in (many, dict(list(many.items())[:3])):
+        assert faults(plots.curve_figure(curves, "step", "loss", "A title"), dpi=100) == []
+
+
+@pytest.mark.parametrize(
+    "label, method",
+    [
+        ("lora, rank 1", "lora"),
+        ("LLaMA-Adapter V2", "llama_adapter_v2"),
+        ("gated (LLaMA-Adapter)", "llama_adapter"),
+        ("prefix, zeros", "prefix_tuning"),
+        ("Prompt tuning", "prompt_tuning"),
+        ("IA3, on q and o too", "ia3"),
+        ("full fine-tuning", "full"),
+        ("the fullest", None),
+        ("gate starts at 1", None),
+        ("French", None),
+    ],
+)
+def test_a_label_names_its_method(label, method):
+    assert plots.method_of(label) == method
+
+
+def test_a_method_has_one_colour_in_every_figure():
+    """And none has another's; where one returns in a figure it is told apart by a darker shade."""
+    colours = {method: plots.METHOD_COLOURS[method] for method in METHODS}
+    assert len(set(colours.values())) == len(colours) == len({plots.METHOD_MARKERS[method] for method in METHODS})
+    curves = plots.curve_figure({method: (range(3), [[1.0]] * 3) for method in METHODS}, "x", "y", "").axes[0]
+    assert {line.get_label(): to_hex(line.get_color()) for line in curves.lines} == colours
+    rows = [{"method": method, "parameters": i, "matches": [0.5]} for i, method in enumerate(METHODS, 1)]
+    containers = plots.comparison_figure(rows, "").axes[0].containers
+    assert [to_hex(points.lines[0].get_markerfacecolor()) for points in containers] == list(colours.values())
+    loss = plots.training_figure(history(False), "", method="ia3").axes[0].lines[0]
+    assert to_hex(loss.get_color()) == colours["ia3"]
+    first, again, other = (color for color, _ in plots.looks(["ia3", "ia3, on q", "French"]))
+    assert first == plots.looks(["French"], "ia3")[0][0] == colours["ia3"] != again and other == plots.SHADES[2]
+
+
+def test_a_gate_is_called_what_it_is():
+    """tanh(gate) where the numbers have passed through one."""
+    for tanh, name in ((True, "tanh(gate)"), (False, "gate")):
+        gates = plots.training_figure(history(True), "", tanh=tanh).axes[1]
+        assert gates.get_ylabel().startswith(f"{name} (")
+        heat = plots.attention_figure(torch.rand(2, 3), torch.rand(2, 4), "abcd", ["layer 0", ""], "", tanh=tanh)
+        assert heat.axes[0].get_title(loc="left") == f"{name} · softmax over the prompts"
+
+
+def test_a_png_keeps_the_colours_of_a_heat_map():
+    """No channel of any pixel is off by more than 12 of 255 levels; with the palette that Pillow makes by itself some
+    are off by 92."""
+    torch.manual_seed(0)
+    maps = plots.heat_figure(torch.rand(16, 24).tolist(), range(16), range(24), "x", "y", "A title", "s", write=None)
+    characters, rows = "3 mars 2021 = 2021-0", [f"layer {i // 4}" if i % 4 == 0 else "" for i in range(16)]
+    heads = 0.2 * torch.randn(16, 10), torch.rand(16, 20).softmax(-1)
+    for figure in (maps, plots.attention_figure(*heads, characters, rows, "A title"), schematics.ia3_schematic()):
+        plots.png(figure)  # once before, since the layout settles at the first drawing
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", bbox_inches="tight", dpi=144)
+        exact, stored = (Image.open(file).convert("RGB") for file in (buffer, io.BytesIO(plots.png(figure)[0])))
+        assert np.abs(np.asarray(exact).astype(int) - np.asarray(stored)).max() <= 12
 
 
 def test_greyscale_tells_the_kinds_apart():

@@ -1,12 +1,14 @@
 """Every lesson runs from clean and shows what it last computed;
 the course map and the README say the same as the lessons."""
 
+import ast
 import re
 
 import pytest
 import torch
 
-from minillama.course import lessons, notebooks
+from minillama.__main__ import main
+from minillama.course import check, lessons, notebooks
 
 LESSONS = notebooks.find()
 STORED = {path: notebooks.read(path) for path in LESSONS}
@@ -20,16 +22,30 @@ def text(cell):
     )
 
 
-def assert_solved(notebook):
-    """A blank exercise says what is missing and stops nothing; every solution passes its own checker."""
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    checks = [cell for cell in code if re.search(r"^check\(", cell.source, re.MULTILINE)]
-    for cell in checks:
-        marks = set(re.findall(r"^[✓✗]", text(cell), re.MULTILINE))
-        solution = "solution" in cell.metadata.get("tags", [])
-        assert marks == ({"✓"} if solution else {"✗"}), cell.source + "\n" + text(cell)
-        assert cell.metadata.get("jupyter", {}).get("source_hidden", False) == solution
-    return len(checks) // 2
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def asked(source):
+    """The exercises that a cell puts to the checker."""
+    return re.findall(r"""^check\(\s*"(\w+)\"""", source, re.MULTILINE)
+
+
+def assert_asked(notebook):
+    """A blank exercise says what is missing and stops nothing, and no solution stands open."""
+    for cell in code_cells(notebook):
+        if names := asked(cell.source):
+            assert re.findall(r"^[✓✗]", text(cell), re.MULTILINE) == ["✗"] * len(names), cell.source + text(cell)
+
+
+def solutions(notebook):
+    """(cell's number, the code) of every solution: in a markdown cell that is folded up until a reader opens it."""
+    for i, cell in enumerate(notebook.cells):
+        if "solution" in cell.metadata.get("tags", []):
+            form = r"<details><summary>Solution</summary>\n\n```python\n(.*)\n```\n+</details>"
+            found = re.fullmatch(form, cell.source.strip(), re.DOTALL)
+            assert cell.cell_type == "markdown" and found, cell.source
+            yield i, found[1]
 
 
 @each
@@ -47,6 +63,13 @@ def test_outputs_are_fresh(path):
             # the second for a JupyterLab that does not trust the notebook
             assert {"image/svg+xml", "image/png"} <= output["data"].keys()
     assert path.stat().st_size < 1.5e6
+
+
+@each
+def test_cells_fit_the_page(path):
+    for cell in code_cells(STORED[path]):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 25 and max(map(len, lines)) <= 88, cell.source
 
 
 def test_a_changed_cell_is_not_fresh():
@@ -77,9 +100,39 @@ def test_words_and_numbers_agree(path):
 
 
 @each
-def test_solutions_pass_and_blanks_say_so(path):
-    solved = assert_solved(STORED[path])
-    assert solved >= 4 or path.name[:2] in ("00", "07", "08")
+def test_blanks_say_so_and_each_has_its_solution_below(path):
+    """Every exercise is asked once, above its solution, with nothing but the blank and a hint between them."""
+    notebook = STORED[path]
+    assert_asked(notebook)
+    code = {i: cell for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and asked(cell.source)}
+    assert sum(map(len, (asked(cell.source) for cell in code.values()))) >= (1 if path.name[:2] in ("00", "07", "08") else 4)
+    solved = [name for _, source in solutions(notebook) for name in asked(source)]
+    assert solved == [name for cell in code.values() for name in asked(cell.source)]
+    for i, _ in solutions(notebook):
+        assert i - 1 in code or i - 2 in code, notebook.cells[i].source
+
+
+@each
+def test_solutions_pass(path):
+    """Executed after the notebook's imports, in its folder's place."""
+    notebook, space = STORED[path], {}
+    for cell in code_cells(notebook):
+        for statement in ast.parse(re.sub(r"^[%!].*", "", cell.source, flags=re.MULTILINE)).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                exec(compile(ast.Module([statement], []), path.name, "exec"), space)
+    verdicts = []
+    space["check"] = lambda name, answer: verdicts.append(check(name, answer))
+    for _, source in solutions(notebook):
+        exec(source, space)
+    assert verdicts and all(verdict.passed for verdict in verdicts), [v.message for v in verdicts if not v.passed]
+
+
+def test_a_blank_copy_has_neither_outputs_nor_solutions(tmp_path):
+    assert main(["lessons", "03", "--blank", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.ipynb")
+    blank = notebooks.read(path)
+    assert not list(solutions(blank)) and not [cell for cell in code_cells(blank) if cell.outputs]
+    assert [cell.source for cell in code_cells(blank)] == [cell.source for cell in code_cells(STORED[LESSONS[3]])]
 
 
 def test_pictures_of_the_docs_are_the_lessons():
@@ -128,7 +181,7 @@ def test_runs_from_clean(path, request):
         request.getfixturevalue("smollm2")  # skips where the model cannot be had
     limit = 1800 if real else 600  # seconds a cell; only where a kernel hangs does it end so
     notebook, _ = notebooks.execute(path, timeout=limit)
-    assert_solved(notebook)
+    assert_asked(notebook)
 
 
 def test_results_of_the_readme_are_the_lessons():

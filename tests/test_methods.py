@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import KINDS, open_gates, rotated
 from methods import CASES, builder, checks, fails
-from mistakes import MISTAKES, Prefix
+from mistakes import CASE_OF, HARMLESS, PLANTED, case_of, plant
 
 import minillama
 from minillama import adapt, disabled, merge, set_adapter, unmerge
@@ -15,15 +15,17 @@ from minillama.adapters import (
     METHODS,
     adapter_parameters,
     delete_adapter,
-    llama_adapter,
     trainable_parameters,
     wrappers,
 )
 from minillama.adapters.merging import Merged
+from minillama.course.exercises import Mistake
 
 
 def titled(value):
     """A test's title: the case, and the check or the mistake."""
+    if isinstance(value, Mistake):
+        return f"{case_of(value)}-{value.name}"
     return f"{value[0]}-{value[-1].__name__}" if isinstance(value, tuple) else value
 
 
@@ -36,26 +38,33 @@ def test_right(kind, right, ids):
     check(builder(kind, case), ids)
 
 
-@pytest.mark.parametrize("kind, planted", rotated(KINDS, MISTAKES), ids=titled)
-def test_mistakes_are_caught(kind, planted, ids, monkeypatch):
-    case, module, name, mistake = planted
-    if kind in getattr(mistake, "harmless_for", ()):
-        pytest.skip(f"harmless on {kind}: {mistake.__doc__}")
+def is_caught(kind, mistake, ids, monkeypatch):
+    case = case_of(mistake)
     # by the right implementation, before it is replaced
     builder(kind, case).reference(ids, torch.ones_like(ids).bool())
     builder(kind, case).reference(ids, torch.stack([torch.arange(9) >= 9 - n for n in (9, 4, 6)]))
-    monkeypatch.setattr(module, name, mistake)
-    assert any(fails(check, builder(kind, case), ids) for check in checks(case)), mistake.__doc__
+    plant(monkeypatch, mistake)
+    return any(fails(check, builder(kind, case), ids) for check in checks(case))
+
+
+@pytest.mark.parametrize("kind, mistake", rotated(KINDS, PLANTED), ids=titled)
+def test_mistakes_are_caught(kind, mistake, ids, monkeypatch):
+    if kind in HARMLESS.get(mistake.name, ()):
+        pytest.skip(f"harmless on {kind}: {mistake.sentence}")
+    assert is_caught(kind, mistake, ids, monkeypatch), mistake.sentence
 
 
 def test_the_catalogue_is_large_and_each_mistake_has_a_sentence():
-    assert len(MISTAKES) >= 40 and len({mistake.__doc__ for *_, mistake in MISTAKES}) == len(MISTAKES)
+    assert len(PLANTED) >= 40 and len({(mistake.edited, mistake.sentence) for mistake in PLANTED}) == len(PLANTED)
+    assert HARMLESS.keys() <= {mistake.name for mistake in PLANTED}
+    assert all(len(mistake.sentence) > 10 and mistake.diff() for mistake in PLANTED)
 
 
-def test_what_the_prefix_mistakes_derive_from_is_right(ids, monkeypatch):
-    monkeypatch.setattr(llama_adapter, "AdaptedAttention", Prefix)
+@pytest.mark.parametrize("module", CASE_OF)
+def test_a_module_planted_unedited_is_caught_in_nothing(module, ids, monkeypatch):
+    """What the planted mistakes are edits of is right, and planting breaks nothing by itself."""
     for kind in KINDS:
-        assert not any(fails(check, builder(kind, "llama_adapter"), ids) for check in checks("llama_adapter"))
+        assert not is_caught(kind, Mistake("none", "", METHODS[module]), ids, monkeypatch)
 
 
 @torch.no_grad()

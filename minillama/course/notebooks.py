@@ -76,6 +76,24 @@ def execute(path, timeout=600):
     return notebook, time.perf_counter() - start
 
 
+def blank(path, folder):
+    """Writes a lesson without its solutions and outputs into a folder, for a class; returns the new path.
+    Raises FileError where a file of that name is there."""
+    notebook, target = read(path), Path(folder) / path.name
+    if target.exists():
+        raise FileError(f"{target} is there already: name another folder, or remove it")
+    notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    for key in ("widgets", "minillama"):
+        notebook.metadata.pop(key, None)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        nbformat.write(notebook, temporary)
+    return target
+
+
 def store(path, notebook, seconds):
     """Writes the executed notebook, its seconds into its first cell and the course map,
     and its tagged pictures into docs/.

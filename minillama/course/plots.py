@@ -6,12 +6,22 @@ import math
 import re
 
 import matplotlib
+from matplotlib.colors import ListedColormap, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from ..checkpoints.files import replacing
 
 FROZEN, TRAINED, GATE, INK = "#7f9bb3", "#d9822b", "#b3224a", "#2b2b2b"
+# One colour and one marker for each method in every figure; the families share a hue: prompts warm, factors green, low
+# rank blue, bottlenecks brown.
+METHOD_COLOURS = {
+    "llama_adapter": "#d9822b", "llama_adapter_v2": "#b3224a", "prefix_tuning": "#e3b505", "prompt_tuning": "#8c6bb1",
+    "ia3": "#2e8b57", "bottleneck": "#8c564b", "lora": "#1f6fb4", "dora": "#56b4e9", "full": INK, "base": FROZEN,
+}  # fmt: skip
+METHOD_MARKERS = dict(zip(METHOD_COLOURS, "osD^vP*X"))
+SHADES, DASHES, MARKERS = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":"), "osD^vP*X"  # of what is no method
 PAGE = 690  # points: what a notebook shows beside its margins
 STYLE = {
     "axes.spines.top": False,
@@ -25,6 +35,31 @@ STYLE = {
     "figure.facecolor": "white",
     "legend.frameon": False,
 }
+
+
+def method_of(label):
+    """The method that a label names first, "lora, rank 1", "prefix tuning", "gated (LLaMA-Adapter)"; or None."""
+    words, found = re.sub(r"[\s-]+", "_", label.lower()), []
+    for name in METHOD_COLOURS:
+        anywhere = "^" if name in ("full", "base") else "(?<![a-z0-9])"  # words that also mean other things
+        match = re.search(anywhere + name.replace("_tuning", "(_tuning)?") + "(?![a-z0-9])", words)
+        if match:
+            found.append((match.start(), -match.end(), name))
+    return min(found)[2] if found else None
+
+
+def looks(labels, method=None):
+    """A colour and a marker for each label: its method's, darker at each return of the same method; for a label that
+    names none those of `method`, or where that is None too, the next of a row of others."""
+    seen, found = [], []
+    for i, label in enumerate(labels):
+        name = method_of(label) or method
+        ink = min(0.8, 0.4 * seen.count(name))
+        seen.append(name)
+        parts = zip(to_rgb(METHOD_COLOURS.get(name, INK)), to_rgb(INK))
+        color = SHADES[i % 4] if name is None else to_hex([(1 - ink) * part + ink * dark for part, dark in parts])
+        found.append((color, METHOD_MARKERS.get(name, MARKERS[i % 8])))
+    return found
 
 
 def use():
@@ -53,11 +88,11 @@ def svg(figure):
 
 
 def png(figure):
-    """A figure as PNG, as wide on the page as its SVG, in 128 colours to keep the file small:
-    (bytes, {"width": pixels})."""
+    """A figure as PNG, as wide on the page as its SVG: (bytes, {"width": pixels}). In 256 colours, to keep the file
+    small, chosen so that the rarest shade of a heat map keeps its own: to about 10 of 255 levels."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", dpi=144)
-    image = Image.open(buffer).convert("RGB").quantize(128)
+    image = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     image.save(small, format="png", optimize=True)
     return small.getvalue(), {"width": round(min(PAGE * 96 / 72, image.width * 96 / 144))}
 
@@ -68,9 +103,9 @@ def save_figure(figure, path):
         figure.savefig(temporary, dpi=150)
 
 
-def training_figure(history, title):
+def training_figure(history, title, method=None, tanh=True):
     """Loss and accuracy over the steps, and where there are gates, each opening from zero.
-    history: what `train` returned."""
+    history: what `train` returned.  method: gives the loss its colour.  tanh: whether the gates pass through one."""
     steps = [record["step"] for record in history]
     with matplotlib.rc_context(STYLE):
         gated = "gates" in history[0]
@@ -78,7 +113,7 @@ def training_figure(history, title):
         figure.get_layout_engine().set(wspace=0.06)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
         left, *right = figure.subplots(1, 1 + gated, squeeze=False)[0]
-        left.plot(steps, [record["loss"] for record in history], color=TRAINED)
+        left.plot(steps, [record["loss"] for record in history], color=METHOD_COLOURS.get(method, TRAINED))
         left.set(xlabel="step", ylabel="loss (nats per answer token)", ylim=(0, None))
         left.set_title("Loss and accuracy on the training batches")
         accuracy, thin = left.twinx(), dict(color=FROZEN, linewidth=1, linestyle="--")
@@ -91,85 +126,103 @@ def training_figure(history, title):
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below: the curves may go anywhere
 
         if gated:
-            draw_gates(right[0], history)
+            draw_gates(right[0], history, "tanh(gate)" if tanh else "gate")
     return figure
 
 
-def draw_gates(axes, history):
-    """One line per head (or layer), coloured and dashed by layer, from the 0 before the first step."""
-    layers, shades, dashes = list(history[0]["gates"]), matplotlib.colormaps["YlOrRd"], ("-", "--", "-.", ":")
+def draw_gates(axes, history, name):
+    """One line per head (or layer), coloured by layer, from the 0 before the first step; few layers differ in dash too
+    and have a key, many have a scale of colours. name: what the numbers are."""
+    layers, few = list(history[0]["gates"]), len(history[0]["gates"]) <= 12
+    places = [0.4 + 0.55 * i / max(1, len(layers) - 1) for i in range(len(layers))]
+    shades = ListedColormap(matplotlib.colormaps["YlOrRd"](places))
     for i, layer in enumerate(layers):
-        style = dict(color=shades(0.4 + 0.55 * i / max(1, len(layers) - 1)), linestyle=dashes[i % 4], linewidth=1.2)
+        style = dict(color=shades(i), linestyle=DASHES[i % 4] if few else "-", linewidth=1.2 if few else 0.9)
         rows = [[0.0] * len(history[0]["gates"][layer])] + [record["gates"][layer] for record in history]
         for head, line in enumerate(zip(*rows)):
             axes.plot(range(len(line)), line, **style, label=f"layer {layer}" if head == 0 else None)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(xlabel="step", ylabel="gate (0: the base, bit for bit)")
+    axes.set(xlabel="step", ylabel=f"{name} (0: the base, bit for bit)")
     axes.set_title(f"The gates open from zero, one line per {'head' if len(rows[0]) > 1 else 'layer'}")
-    if len(layers) <= 12:
+    if few:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    else:
+        span = matplotlib.cm.ScalarMappable(Normalize(-0.5, len(layers) - 0.5), shades)
+        axes.figure.colorbar(span, ax=axes, label="layer", fraction=0.06, pad=0.02)
 
 
 def comparison_figure(rows, title):
-    """Exact match against trained parameters, one shape for each method with its spread over seeds;
-    names in the legend.
+    """Exact match against trained parameters, one shape for each method with its spread over seeds; names in the
+    legend. Where four methods or more end above 95 %, a second panel shows the top from near.
 
     rows: dicts with method, parameters, matches (a share per seed). The methods "full" and "base" are drawn as lines.
     """
-    shapes, warm = "osD^vP*X", matplotlib.colormaps["YlOrRd"]
+    percent = {row["method"]: [100 * match for match in row["matches"]] for row in rows}
+    mean = {method: sum(values) / len(values) for method, values in percent.items()}
+    points = [row for row in sorted(rows, key=lambda row: row["parameters"]) if row["method"] not in ("full", "base")]
+    crowded = sum(mean[row["method"]] > 95 for row in points) >= 4
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 4.5), layout="constrained")
-        axes = figure.subplots()
-        full, frozen = ([row for row in rows if row["method"] == name] for name in ("full", "base"))
-        others = [row for row in rows if row["method"] not in ("full", "base")]
-        methods = sorted(others, key=lambda row: row["parameters"])
-        for row in full + methods + frozen:
-            percent = [100 * match for match in row["matches"]]
-            mean = sum(percent) / len(percent)
-            if row in methods:
-                i, spread = methods.index(row), [[mean - min(percent)], [max(percent) - mean]]
-                label = f"{row['method']}, {row['parameters']:,}: {mean:.1f} %"
-                style = dict(markeredgecolor=INK, capsize=4, markersize=9, alpha=0.85, label=label)
-                color = warm(0.4 + 0.5 * i / len(methods))
-                axes.errorbar(row["parameters"], mean, yerr=spread, fmt=shapes[i % 8], color=color, **style)
-            elif row["method"] == "full":
-                label = f"full fine-tuning, {row['parameters']:,}: {mean:.1f} %"
-                axes.axhline(mean, color=INK, linestyle="--", linewidth=1.2, label=label)
-            else:
-                axes.axhline(mean, color=FROZEN, linestyle=":", linewidth=1.6, label=f"the frozen base: {mean:.1f} %")
+        figure = Figure(figsize=(9.5, 6 if crowded else 4.5), layout="constrained")
+        heights = (1, 1.5) if crowded else (1,)
+        panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes in panels:
+            for row, (color, marker) in zip(points, looks([row["method"] for row in points])):
+                method, n, values = row["method"], row["parameters"], percent[row["method"]]
+                spread = [[mean[method] - min(values)], [max(values) - mean[method]]]
+                style = dict(markeredgecolor=INK, capsize=4, markersize=9, alpha=0.85)
+                label = f"{method}, {n:,}: {mean[method]:.1f} %"
+                axes.errorbar(n, mean[method], yerr=spread, fmt=marker, color=color, label=label, **style)
+            for row in rows:
+                if row["method"] == "full":
+                    label = f"full fine-tuning, {row['parameters']:,}: {mean['full']:.1f} %"
+                    axes.axhline(mean["full"], color=INK, linestyle="--", linewidth=1.2, label=label)
+                elif row["method"] == "base":
+                    label = f"the frozen base: {mean['base']:.1f} %"
+                    axes.axhline(mean["base"], color=FROZEN, linestyle=":", linewidth=1.6, label=label)
+        if crowded:
+            panels[0].set(ylim=(94.5, 100.5), ylabel="the top from near (%)")
         axes.set(xscale="log", xlabel="trained parameters", ylabel="exact match on unseen dates (%)", ylim=(0, 105))
-        axes.set_title(title)
         low, high = axes.get_xlim()
         axes.set_xlim(low / 1.5, high * 1.5)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        if high < 10 * low:  # within a decade: the numbers themselves
+            ticks = [row["parameters"] for row in points]
+            ticks = [n for i, n in enumerate(ticks) if i == 0 or n > 1.08 * ticks[i - 1]]
+            axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+            axes.minorticks_off()
+        panels[0].set_title(title)
+        panels[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
-def curve_figure(curves, xlabel, ylabel, title, log=False):
+def curve_figure(curves, xlabel, ylabel, title, log=False, method=None):
     """Means with their spread over seeds. curves: {label: (xs, [[a value per seed] per x])};
-    lines differ in dash and marker too."""
-    shades, dashes, markers = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":"), "osD^vP*X"
+    lines differ in dash and marker too. A label that names a method gets its colour, the others that of `method`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 3.6), layout="constrained")
         axes = figure.subplots()
-        for i, (label, (xs, values)) in enumerate(curves.items()):
-            means, color = [sum(row) / len(row) for row in values], shades[i % 4]
-            marker = markers[i % 8] if len(means) <= 20 else ""
-            axes.plot(xs, means, color=color, linestyle=dashes[i % 4], marker=marker, label=label)
+        for i, (color, marker, (label, (xs, values))) in enumerate(
+            (*look, curve) for look, curve in zip(looks(curves, method), curves.items())
+        ):
+            means = [sum(row) / len(row) for row in values]
+            marker = marker if len(means) <= 20 else ""
+            axes.plot(xs, means, color=color, linestyle=DASHES[i % 4], marker=marker, label=label)
             lowest, highest = [min(row) for row in values], [max(row) for row in values]
             axes.fill_between(xs, lowest, highest, color=color, alpha=0.2, linewidth=0)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         axes.set(ylim=(0, 105) if "%" in ylabel else None, xscale="log" if log else "linear")
         if all(isinstance(x, int) for xs, _ in curves.values() for x in xs) and not log:
             axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(curves) > 1:
+        if len(curves) > 5:  # a long key would lie on the curves
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        elif len(curves) > 1:
             axes.legend()
     return figure
 
 
-def attention_figure(prompts, tokens, characters, rows, title):
+def attention_figure(prompts, tokens, characters, rows, title, tanh=True):
     """Heat maps side by side: gated weights on K prompts (R, K), which may be negative, and weights on T tokens (R, T),
-    a character of the text below each column; rows: R labels, empty ones skipped, a line above each that is not."""
+    a character of the text below each column; rows: R labels, empty ones skipped, a line above each that is not.
+    tanh: whether the gates pass through one."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -179,7 +232,7 @@ def attention_figure(prompts, tokens, characters, rows, title):
             left.imshow(prompts, aspect="auto", cmap="PuOr_r", vmin=-extent, vmax=extent),
             right.imshow(tokens, aspect="auto", cmap="Blues", vmin=0, vmax=1),
         )
-        left.set(title="gate · softmax over the prompts", xlabel="prompt token")
+        left.set(title=f"{'tanh(gate)' if tanh else 'gate'} · softmax over the prompts", xlabel="prompt token")
         left.set(xticks=range(prompts.shape[1]), xticklabels=range(1, prompts.shape[1] + 1))
         right.set(title="softmax over the tokens", xlabel="text", xticks=range(len(characters)), xticklabels=characters)
         starts = [i for i, label in enumerate(rows) if label]
@@ -233,14 +286,14 @@ def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2
                 if write is not None and value is not None:
                     color = "white" if value > 0.6 * top else INK
                     axes.text(j, i, write.format(value), ha="center", va="center", color=color)
-        figure.colorbar(image, ax=axes, label=scale, fraction=0.06, pad=0.02)
+        percent = PercentFormatter(1, decimals=0) if write and write.endswith("%}") else None  # as in the cells
+        figure.colorbar(image, ax=axes, label=scale, fraction=0.06, pad=0.02, format=percent)
     return figure
 
 
 def rotation_figure(speeds, scores):
     """How RoPE turns pairs of features. speeds: {title: radians a position}, drawn at positions 0 to 7;
     scores: {label: (distances, scores)}, drawn as curves."""
-    shades, dashes = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":")
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(11, 3.3), layout="constrained")
         *circles, right = figure.subplots(1, len(speeds) + 1, width_ratios=[1] * len(speeds) + [1.7])
@@ -256,7 +309,7 @@ def rotation_figure(speeds, scores):
             axes.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[], yticks=[], title=title)
             axes.spines[:].set_visible(False)
         for i, (label, (distances, values)) in enumerate(scores.items()):
-            right.plot(distances, values, color=shades[i % 4], linestyle=dashes[i % 4], linewidth=1.3, label=label)
+            right.plot(distances, values, color=SHADES[i % 4], linestyle=DASHES[i % 4], linewidth=1.3, label=label)
         right.axhline(0, color=INK, linewidth=0.8)
         right.set(xlabel="distance from key to query (tokens)", ylabel="score, 1 at distance 0")
         right.set_title("The score of a query and a key that match")
@@ -300,7 +353,7 @@ def scale_figure(scales, title):
             row[0].set_ylabel(f"layer {layer}\nfactor")
             for axes, kind in zip(row, kinds):
                 every = sorted(vectors[kind].tolist())
-                values = every[:: max(1, len(every) // 64)]  # enough of them for the eye, and a small file
+                values = every[:: thinned(every)]
                 edges = [i - 0.5 for i in range(len(values) + 1)]
                 amplified, inhibited = [max(v, 1) for v in values], [min(max(v, 0), 1) for v in values]
                 for color, part in ((TRAINED, amplified), (FROZEN, inhibited)):
@@ -310,5 +363,11 @@ def scale_figure(scales, title):
                 axes.set(xticks=(), xlim=(-0.5, len(values) - 0.5))
                 axes.spines["bottom"].set_visible(False)
         for axes, kind in zip(grid[-1], kinds):
-            axes.set_xlabel(f"{len(vectors[kind])} features, sorted")
+            n, step = len(vectors[kind]), thinned(vectors[kind])
+            axes.set_xlabel(f"{n} features, sorted" + (f" (1 in {step} drawn)" if step > 1 else ""))
     return figure
+
+
+def thinned(values):
+    """One value in how many to draw: enough of them for the eye, and a small file."""
+    return max(1, len(values) // 64)

@@ -272,26 +272,27 @@ def prefix_cross_attention_schematic():
 def ia3_schematic():
     """IA3 (Liu et al. 2022, after its figure 1): vectors on keys, values and the hidden activation,
     each feature less or more."""
-    axes = sheet(10.5, 5.1, "IA3: three vectors inhibit and amplify, feature by feature")
-    frame(axes, 0.25, 0.75, 6.15, 4.55, "attention")
-    scaled = box(axes, 2.6, 3.3, 4.2, 0.4, "scaled dot-product attention")
-    output = box(axes, 2.6, 4.0, 0.9, 0.38, "o_proj", "frozen")
+    axes = sheet(10.5, 5.5, "IA3: three vectors inhibit and amplify, feature by feature")
+    frame(axes, 0.25, 0.75, 6.15, 4.95, "attention")
+    scaled = box(axes, 2.6, 3.8, 4.2, 0.4, "scaled dot-product attention")
+    output = box(axes, 2.6, 4.42, 0.9, 0.38, "o_proj", "frozen")
     chain(axes, "up", scaled, output)
-    chain(axes, "right", output, point(3.6, 4.0))
+    chain(axes, "right", output, point(3.6, 4.42))
     k_values, v_values = (0.6, -0.5, 0.1, -0.8, 0.75, 0.3, -0.2), (-0.3, 0.7, -0.75, 0.2, -0.1, 0.6, 0.4)
     for name, at, values in (("k", 2.3, k_values), ("v", 4.2, v_values), ("q", 0.95, None)):
-        projection, top = box(axes, at, 1.75, 0.9, 0.38, f"{name}_proj", "frozen"), point(at, 3.1)
+        projection, top = box(axes, at, 1.75, 0.9, 0.38, f"{name}_proj", "frozen"), point(at, 3.6)
         arrow(axes, (2.3, 1.0 if name == "k" else 1.27), (at, 1.27), projection.bottom)
+        turned = () if name == "v" else (box(axes, at, 3.02, 0.8, 0.34, "RoPE"),)
         if values:
-            times = joint(axes, at, 2.5, "x")
-            chain(axes, "up", projection, times, top)
-            chain(axes, "left", strip(axes, at + 0.98, 2.5, 1.0, values), times)
-            note(axes, at + 0.98, 2.08, f"$l_{name}$", 12, ha="center")
+            times = joint(axes, at, 2.42, "x")
+            chain(axes, "up", projection, times, *turned, top)
+            chain(axes, "left", strip(axes, at + 0.98, 2.42, 1.0, values), times)
+            note(axes, at + 0.98, 2.0, f"$l_{name}$", 12, ha="center")
         else:
-            chain(axes, "up", projection, top)
-        note(axes, at + 0.1, 2.9, f"$l_{name} \\odot {name}$" if values else "$q$", 10)
+            chain(axes, "up", projection, *turned, top)
+        note(axes, at + 0.1, 3.4, {"q": "$q$, turned", "k": "$l_k \\odot k$, turned", "v": "$l_v \\odot v$"}[name], 10)
 
-    frame(axes, 6.45, 0.75, 10.25, 4.55, "feed-forward")
+    frame(axes, 6.45, 0.75, 10.25, 4.95, "feed-forward")
     up, curve = box(axes, 7.4, 1.75, 1.1, 0.38, "up_proj", "frozen"), box(axes, 7.4, 2.5, 1.5, 0.38, "non-linearity")
     times, down = joint(axes, 7.4, 3.25, "x"), box(axes, 7.4, 4.0, 1.1, 0.38, "down_proj", "frozen")
     chain(axes, "up", point(7.4, 1.0), up, curve, times, down)
@@ -301,10 +302,10 @@ def ia3_schematic():
     note(axes, 8.4, 2.1, "in LLaMA (SwiGLU):\nsilu(gate_proj $x$)\n$\\odot$ up_proj $x$")
     for at in (2.42, 7.52):
         note(axes, at, 0.98, "$x$", 11)
-    for at in (3.7, 8.5):
-        note(axes, at, 4.0, "to the residual sum")
+    for at in ((3.7, 4.42), (8.5, 4.0)):
+        note(axes, *at, "to the residual sum")
     note(axes, 0.25, 0.42, "Bars: a feature above the middle line is amplified (factor > 1), below it inhibited (< 1). "
-         "All factors are 1 at first: the base, bit for bit.")  # fmt: skip
+         "A LLaMA has RoPE, a GPT-2 has not.")  # fmt: skip
     return axes.figure
 
 

@@ -6,703 +6,576 @@ import torch.nn.functional as F
 import minillama
 
 from ...attention import Attention, RoPE, rotate
-from ...checkpoints.architectures import ARCHITECTURES, from_hf
 from ..papers import smollm2
-from . import Exercise, Question, Wrong, describe, filled, gradients, named
+from .catalogue import catalogue
+from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, gradients, in_bfloat16
+from .predictions import Question
 
-# ── RMSNorm ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def right_rms_norm(x, weight, eps):
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def mean_subtracted(x, weight, eps):
-    """the mean subtracted first, as LayerNorm does; RMSNorm leaves the mean where it is"""
-    return right_rms_norm(x - x.mean(-1, keepdim=True), weight, eps)
+PLANTED = ()  # these mistakes edit no shipped module; tests/test_base_model_mistakes.py puts them in a part's place
+HARMLESS = {}
 
 
-def eps_outside_the_root(x, weight, eps):
-    """eps added to the root instead of to the mean square inside it: x / (√mean(x²) + eps)"""
+def with_more(usual, more):
+    """A probe that looks at `more` after the usual calls."""
+
+    def probe(answer, draw):
+        yield from usual(answer, draw)
+        yield from more(answer, draw)
+
+    probe.inputs = usual.inputs
+    return probe
+
+
+def pair(result, names):
+    """The two things an answer returned."""
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise Wrong("not_a_pair", f"needed are two things, {names}; it returned {describe(result)}.")
+    return result
+
+
+# ── RMSNorm ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rms_norm(x, weight, eps):
     x32 = x.float()
-    return (x32 / (x32.pow(2).mean(-1, keepdim=True).sqrt() + eps) * weight).to(x.dtype)
+    mean_square = x32.pow(2).mean(-1, keepdim=True)  # (B, T, 1)
+    return (x32 / torch.sqrt(mean_square + eps) * weight).to(x.dtype)
 
 
-def eps_forgotten(x, weight, eps):
-    """eps left out: a vector of zeros is then divided by zero"""
-    return right_rms_norm(x, weight, 0.0)
+OVERFLOW = (
+    "the squares taken in the input's own dtype: in float16 they overflow beyond 255, in bfloat16 they lose digits; "
+    "use x.float() and cast back at the end"
+)
+MEAN, ROOT = "x32.pow(2).mean(-1, keepdim=True)", "x32 / torch.sqrt(mean_square + eps)"
+ITSELF = "each token is normed by itself, over its last axis: mean(-1, keepdim=True)"
+DEVIATION = "divided by the standard deviation, for which the mean is subtracted; RMSNorm's squares are those of x"
+NORMS = catalogue(rms_norm, (
+    ("mean_subtracted", "x.float()", "x.float() - x.float().mean(-1, keepdim=True)", "the mean subtracted first, as "
+     "LayerNorm does; RMSNorm leaves the mean where it is"),
+    ("eps_outside_the_root", ROOT, "x32 / (torch.sqrt(mean_square) + eps)", "eps added to the root instead of to the "
+     "mean square inside it: x / (√mean(x²) + eps)"),
+    ("eps_forgotten", " + eps", "", "eps left out: a vector of zeros is then divided by zero"),
+    ("eps_hard_coded", " + eps", " + 1e-6", "an eps of your own, such as 1e-6; it is given, and not always small"),
+    ("eps_as_a_floor", "mean_square + eps", "mean_square.clamp(min=eps)", "eps as the least mean square; it is added"),
+    ("eps_floors_the_root", ROOT, "x32 / torch.sqrt(mean_square).clamp(min=eps)", "eps as the least root; it is added"),
+    ("eps_in_the_sum", "+ eps", "+ eps / x.shape[-1]", "eps added to the sum of squares; it is added to their mean"),
+    ("weight_forgotten", " * weight", "", "the learned weight left out"),
+    ("weight_plus_one", "* weight", "* (1 + weight)", "multiplied by 1 + weight, as in Gemma; here by weight"),
+    ("weight_added", "* weight", "+ weight", "the weight added; it multiplies"),
+    ("weight_before_the_norm", (" * weight", "x.float()"), ("", "(x * weight).float()"), "the weight multiplied too "
+     "early"),
+    ("mean_over_tokens", "mean(-1", "mean(-2", f"the mean taken over the tokens instead of the features; {ITSELF}"),
+    ("mean_over_batch", "mean(-1", "mean(0", f"the mean taken over the batch; {ITSELF}"),
+    ("mean_over_everything", "mean(-1, keepdim=True)", "mean()", f"one mean over all tokens and features; {ITSELF}"),
+    ("mean_over_a_row", "mean(-1,", "mean((-2, -1),", f"one mean over all tokens of a row; {ITSELF}"),
+    ("keepdim_forgotten", "(-1, keepdim=True)", "(-1)", "keepdim=True left out: (B, T) does not line up with (B, T, "
+     "D)"),
+    ("sum_for_mean", ".mean(", ".sum(", "the sum of the squares where their mean is needed: √D too small"),
+    ("divided_by_tokens", MEAN, "x32.pow(2).sum(-1, keepdim=True) / x.shape[1]", "the sum divided by T; the mean is "
+     "over D"),
+    ("divided_by_the_length", ROOT, "x32 / x32.norm(dim=-1, keepdim=True)", "divided by the vector's length, the root "
+     "of the sum of squares; it is the root of their mean plus eps"),
+    ("divided_by_the_deviation", MEAN, "x32.var(-1, keepdim=True)", DEVIATION),
+    ("divided_by_the_biased_deviation", MEAN, "x32.var(-1, keepdim=True, correction=0)", DEVIATION),
+    ("absolute_values", ".pow(2)", ".abs()", "the absolute values' mean under the root; it is the mean of the squares"),
+    ("absolute_mean", ROOT, "x32 / (x32.abs().mean(-1, keepdim=True) + eps)", "divided by the absolute values' mean"),
+    ("squares_forgotten", "x32.pow(2)", "x32", "the squares forgotten: the mean of x itself, which may be negative"),
+    ("root_forgotten", ROOT, "x32 / (mean_square + eps)", "divided by the mean square, not by its root"),
+    ("multiplied_by_the_root", "x32 / torch", "x32 * torch", "multiplied by the root (or divided by rsqrt); divide"),
+    ("squares_in_half_precision", "x.float()", "x", OVERFLOW),
+    ("left_in_float32", ".to(x.dtype)", "", "float32 returned for a half-precision input; cast back with .to(x.dtype)"),
+    ("size_detached", ROOT, "x32 / torch.sqrt(mean_square + eps).detach()", "the root mean square taken without "
+     "gradient; it is part of the function, and the gradient goes through it"),
+))  # fmt: skip
 
 
-def weight_forgotten(x, weight, eps):
-    """the learned weight left out"""
-    return right_rms_norm(x, torch.ones_like(weight), eps)
+def more_of_rms_norm(answer, draw):
+    x, weight = draw(2, 5, 8), draw(8)
+    yield Piece("the output (D)", answer(x[0, 0], weight, 0.3), "for one vector, x (D,),")
+    yield Piece("the output (B, T, D)", answer(torch.zeros(1, 2, 8), weight, 1e-6), "for zeros")
+    large = answer((400 * x).half(), weight.half(), 0.3)
+    if not isinstance(large, torch.Tensor):
+        raise Wrong("shape", f"the output should be a tensor; it is {describe(large)}.")
+    lost = not large.isfinite().all() or bool(large.abs().max() < 0.01)
+    yield fact(lost, "squares_in_half_precision", f"this equals a known mistake: {OVERFLOW}.")
 
 
-def weight_plus_one(x, weight, eps):
-    """multiplied by 1 + weight, which is Gemma's RMSNorm; LLaMA's multiplies by the weight alone"""
-    return right_rms_norm(x, 1 + weight, eps)
-
-
-def mean_over_tokens(x, weight, eps):
-    """the mean taken over the tokens instead of the features; each token is normed by itself, over its last axis"""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).mean(-2, keepdim=True) + eps) * weight).to(x.dtype)
-
-
-def mean_over_everything(x, weight, eps):
-    """one mean over all tokens and features; each token is normed by itself: mean(-1, keepdim=True)"""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).mean() + eps) * weight).to(x.dtype)
-
-
-def sum_for_mean(x, weight, eps):
-    """the sum of the squares where their mean is needed: the result is √D too small"""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).sum(-1, keepdim=True) + eps) * weight).to(x.dtype)
-
-
-def divided_by_the_length(x, weight, eps):
-    """divided by the vector's length, the root of the sum of squares; it is the root of their mean plus eps"""
-    x32 = x.float()
-    return (x32 / x32.norm(dim=-1, keepdim=True) * weight).to(x.dtype)
-
-
-def divided_by_the_deviation(x, weight, eps):
-    """divided by the standard deviation, for which the mean is subtracted; RMSNorm's squares are those of x itself"""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.var(-1, keepdim=True) + eps) * weight).to(x.dtype)
-
-
-def root_forgotten(x, weight, eps):
-    """divided by the mean square, not by its root"""
-    x32 = x.float()
-    return (x32 / (x32.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
-
-
-def squares_in_half_precision(x, weight, eps):
-    """the squares taken in the input's own dtype: in float16 they overflow beyond 255, in bfloat16 they lose digits;
-    use x.float() and cast back at the end"""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-
-
-def left_in_float32(x, weight, eps):
-    """float32 returned for a half-precision input; cast back with .to(x.dtype)"""
-    return right_rms_norm(x.float(), weight.float(), eps)
-
-
-def size_detached(x, weight, eps):
-    """the root mean square taken without gradient; it is part of the function, and the gradient goes through it"""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps).detach() * weight).to(x.dtype)
-
-
-NORMS = (
-    mean_subtracted, eps_outside_the_root, eps_forgotten, weight_forgotten, weight_plus_one, mean_over_tokens,
-    mean_over_everything, sum_for_mean, divided_by_the_length, divided_by_the_deviation, root_forgotten,
-    squares_in_half_precision, left_in_float32, size_detached,
+probe_rms_norm = with_more(
+    calls(lambda draw, B, T, D, eps: dict(x=draw(B, T, D) + 0.5, weight=draw(D), eps=eps), "the output (B, T, D)",
+          (dict(B=2, T=5, D=8, eps=0.3), dict(B=3, T=3, D=3, eps=0.05), dict(B=1, T=1, D=6, eps=2.0))),
+    more_of_rms_norm,
 )  # fmt: skip
 
-
-def probe_rms_norm(answer, draw):
-    x, weight = (draw(2, 5, 8) + 0.5).requires_grad_(), draw(8).requires_grad_()
-    out = answer(x, weight, 0.3)
-    yield "the output (B, T, D)", out
-    yield from zip(("x's gradient (B, T, D)", "the weight's gradient (D)"), gradients(out, x, weight))
-    yield "the output for one vector (D)", answer(x[0, 0].detach(), weight.detach(), 0.3)
-    yield "the output for zeros (B, T, D)", answer(torch.zeros(1, 2, 8), weight.detach(), 1e-6)
-    yield (
-        "the output for large numbers in float16 (B, T, D)",
-        answer((400 * x.detach()).half(), weight.detach().half(), 0.3),
-    )
+# ── RoPE ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── RoPE ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def angles(positions, d, theta):
-    return positions[:, None].float() * theta ** -(torch.arange(0, d, 2).float() / d)  # (T, d/2)
-
-
-def turned(x, angle, sign=1):
-    """x with feature i turned against feature i + d/2 by these angles (…, d/2)."""
-    (a, b), cos, sin = x.chunk(2, -1), angle.cos().to(x.dtype), sign * angle.sin().to(x.dtype)
+def rope(x, positions, theta):
+    d = x.shape[-1]
+    speeds = theta ** -(torch.arange(0, d, 2).float() / d)  # (d/2,) radians a position
+    angle = positions[:, None].float() * speeds  # (T, d/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)  # (B, H, T, d/2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def right_rope(x, positions, theta):
-    return turned(x, angles(positions, x.shape[-1], theta))
+EXPONENT, FIRST, SECOND = "torch.arange(0, d, 2).float() / d", "a * cos - b * sin", "b * cos + a * sin"
+CUT, JOINED = "x.chunk(2, -1)", "torch.cat((a * cos - b * sin, b * cos + a * sin), -1)"
+COS_SIN = "cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)"
+BY_TURNS, PAIR = f"torch.stack(({FIRST}, {SECOND}), -1).flatten(-2)", "feature i goes with i + d/2"
+ROPES = catalogue(rope, (
+    ("pairs_interleaved", (CUT, JOINED), ("(x[..., ::2], x[..., 1::2])", BY_TURNS),
+     f"neighbours turned together, as in Meta's files; {PAIR}"),
+    ("interleaved_and_joined_as_halves", CUT, "(x[..., ::2], x[..., 1::2])",
+     f"neighbours turned together, put back as halves; {PAIR}"),
+    ("put_back_by_turns", JOINED, BY_TURNS, "the two halves put back by turns; one stands behind the other, torch.cat"),
+    ("turned_backwards", (FIRST, SECOND), ("a * cos + b * sin", "b * cos - a * sin"), "turned the wrong way: the new "
+     "first half is a·cos − b·sin, the new second half b·cos + a·sin"),
+    ("positions_from_one", "positions[:, None]", "(positions[:, None] + 1)", "positions counted from 1 where they are "
+     "given from 0: the first token must come out as it went in"),
+    ("own_positions", "positions[", "torch.arange(x.shape[-2])[", "the given positions ignored, counted anew from 0"),
+    ("positions_from_the_first", "positions[", "(positions - positions[0])[", "positions counted from the first one "
+     "given"),
+    ("not_a_column", "positions[:, None]", "positions", "positions as a row; make them a column: positions[:, None]"),
+    ("exponent_halved", EXPONENT, "torch.arange(d // 2).float() / d", "the exponent too small by a factor of two: it "
+     "is −2i/d, arange(0, d, 2) / d and not arange(d / 2) / d"),
+    ("exponent_doubled", EXPONENT, "torch.arange(0, d, 2).float() / (d // 2)", "the exponent too large by a factor of "
+     "two: arange(0, d, 2) is 2i already, divide it by d"),
+    ("exponent_positive", "** -(", "** (", "the exponent's sign lost: theta^(+2i/d) turns later pairs faster"),
+    ("exponent_not_divided", " / d", "", "the exponent not divided by d: it is −2i/d"),
+    ("slowest_is_theta", EXPONENT, "torch.arange(d // 2) / max(1, d // 2 - 1)", "the exponent −i/(d/2−1); it is −2i/d"),
+    ("pairs_from_one", "arange(0, d, 2)", "arange(2, d + 2, 2)", "pairs counted from 1: the first turns by theta^0"),
+    ("theta_hard_coded", "theta **", "10000.0 **", "theta taken as 10,000 whatever is given"),
+    ("one_speed", "* speeds", "* torch.ones(d // 2)", "one speed for every pair; pair i turns by theta^(−2i/d)"),
+    ("angle_doubled", "* speeds", "* 2 * speeds", "the angle doubled: pair i turns by theta^(−2i/d) a position"),
+    ("in_degrees", "* speeds", "* speeds * (torch.pi / 180)", "the angle taken as degrees; it is in radians"),
+    ("in_turns", "* speeds", "* speeds * (2 * torch.pi)", "the angle taken as whole turns; it is in radians"),
+    ("layouts_mixed", JOINED,
+     "x * cos.repeat_interleave(2, -1) + torch.cat((-b, a), -1) * sin.repeat_interleave(2, -1)",
+     "features paired as halves, with angles laid out for neighbours: here they stand twice behind each other"),
+    ("mixed_layouts", JOINED,
+     "x * cos.repeat(1, 2) + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin.repeat(1, 2)",
+     f"neighbours paired, with angles laid out for halves; {PAIR}"),
+    ("partner_flipped", JOINED, "x * cos.repeat(1, 2) + x.flip(-1) * sin.repeat(1, 2)",
+     f"partners read backwards; {PAIR}"),
+    ("one_sign_wrong", SECOND, "b * cos - a * sin", "the second half made as b·cos − a·sin; it has no minus"),
+    ("no_minus", FIRST, "a * cos + b * sin", "the first half made as a·cos + b·sin; it is a·cos − b·sin"),
+    ("second_half_left", SECOND, "b", "only the first half turned, the second left as it was"),
+    ("first_half_left", FIRST, "a", "only the second half turned, the first left as it was"),
+    ("second_half_as_the_first", SECOND, "a * cos + b * sin", "the second half made as a·cos + b·sin, not b·cos + "
+     "a·sin"),
+    ("halves_swapped", JOINED, f"torch.cat(({SECOND}, {FIRST}), -1)", "the two halves put back in each other's place"),
+    ("second_from_new_first", SECOND, f"b * cos + ({FIRST}) * sin", "made from the first half's new value, not its old "
+     "one"),
+    ("sine_and_cosine_swapped", "cos, sin =", "sin, cos =", "sine and cosine swapped: position 0 must change nothing"),
+    ("cosine_alone", (FIRST, SECOND), ("a * cos", "b * cos"), "the cosine alone; the partner times sine is missing"),
+    ("no_partner", (FIRST, SECOND), ("a * cos", "b * sin"), "one half times cosine, one times sine; each needs both"),
+    ("added", (FIRST, SECOND), ("a + cos", "b + sin"), "cos and sin added, as in the first Transformer; RoPE turns"),
+    ("added_sine_first", (FIRST, SECOND), ("a + sin", "b + cos"), "sin and cos added, as in the first Transformer; "
+     "RoPE turns"),
+    ("angles_in_half_precision", ("positions[:, None].float()", "* speeds"),
+     ("positions[:, None].to(x.dtype)", "* speeds.to(x.dtype)"), "the angles computed in bfloat16, which cannot tell "
+     "position 1001 from 1000; compute them in float32"),
+    ("rope_left_in_float32", COS_SIN, "cos, sin = angle.cos(), angle.sin()", "float32 returned for a bfloat16 input; "
+     "cast cos and sin with .to(x.dtype)"),
+))  # fmt: skip
 
 
-def pairs_interleaved(x, positions, theta):
-    """neighbours turned together, features 2i and 2i + 1, as in Meta's files;
-    here feature i goes with feature i + d/2"""
-    angle = angles(positions, x.shape[-1], theta)
-    (a, b), cos, sin = (x[..., ::2], x[..., 1::2]), angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+def inputs_of_rope(draw, B, H, T, d, theta, start):
+    return dict(x=draw(B, H, T, d), positions=start + 7 * torch.arange(T) % 11, theta=theta)  # not in order, with gaps
 
 
-def turned_backwards(x, positions, theta):
-    """turned the wrong way: the new first half is a·cos − b·sin, the new second half b·cos + a·sin"""
-    return turned(x, angles(positions, x.shape[-1], theta), sign=-1)
-
-
-def positions_from_one(x, positions, theta):
-    """positions counted from 1 where they are given from 0: the first token must come out as it went in"""
-    return right_rope(x, positions + 1, theta)
-
-
-def own_positions(x, positions, theta):
-    """the tokens counted anew from 0, the given positions ignored"""
-    return right_rope(x, torch.arange(x.shape[-2]), theta)
-
-
-def exponent_halved(x, positions, theta):
-    """the exponent too small by a factor of two: pair i turns by theta^(−2i/d), which is arange(0, d, 2) / d,
-    not arange(d / 2) / d"""
-    d = x.shape[-1]
-    return turned(x, positions[:, None].float() * theta ** -(torch.arange(d // 2).float() / d))
-
-
-def exponent_doubled(x, positions, theta):
-    """the exponent too large by a factor of two: pair i turns by theta^(−2i/d);
-    arange(0, d, 2) is 2i already, divide it by d"""
-    d = x.shape[-1]
-    return turned(x, positions[:, None].float() * theta ** -(torch.arange(0, d, 2).float() / (d // 2)))
-
-
-def exponent_positive(x, positions, theta):
-    """the exponent's sign lost: theta^(+2i/d) turns later pairs faster, they should turn slower"""
-    d = x.shape[-1]
-    return turned(x, positions[:, None].float() * theta ** (torch.arange(0, d, 2).float() / d))
-
-
-def pairs_from_one(x, positions, theta):
-    """the pairs counted from 1: the first pair turns by one radian a position, theta^0"""
-    d = x.shape[-1]
-    return turned(x, positions[:, None].float() * theta ** -(torch.arange(2, d + 2, 2).float() / d))
-
-
-def one_speed(x, positions, theta):
-    """every pair turned at the same speed; pair i turns by theta^(−2i/d) a position"""
-    return turned(x, positions[:, None].float().expand(-1, x.shape[-1] // 2))
-
-
-def layouts_mixed(x, positions, theta):
-    """features paired as halves, with angles laid out for neighbours: here the (T, d/2) angles
-    stand twice behind each other, not each twice in a row"""
-    angle, (a, b) = angles(positions, x.shape[-1], theta).repeat_interleave(2, -1), x.chunk(2, -1)
-    return x * angle.cos().to(x.dtype) + torch.cat((-b, a), -1) * angle.sin().to(x.dtype)
-
-
-def one_sign_wrong(x, positions, theta):
-    """the second half made as b·cos − a·sin; it is b·cos + a·sin, only the first half has a minus"""
-    angle = angles(positions, x.shape[-1], theta)
-    return torch.cat((turned(x, angle).chunk(2, -1)[0], turned(x, angle, sign=-1).chunk(2, -1)[1]), -1)
-
-
-def second_half_left(x, positions, theta):
-    """only the first half turned, the second left as it was"""
-    return torch.cat((right_rope(x, positions, theta).chunk(2, -1)[0], x.chunk(2, -1)[1]), -1)
-
-
-def second_from_new_first(x, positions, theta):
-    """the second half made from the first half's new value; both are made from the old ones"""
-    (a, b), angle = x.chunk(2, -1), angles(positions, x.shape[-1], theta)
-    a = a * angle.cos().to(x.dtype) - b * angle.sin().to(x.dtype)
-    return torch.cat((a, b * angle.cos().to(x.dtype) + a * angle.sin().to(x.dtype)), -1)
-
-
-def sine_and_cosine_swapped(x, positions, theta):
-    """sine and cosine changed places: position 0, with cos 0 = 1 and sin 0 = 0, must change nothing"""
-    return turned(x, torch.pi / 2 - angles(positions, x.shape[-1], theta))
-
-
-def added(x, positions, theta):
-    """cos and sin added to the features, as the first Transformer's positions are;
-    RoPE turns, and leaves lengths as they are"""
-    angle = angles(positions, x.shape[-1], theta)
-    return x + torch.cat((angle.cos(), angle.sin()), -1).to(x.dtype)
-
-
-def angles_in_half_precision(x, positions, theta):
-    """the angles computed in bfloat16, which cannot tell position 1001 from 1000;
-    compute them in float32 and cast cos and sin"""
-    speed = theta ** -(torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])
-    return turned(x, positions[:, None].to(x.dtype) * speed.to(x.dtype))
-
-
-def rope_left_in_float32(x, positions, theta):
-    """float32 returned for a bfloat16 input; cast cos and sin with .to(x.dtype)"""
-    return right_rope(x.float(), positions, theta)
-
-
-ROPES = (
-    pairs_interleaved, turned_backwards, positions_from_one, own_positions, exponent_halved, exponent_doubled,
-    exponent_positive, pairs_from_one, one_speed, layouts_mixed, one_sign_wrong, second_half_left,
-    second_from_new_first, sine_and_cosine_swapped, added, angles_in_half_precision, rope_left_in_float32,
+ROPE_SIZES = (
+    dict(B=2, H=3, T=5, d=8, theta=100.0, start=2), dict(B=1, H=2, T=4, d=6, theta=20000.0, start=301),
+    dict(B=3, H=4, T=4, d=4, theta=500.0, start=0), dict(B=1, H=1, T=1, d=2, theta=50.0, start=9),
 )  # fmt: skip
 
-
-def probe_rope(answer, draw):
-    x = draw(2, 3, 5, 8)
-    yield "the output (B, H, T, d)", answer(x, torch.arange(5), 100.0)
-    yield "the output at positions 7, 3, 0, 20, 21 (B, H, T, d)", answer(x, torch.tensor([7, 3, 0, 20, 21]), 10000.0)
-    yield (
-        "the output in bfloat16 at positions 1000 to 1004 (B, H, T, d)",
-        answer(x.bfloat16(), torch.arange(1000, 1005), 100.0),
-    )
+# ── attention ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── attention ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def grouped_query_attention(q, k, v):
+    k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))  # (B, H, T, d)
+    scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, T, T)
+    future = torch.ones(q.shape[2], q.shape[2]).triu(1).bool()
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return weights @ v
 
 
-def right_attention(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+SCALE, WEIGHTS = "/ q.shape[-1] ** 0.5", "scores.masked_fill(future, -torch.inf).softmax(-1)"
+REPEATED = "k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))"
+WIDE = "z.repeat_interleave(q.shape[1] // z.shape[1], 1)"
+BLIND = "a mask off by one: a token does not see itself; mask from the first diagonal above the main one"
+SCALES = (
+    ("scaled_by_width", SCALE, "/ (q.shape[1] * q.shape[-1]) ** 0.5", "scores divided by √D, the root of the whole "
+     "width H·d; each head has d features, divide by √d"),
+    ("unscaled", SCALE, "", "scores not divided at all; divide them by √d"),
+    ("scaled_by_d", SCALE, "/ q.shape[-1]", "scores divided by d; divide them by its root, √d"),
+    ("scaled_up", SCALE, "* q.shape[-1] ** 0.5", "scores multiplied by √d; divide them by it"),
+)  # fmt: skip
+OVER_KEYS = "each query shares out its attention over the keys, the last axis"
+ALTERNATING = (
+    "key heads repeated as a b a b a b; query heads that share a key head lie side by side, a a a b b b: "
+    "repeat_interleave, not repeat"
+)
+K_WIDE, V_WIDE = (f"{z}.repeat_interleave(q.shape[1] // {z}.shape[1], 1)" for z in "kv")
+ATTENTIONS = catalogue(grouped_query_attention, SCALES + (
+    ("scaled_by_key_width", (REPEATED, SCALE), ("G = k.shape[1]; " + REPEATED, "/ (G * q.shape[-1]) ** 0.5"),
+     "divided by the root of all key heads' width, G·d; divide by √d"),
+    ("keys_not_turned", "k.mT", "k", "keys not transposed: q @ k.mT multiplies each query with each key"),
+    ("masked_with_ten", "-torch.inf", "-10.0", "hidden scores set to −10, which still has a share; set them to −∞"),
+    ("scaled_by_tokens", SCALE, "/ q.shape[2] ** 0.5", "divided by the root of the number of tokens; divide by √d"),
+    ("scaled_by_heads", SCALE, "/ q.shape[1] ** 0.5", "divided by the root of the number of heads; divide by √d"),
+    ("scaled_after_softmax", (SCALE, "weights @ v"), ("", "weights @ v / q.shape[-1] ** 0.5"), "the division by √d "
+     "behind the softmax; it belongs to the scores, before it"),
+    ("no_mask", WEIGHTS, "scores.softmax(-1)", "no mask: every token sees those that come after it"),
+    ("sees_one_ahead", "triu(1)", "triu(2)", "a mask off by one: each token sees the next one, which it shall predict"),
+    ("blind_to_itself", "triu(1)", "triu(0)", f"{BLIND}, and the first, which sees nothing, becomes NaN"),
+    ("blind_to_itself_but_finite", ("triu(1)", "-torch.inf"), ("triu(0)", "-1e9"), BLIND),
+    ("mask_upside_down", "triu(1)", "tril(-1)", "the mask upside down: tokens see themselves and what comes after"),
+    ("mask_inverted", "(future", "(~future", "the mask turned round, so that the last token becomes NaN"),
+    ("mask_inverted_but_finite", "future, -torch.inf", "~future, -1e9", "the mask turned round"),
+    ("masked_with_zero", "-torch.inf", "0.0", "hidden scores set to 0; the softmax gives e⁰ its share, set them to −∞"),
+    ("masked_with_one", "-torch.inf", "-1.0", "hidden scores set to −1; e⁻¹ still has a share, set them to −∞"),
+    ("masked_with_plus", "-torch.inf", "1e9", "hidden scores made huge, which takes everything; set them to −∞"),
+    ("infinity_times_zero", WEIGHTS, "(scores + future.to(q.dtype) * -torch.inf).softmax(-1)", "0 · −∞ is NaN: "
+     "masked_fill"),
+    ("mask_subtracted", WEIGHTS, "(scores - future.to(q.dtype)).softmax(-1)", "1 off the hidden scores; set them to "
+     "−∞"),
+    ("mask_added", WEIGHTS, "(scores + future.to(q.dtype)).softmax(-1)", "1 added to the hidden scores; set them to "
+     "−∞"),
+    ("negative_scores", "q @ k.mT", "-q @ k.mT", "the scores' sign lost: the key that fits best gets least"),
+    ("masked_after_softmax", WEIGHTS, "scores.softmax(-1).masked_fill(future, 0.0)", "the mask behind the softmax: the "
+     "weights then no longer sum to 1, and early tokens come out small"),
+    ("no_softmax", WEIGHTS, "scores.masked_fill(future, 0.0)", "no softmax: scores become weights only through it"),
+    ("sigmoid_for_softmax", "softmax(-1)", "sigmoid()", "a sigmoid for the softmax: weights do not sum to 1"),
+    ("softmax_over_queries", "softmax(-1)", "softmax(-2)", f"the softmax over the queries' axis; {OVER_KEYS}"),
+    ("softmax_over_heads", ("-torch.inf", "softmax(-1)"), ("-1e9", "softmax(1)"),
+     f"the softmax over the heads' axis; {OVER_KEYS}"),
+    ("softmax_over_heads_to_nan", "softmax(-1)", "softmax(1)", f"the softmax over the heads' axis; {OVER_KEYS}"),
+    ("heads_alternating", WIDE, "z.repeat(1, q.shape[1] // z.shape[1], 1, 1)", ALTERNATING),
+    ("first_group_for_all", WIDE, "z[:, :1]", "the first key and value head used for every query head"),
+    ("groups_averaged", WIDE, "z.mean(1, keepdim=True)", "the key and value heads averaged; each serves H / G queries"),
+    ("values_alternating", REPEATED, f"k, v = {K_WIDE}, v.repeat(1, q.shape[1] // v.shape[1], 1, 1)",
+     "the keys repeated as a a a b b b and the values as a b a b a b: repeat both alike"),
+    ("keys_alternating", REPEATED, f"v, k = {V_WIDE}, k.repeat(1, q.shape[1] // k.shape[1], 1, 1)",
+     "the values repeated as a a a b b b and the keys as a b a b a b: repeat both alike"),
+    ("heads_not_repeated", REPEATED, "k, v = k, v", "key heads not repeated: H query heads cannot meet G key heads"),
+    ("keys_averaged", "weights @ v", "weights @ k", "the keys averaged where the values should be"),
+    ("keys_ask", "q @ k.mT", "k @ q.mT", "the scores turned round: each row belongs to a query, q @ k.mT"),
+    ("heads_joined", "weights @ v", "(weights @ v).transpose(1, 2).flatten(2)", "heads joined; return (B, H, T, d)"),
+    ("heads_behind_tokens", "weights @ v", "(weights @ v).transpose(1, 2)", "returned as (B, T, H, d), not (B, H, T, "
+     "d)"),
+))  # fmt: skip
 
 
-def repeated(z, q):
-    """Key or value heads (B, G, T, d) repeated as a a a b b b for as many query heads as q has."""
-    return z.repeat_interleave(q.shape[1] // z.shape[1], 1)
+def inputs_of_attention(draw, B, H, G, T, d):
+    return dict(q=draw(B, H, T, d), k=draw(B, G, T, d), v=draw(B, G, T, d))
 
 
-def seen(q, k):
-    """(T, T), True where a token may look: at itself and at what stands before it."""
-    return torch.ones(q.shape[-2], k.shape[-2]).tril().bool()
+def attention_of_one_token(answer, draw):
+    """Without gradients: those of q and k are 0 up to rounding."""
+    for B, H, G, d in ((2, 6, 2, 8), (1, 1, 1, 3)):
+        out = answer(*inputs_of_attention(draw, B, H, G, 1, d).values())
+        yield Piece("the output (B, H, T, d)", out, f"for B = {B}, H = {H}, G = {G}, T = 1, d = {d}")
 
 
-def by_scores(weigh):
-    """Attention with its own way from scores (B, H, T, T) and what is seen to weights;
-    the values are averaged as they should be."""
-
-    def function(q, k, v):
-        return weigh(q @ repeated(k, q).mT / q.shape[-1] ** 0.5, seen(q, k)) @ repeated(v, q)
-
-    function.__name__, function.__doc__ = weigh.__name__, weigh.__doc__
-    return function
-
-
-def scaled_by_width(q, k, v):
-    """scores divided by √D, the root of the whole width H·d; each head has d features, divide by √d"""
-    return right_attention(q / q.shape[1] ** 0.5, k, v)
-
-
-def unscaled(q, k, v):
-    """scores not divided at all; divide them by √d"""
-    return right_attention(q * q.shape[-1] ** 0.5, k, v)
-
-
-def scaled_by_d(q, k, v):
-    """scores divided by d; divide them by its root, √d"""
-    return right_attention(q / q.shape[-1] ** 0.5, k, v)
-
-
-def scaled_after_softmax(q, k, v):
-    """the division by √d behind the softmax; it belongs to the scores, before it"""
-    return unscaled(q, k, v) / q.shape[-1] ** 0.5
-
-
-@by_scores
-def no_mask(scores, seen):
-    """no mask: every token sees those that come after it"""
-    return scores.softmax(-1)
-
-
-@by_scores
-def sees_one_ahead(scores, seen):
-    """a mask off by one: each token sees the next one too, the very one it shall predict"""
-    return scores.masked_fill(torch.ones_like(seen).triu(2), -torch.inf).softmax(-1)
-
-
-@by_scores
-def blind_to_itself(scores, seen):
-    """a mask off by one: a token does not see itself, and the first, which sees nothing, becomes NaN;
-    mask from the first diagonal above the main one"""
-    return scores.masked_fill(torch.ones_like(seen).triu(0), -torch.inf).softmax(-1)
-
-
-@by_scores
-def blind_to_itself_but_finite(scores, seen):
-    """a mask off by one: a token does not see itself; mask from the first diagonal above the main one"""
-    return scores.masked_fill(torch.ones_like(seen).triu(0), -1e9).softmax(-1)
-
-
-@by_scores
-def mask_upside_down(scores, seen):
-    """the mask upside down: tokens see themselves and what comes after"""
-    return scores.masked_fill(~seen.mT, -torch.inf).softmax(-1)
-
-
-@by_scores
-def masked_with_zero(scores, seen):
-    """hidden scores set to 0; the softmax gives e⁰ its share, set them to −∞"""
-    return (scores * seen).softmax(-1)
-
-
-@by_scores
-def masked_after_softmax(scores, seen):
-    """the mask behind the softmax: the weights then no longer sum to 1, and early tokens come out small"""
-    return scores.softmax(-1) * seen
-
-
-@by_scores
-def softmax_over_queries(scores, seen):
-    """the softmax over the queries' axis; each query shares out its attention over the keys, the last axis"""
-    return scores.masked_fill(~seen, -torch.inf).softmax(-2)
-
-
-@by_scores
-def softmax_over_heads(scores, seen):
-    """the softmax over the heads' axis; each head has its own, over the keys, the last axis"""
-    return scores.masked_fill(~seen, -1e9).softmax(1)
-
-
-def heads_alternating(q, k, v):
-    """key heads repeated as a b a b a b; query heads that share a key head lie side by side, a a a b b b:
-    repeat_interleave, not repeat"""
-    times = q.shape[1] // k.shape[1]
-    return right_attention(q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1))
-
-
-def first_group_for_all(q, k, v):
-    """the first key and value head used for every query head"""
-    return right_attention(q, k[:, :1], v[:, :1])
-
-
-def values_alternating(q, k, v):
-    """the keys repeated as a a a b b b and the values as a b a b a b: repeat both alike"""
-    return right_attention(q, repeated(k, q), v.repeat(1, q.shape[1] // v.shape[1], 1, 1))
-
-
-def keys_averaged(q, k, v):
-    """the keys averaged where the values should be"""
-    return right_attention(q, k, k)
-
-
-ATTENTIONS = (
-    scaled_by_width, unscaled, scaled_by_d, scaled_after_softmax, no_mask, sees_one_ahead, blind_to_itself,
-    blind_to_itself_but_finite, mask_upside_down, masked_with_zero, masked_after_softmax, softmax_over_queries,
-    softmax_over_heads, heads_alternating, first_group_for_all, values_alternating, keys_averaged,
+ATTENTION_SIZES = (
+    dict(B=2, H=6, G=2, T=5, d=8), dict(B=3, H=4, G=4, T=3, d=6), dict(B=1, H=4, G=1, T=4, d=4),
+    dict(B=1, H=1, G=1, T=2, d=1),
 )  # fmt: skip
 
-
-def probe_attention(answer, draw):
-    q, k, v = (draw(2, heads, 5, 8).requires_grad_() for heads in (6, 2, 2))
-    out = answer(q, k, v)
-    yield "the output (B, H, T, d)", out
-    names = ("q's gradient (B, H, T, d)", "k's gradient (B, G, T, d)", "v's gradient (B, G, T, d)")
-    yield from zip(names, gradients(out, q, k, v))
-    yield "the output with as many key heads as query heads (B, H, T, d)", answer(*(draw(2, 4, 3, 8) for _ in range(3)))
-    yield "the output for a single token (B, H, T, d)", answer(draw(1, 6, 1, 8), draw(1, 2, 1, 8), draw(1, 2, 1, 8))
-    yield "the output in bfloat16 (B, H, T, d)", answer(*(z.detach().bfloat16() for z in (q, k, v)))
+# ── SwiGLU ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── SwiGLU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def right_swiglu(x, gate, up, down):
+def swiglu(x, gate, up, down):
     return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-def activation_on_the_other_branch(x, gate, up, down):
-    """SiLU on up's branch; it belongs on gate's"""
-    return right_swiglu(x, up, gate, down)
-
-
-def activation_on_both(x, gate, up, down):
-    """SiLU on both branches; up's stays linear"""
-    return (F.silu(x @ gate.T) * F.silu(x @ up.T)) @ down.T
-
-
-def activation_on_the_product(x, gate, up, down):
-    """SiLU on the product of the branches; it belongs on gate's branch, before the product"""
-    return F.silu((x @ gate.T) * (x @ up.T)) @ down.T
-
-
-def plain_glu(x, gate, up, down):
-    """a sigmoid for the gate, which is the first GLU; SiLU is z · sigmoid(z)"""
-    return (torch.sigmoid(x @ gate.T) * (x @ up.T)) @ down.T
-
-
-def geglu(x, gate, up, down):
-    """GELU for SiLU, which is GEGLU; SiLU is z · sigmoid(z)"""
-    return (F.gelu(x @ gate.T) * (x @ up.T)) @ down.T
-
-
-def reglu(x, gate, up, down):
-    """ReLU for SiLU, which is ReGLU; SiLU is z · sigmoid(z)"""
-    return (F.relu(x @ gate.T) * (x @ up.T)) @ down.T
-
-
-def tanh_glu(x, gate, up, down):
-    """a tanh for SiLU; SiLU is z · sigmoid(z)"""
-    return (torch.tanh(x @ gate.T) * (x @ up.T)) @ down.T
-
-
-def bilinear(x, gate, up, down):
-    """no non-linearity at all: SiLU on gate's branch is missing"""
-    return ((x @ gate.T) * (x @ up.T)) @ down.T
-
-
-def branches_added(x, gate, up, down):
-    """the branches added; they are multiplied, feature by feature"""
-    return (F.silu(x @ gate.T) + x @ up.T) @ down.T
-
-
-def no_second_branch(x, gate, up, down):
-    """up's branch left out: an ordinary feed-forward layer with SiLU"""
-    return F.silu(x @ gate.T) @ down.T
-
-
-def residual_inside(x, gate, up, down):
-    """x added to the result; the residual sum is the block's affair, not the feed-forward layer's"""
-    return x + right_swiglu(x, gate, up, down)
-
-
-SWIGLUS = (
-    activation_on_the_other_branch, activation_on_both, activation_on_the_product, plain_glu, geglu, reglu, tanh_glu,
-    bilinear, branches_added, no_second_branch, residual_inside,
+PRODUCT = "F.silu(x @ gate.T) * (x @ up.T)"
+OTHERS = (
+    ("plain_glu", "torch.sigmoid", "a sigmoid for the gate, which is the first GLU"), ("elu", "F.elu", "ELU for SiLU"),
+    ("geglu", "F.gelu", "GELU for SiLU, which is GEGLU"), ("reglu", "F.relu", "ReLU for SiLU, which is ReGLU"),
+    ("geglu_tanh", "torch.nn.GELU('tanh')", "GELU for SiLU, which is GEGLU"), ("mish", "F.mish", "Mish for SiLU"),
+    ("geglu_sigmoid", "(lambda z: z * torch.sigmoid(1.702 * z))", "z · sigmoid(1.702 z) for SiLU, nearly GELU"),
+    ("leaky", "F.leaky_relu", "a leaky ReLU for SiLU"), ("softplus", "F.softplus", "softplus for SiLU"),
+    ("softmax_glu", "(lambda z: z.softmax(-1))", "a softmax for SiLU"), ("tanh_glu", "torch.tanh", "a tanh for SiLU"),
+    ("squared_relu", "(lambda z: F.relu(z) ** 2)", "a squared ReLU for SiLU"),
+    ("hardswish", "F.hardswish", "a hard swish for SiLU"),
+    ("exponent_positive", "(lambda z: z / (1 + torch.exp(z)))", "z / (1 + e^z) for SiLU, which is z · sigmoid(−z)"),
 )  # fmt: skip
+STORED, ALL = "a linear layer keeps its matrix as (out, in): x @ W.T, or F.linear(x, W)", f"({PRODUCT}) @ down.T"
+FOR_SILU = tuple((name, "F.silu", new, f"{what}; SiLU is z · sigmoid(z)") for name, new, what in OTHERS)
+SWIGLUS = catalogue(swiglu, FOR_SILU + (
+    ("activation_on_the_other_branch", PRODUCT, "(x @ gate.T) * F.silu(x @ up.T)", "SiLU on up's branch, not on "
+     "gate's"),
+    ("activation_on_both", "(x @ up.T)", "F.silu(x @ up.T)", "SiLU on both branches; up's stays linear"),
+    ("activation_on_the_product", PRODUCT, "F.silu((x @ gate.T) * (x @ up.T))", "SiLU on the product of the branches; "
+     "it belongs on gate's branch, before the product"),
+    ("activation_on_x", "F.silu(x @ gate.T)", "(F.silu(x) @ gate.T)", "SiLU on x; it comes behind gate's matrix"),
+    ("activation_at_the_end", ALL, "F.silu(((x @ gate.T) * (x @ up.T)) @ down.T)", "SiLU behind down; not on gate's"),
+    ("activation_at_the_end_too", ALL, f"F.silu({PRODUCT}) @ down.T", "SiLU on the product too; on gate's branch "
+     "alone"),
+    ("activation_twice", "F.silu(x @ gate.T)", "F.silu(F.silu(x @ gate.T))", "SiLU twice on gate's branch"),
+    ("gated_twice", "F.silu(", "(x @ gate.T) * F.silu(", "SiLU times its input once more: z · σ(z) is all of it"),
+    ("plain_glu_turned", PRODUCT, "(x @ gate.T) * torch.sigmoid(x @ up.T)", "a sigmoid on up's branch, not SiLU on "
+     "gate's"),
+    ("geglu_turned", PRODUCT, "(x @ gate.T) * F.gelu(x @ up.T)", "GELU, and on up's branch; SiLU belongs on gate's"),
+    ("sigmoid_on_both", PRODUCT, "torch.sigmoid(x @ gate.T) * torch.sigmoid(x @ up.T)", "a sigmoid on both, no SiLU"),
+    ("bilinear", "F.silu", "", "no non-linearity at all: SiLU on gate's branch is missing"),
+    ("branches_added", "* (x", "+ (x", "the branches added; they are multiplied, feature by feature"),
+    ("branches_subtracted", "* (x", "- (x", "the branches subtracted; they are multiplied, feature by feature"),
+    ("no_second_branch", " * (x @ up.T)", "", "up's branch left out: an ordinary feed-forward layer with SiLU"),
+    ("no_gate", PRODUCT, "F.silu(x @ up.T)", "gate's branch left out: an ordinary feed-forward layer with SiLU"),
+    ("residual_inside", "return", "return x +", "x added to the result; the residual sum is the block's affair"),
+    ("not_brought_down", " @ down.T", "", "down left out: the product still has F features; down brings it back to D"),
+    ("scaled", "return", "return gate.shape[0] ** -0.5 *", "the result divided by √F; nothing is scaled here"),
+    ("matrices_not_transposed", "gate.T", "gate", f"gate or up not transposed: {STORED}"),
+    ("down_not_transposed", "down.T", "down", f"down not transposed: {STORED}"),
+))  # fmt: skip
 
 
-def probe_swiglu(answer, draw):
-    x, gate, up, down = draw(2, 5, 8), draw(12, 8).div(2), draw(12, 8).div(2), draw(8, 12).div(3)
-    for tensor in (x, gate, up, down):
-        tensor.requires_grad_()
-    out = answer(x, gate, up, down)
-    yield "the output (B, T, D)", out
-    names = ("x's gradient (B, T, D)", "gate's gradient", "up's gradient", "down's gradient")
-    yield from zip(names, gradients(out, x, gate, up, down))
-    yield "the output in bfloat16 (B, T, D)", answer(*(z.detach().bfloat16() for z in (x, gate, up, down)))
+def inputs_of_swiglu(draw, B, T, D, F):
+    return dict(x=draw(B, T, D), gate=draw(F, D) / 2, up=draw(F, D) / 2, down=draw(D, F) / 3)
 
 
-# ── the fused matrix of GPT-2 ───────────────────────────────────────────────────────────────────────────────────────
+# ── the fused matrix of GPT-2 ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def right_split(weight, bias):
-    file = {"transformer.h.0.attn.c_attn.weight": weight, "transformer.h.0.attn.c_attn.bias": bias}
-    ours = from_hf(ARCHITECTURES["gpt2"], file)
-    return tuple(
-        torch.stack([ours[f"layers.0.self_attn.{name}_proj.{kind}"] for name in "qkv"]) for kind in ("weight", "bias")
-    )
+def split_fused(weight, bias):
+    matrices = torch.stack([part.T for part in weight.chunk(3, 1)])  # (3, D, D)
+    return matrices, torch.stack(bias.chunk(3))
 
 
-def not_transposed(weight, bias):
-    """the matrices not transposed: the file keeps them (in, out) and multiplies x @ W,
-    a linear layer keeps (out, in)"""
-    return torch.stack(weight.chunk(3, 1)), bias.unflatten(0, (3, -1))
-
-
-def cut_along_the_inputs(weight, bias):
-    """cut along the inputs: q, k and v lie side by side in the columns of the file's matrix, which are the outputs"""
-    return weight.reshape(3, weight.shape[0], -1), bias.unflatten(0, (3, -1))
-
-
-def cut_along_the_inputs_and_transposed(weight, bias):
-    """the memory read as (3, D, D) before transposing, which cuts along the inputs; the outputs are the columns:
-    chunk(3, dim=1), then transpose each"""
-    return weight.reshape(3, weight.shape[0], -1).mT, bias.unflatten(0, (3, -1))
-
-
-def every_third(weight, bias):
-    """every third output taken, as if q, k and v took turns; they lie in three blocks,
-    first q's outputs, then k's, then v's"""
-    return torch.stack([weight.T[i::3] for i in range(3)]), torch.stack([bias[i::3] for i in range(3)])
-
-
-def keys_first(weight, bias):
-    """the order k, q, v; the file has q first"""
-    w, b = right_split(weight, bias)
-    return w[[1, 0, 2]], b[[1, 0, 2]]
-
-
-def order_reversed(weight, bias):
-    """the order v, k, q; the file has q first"""
-    w, b = right_split(weight, bias)
-    return w.flip(0), b.flip(0)
-
-
-def biases_take_turns(weight, bias):
-    """the matrices cut in blocks and the biases by turns; both lie in three blocks"""
-    return right_split(weight, bias)[0], bias.unflatten(0, (-1, 3)).T
-
-
-SPLITS = (
-    not_transposed, cut_along_the_inputs, cut_along_the_inputs_and_transposed, every_third, keys_first, order_reversed,
-    biases_take_turns,
-)  # fmt: skip
+MATRICES = "torch.stack([part.T for part in weight.chunk(3, 1)])"
+BOTH = "return matrices, torch.stack(bias.chunk(3))"
+BIASES, THIRDS = "torch.stack(bias.chunk(3))", "torch.stack([weight.T[i::3] for i in range(3)])"
+BLOCKS = "there are three blocks: q's outputs, k's, v's"
+IN_FRONT = "the axis of three is first: torch.stack(…)"
+SPLITS = catalogue(split_fused, (
+    ("not_transposed", "part.T", "part", "the matrices not transposed: the file keeps them (in, out) and multiplies x "
+     "@ W, a linear layer keeps (out, in)"),
+    ("cut_along_the_inputs", MATRICES, "weight.reshape(3, weight.shape[0], -1)", "cut along the inputs: q, k and v lie "
+     "side by side in the columns of the file's matrix, which are the outputs"),
+    ("cut_along_the_inputs_and_transposed", MATRICES, "weight.reshape(3, weight.shape[0], -1).mT",
+     "the memory read as (3, D, D) before transposing, which cuts along the inputs; the outputs are the columns: "
+     "chunk(3, dim=1), then transpose each"),
+    ("rows_cut", "chunk(3, 1)", "chunk(3, 0)", "cut along the inputs, the file's rows; q, k, v are blocks of columns"),
+    ("every_third", (MATRICES, "bias.chunk(3)"), (THIRDS, "[bias[i::3] for i in range(3)]"),
+     f"every third output taken; {BLOCKS}"),
+    ("every_third_not_turned", (MATRICES, "bias.chunk(3)"),
+     (THIRDS.replace(".T[i::3]", "[:, i::3]"), "[bias[i::3] for i in range(3)]"),
+     f"every third output taken, and not transposed; {BLOCKS}"),
+    ("matrices_take_turns", MATRICES, THIRDS, f"the biases cut in blocks and the matrices by turns; {BLOCKS}"),
+    ("biases_take_turns", BIASES, "bias.unflatten(0, (-1, 3)).T",
+     f"the matrices cut in blocks and the biases by turns; {BLOCKS}"),
+    ("keys_first", BOTH, "return matrices[[1, 0, 2]], bias.view(3, -1)[[1, 0, 2]]", "the order k, q, v; q is first"),
+    ("values_second", BOTH, "return matrices[[0, 2, 1]], bias.view(3, -1)[[0, 2, 1]]", "the order q, v, k; k is "
+     "second"),
+    ("order_reversed", BOTH, "return matrices.flip(0), bias.view(3, -1).flip(0)", "the order v, k, q; the file has q "
+     "first"),
+    ("bias_keys_first", BOTH, "return matrices, bias.view(3, -1)[[1, 0, 2]]", "the biases' order k, q, v; q is first"),
+    ("matrix_keys_first", BOTH, "return matrices[[1, 0, 2]], bias.view(3, -1)", "the matrices' order k, q, v; q is "
+     "first"),
+    ("one_transposed", "part.T for part in weight.chunk(3, 1)",
+     "w if i else w.T for i, w in enumerate(weight.chunk(3, 1))", "only the first matrix transposed; all three are "
+     "kept (in, out) in the file"),
+    ("three_axis_last", "chunk(3, 1)])", "chunk(3, 1)], -1)", f"stacked along the last axis; {IN_FRONT}"),
+    ("three_axis_between", "chunk(3, 1)])", "chunk(3, 1)], 1)", f"stacked along axis 1; {IN_FRONT}"),
+    ("matrices_not_stacked", "torch.stack([", "torch.cat([",
+     f"the three matrices on top of one another, (3 D, D); {IN_FRONT}"),
+    ("biases_not_stacked", BIASES, "bias", "the biases left as one row, (3 D,); needed is (3, D)"),
+    ("biases_as_columns", BIASES, "torch.stack(bias.chunk(3), 1)", "the biases as columns, (D, 3); needed is (3, D)"),
+    ("biases_zero", BIASES, "torch.zeros(3, len(weight))", "the biases left at 0"),
+    ("pair_swapped", BOTH, "return torch.stack(bias.chunk(3)), matrices", "the biases first; needed are matrices, then "
+     "biases"),
+    ("matrices_alike", MATRICES, "weight.chunk(3, 1)[0].T.expand(3, -1, -1)", "q's matrix three times"),
+))  # fmt: skip
 
 
 def probe_split(answer, draw):
-    weight, bias = draw(8, 24), draw(24)
     names = "the three matrices (3, D, D)", "the three biases (3, D)"
-    yield from zip(names, answer_pair(answer(weight, bias), names))
+    for D in (8, 6, 1):
+        result = answer(draw(D, 3 * D), draw(3 * D))
+        for what, value in zip(names, pair(result, "the three matrices, then the three biases")):
+            if isinstance(value, tuple | list) and len({getattr(part, "shape", None) for part in value}) == 1:
+                value = torch.stack(tuple(value))  # a list of three counts as their stack
+            yield Piece(what, value, f"for D = {D}" if D < 8 else "")
 
 
-def answer_pair(result, names):
-    """The pair an answer returned; a list of three tensors counts as their stack."""
-    for what, value in named(names, result):
-        if isinstance(value, tuple | list):
-            if len({tuple(part.shape) for part in value if isinstance(part, torch.Tensor)}) != 1:
-                needed = f"{what} should be one tensor, or three of the same shape"
-                raise Wrong("shape", f"{needed}; it is {describe(value)}")
-            value = torch.stack(tuple(value))
-        yield value
+# ── the cache ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── the cache ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def behind(past, k, v):
-    """New keys and values behind the cached ones."""
-    return (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
-
-
-def places(x, past):
-    """The positions of the new tokens behind the cached ones."""
-    return torch.arange(x.shape[1]) + (0 if past is None else past[0].shape[2])
-
-
-def right_cached(attention, x, past):
-    q, k, v = attention.project(x, places(x, past))
-    k, v = behind(past, k, v)
-    return attention.output(attention.attend(q, k, v)), (k, v)
-
-
-def with_mask(attention, q, k, v, mask):
-    """Attention under a mask of one's own, joined and projected; a token that sees nothing at all looks everywhere."""
-    scores = (q @ repeated(k, q).mT / q.shape[-1] ** 0.5).masked_fill(~mask, -1e9)
-    return attention.output(scores.softmax(-1) @ repeated(v, q))
-
-
-def positions_restart(attention, x, past):
-    """the new tokens' positions begin at 0 again; they go on behind the cached ones, from S"""
-    q, k, v = attention.project(x, torch.arange(x.shape[1]))
-    k, v = behind(past, k, v)
-    return attention.output(attention.attend(q, k, v)), (k, v)
-
-
-def not_turned(attention, x, past):
-    """no positions given to `project`, so that nothing is turned; without them RoPE has nothing to turn by"""
-    q, k, v = attention.project(x)
-    k, v = behind(past, k, v)
-    return attention.output(attention.attend(q, k, v)), (k, v)
-
-
-def positions_leave_a_gap(attention, x, past):
-    """the new tokens' positions one too late: behind S cached tokens, at 0 … S − 1, the first new one stands at S"""
-    q, k, v = attention.project(x, places(x, past) + int(past is not None))
-    k, v = behind(past, k, v)
-    return attention.output(attention.attend(q, k, v)), (k, v)
-
-
-def positions_one_too_early(attention, x, past):
-    """the new tokens' positions one too early: behind S cached tokens, at 0 … S − 1, the first new one stands at S"""
-    q, k, v = attention.project(x, places(x, past) - int(past is not None))
-    k, v = behind(past, k, v)
-    return attention.output(attention.attend(q, k, v)), (k, v)
-
-
-def new_before_old(attention, x, past):
-    """the new keys put before the cached ones; they go behind them"""
-    q, k, v = attention.project(x, places(x, past))
+def cached_attention(attention, x, past):
+    S, T = 0 if past is None else past[0].shape[2], x.shape[1]
+    q, k, v = attention.project(x, S + torch.arange(T))
     if past is not None:
-        k, v = torch.cat((k, past[0]), 2), torch.cat((v, past[1]), 2)
-    return attention.output(attention.attend(q, k, v)), (k, v)
+        k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, G, S + T, d)
+    all_k, all_v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
+    scores = q @ all_k.mT / q.shape[-1] ** 0.5  # (B, H, T, S + T)
+    hidden = torch.ones(scores.shape[-2:]).triu(S + 1).bool()
+    y = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ all_v
+    return attention.output(y), (k, v)
 
 
-def turned_twice(attention, x, past):
-    """cached keys turned a second time; a key is turned once, when it is new, then kept as it is"""
-    q, k, v = attention.project(x, places(x, past))
-    if past is not None:
-        old = past[0].shape[2]
-        past = rotate(past[0], *attention.rope(torch.arange(old))), past[1]
-    k, v = behind(past, k, v)
-    return attention.output(attention.attend(q, k, v)), (k, v)
+PLACES, KEPT, WEIGHED = "S + torch.arange(T)", "(k, v)\n", "scores.masked_fill(hidden, -torch.inf).softmax(-1)"
+BEHIND = "k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)"
+GROUPS = "z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v)"
+STANDS = "behind S cached tokens the first new one stands at S"
+SEES = "new token i sees the first S + i + 1: tril(S)"
+CACHES = catalogue(cached_attention, (
+    ("positions_restart", PLACES, "torch.arange(T)", "the new tokens' positions begin at 0 again; they go on, from S"),
+    ("not_turned", ", " + PLACES, "", "no positions given to `project`; without them RoPE has nothing to turn by"),
+    ("positions_leave_a_gap", PLACES, "S + int(S > 0) + torch.arange(T)",
+     f"the new tokens' positions one too late: {STANDS}"),
+    ("positions_from_one", PLACES, "S + 1 + torch.arange(T)", f"positions counted from 1; {STANDS}"),
+    ("positions_one_too_early", PLACES, "S - int(S > 0) + torch.arange(T)",
+     f"the new tokens' positions one too early: {STANDS}"),
+    ("positions_all_alike", PLACES, "S + 0 * torch.arange(T)", "one position, S, for all new tokens: S, S + 1, …"),
+    ("positions_behind_the_new", PLACES, "S + T + torch.arange(T)", f"positions that begin at S + T; {STANDS}"),
+    ("scaled_by_stream", "q.shape[-1] ** 0.5", "attention.width ** 0.5", "divided by √D, the stream's width; divide by "
+     "√d"),
+    ("positions_of_the_batch", PLACES, "(S and len(past[0])) + torch.arange(T)", "positions from past[0].shape[0]; S "
+     "is shape[2]"),
+    ("positions_of_another_axis", PLACES, "(S and past[0].shape[1]) + torch.arange(T)", "positions that begin at "
+     "past[0].shape[1], the number of key heads; S is past[0].shape[2]"),
+    ("new_before_old", BEHIND, "k, v = torch.cat((k, past[0]), 2), torch.cat((v, past[1]), 2)",
+     "the new keys put before the cached ones; they go behind them"),
+    ("turned_twice", "((past[0], k)", "((rotate(past[0], *attention.rope(torch.arange(S))), k)",
+     "cached keys turned a second time; a key is turned once, when it is new, then kept as it is"),
+    ("kept_unturned", ("    if past", "q @ all_k.mT"),
+     ("    k, v = attention.keys_values(x)\n    if past", "q @ rotate(all_k, *attention.rope(torch.arange(S + T))).mT"),
+     "keys cached before they are turned, so that every step must turn all of them again; turn a key once, then keep "
+     "it"),
+    ("only_the_new_kept", KEPT, "(k[:, :, S:], v[:, :, S:])", "only the new keys and values returned as the cache: "
+     "what came before is lost at the next step"),
+    ("new_not_kept", KEPT, "(past or (k, v))", "the old cache returned, without the new tokens"),
+    ("old_not_seen", (" for z in (k, v)", "triu(S + 1)"), (" for z in (k[:, :, S:], v[:, :, S:])", "triu(1)"),
+     "the new tokens look at each other only, not at the cached ones"),
+    ("past_ignored", "0 if past is None else past[0].shape[2]", "(past := None) or 0", "`past` not used"),
+    ("values_not_kept", "past[1]", "0 * past[1]", "zeros in the place of the cached values; both are kept"),
+    ("keys_for_values", "past[1]", "past[0]", "the cached keys put where the cached values belong, past[1]"),
+    ("keys_and_values_swapped", KEPT, "(v, k)", "the cache returned as (values, keys); needed is (keys, values)"),
+    ("joined_along_heads", BEHIND, "k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)",
+     "the cached keys joined along the heads' axis; tokens are axis 2 of (B, G, S, d)"),
+    ("no_mask", "scores.masked_fill(hidden, -torch.inf)", "scores", "no mask at all: a token sees those that come "
+     "after it"),
+    ("new_see_each_other", "triu(S + 1)", "triu(S + T if S else 1)",
+     f"no mask among the new tokens: each sees those behind it; {SEES}"),
+    ("mask_from_the_corner", "triu(S + 1)", "triu(1)",
+     f"a mask begun in its upper left corner, which is what is_causal=True gives; {SEES}"),
+    ("mask_hides_the_new", ("triu(S + 1)", "-torch.inf"), ("triu(S or 1)", "-1e9"),
+     f"a mask off by one: the new tokens do not see themselves; {SEES}"),
+    ("mask_hides_itself", "triu(S + 1)", "triu(S)",
+     f"a mask off by one: no token sees itself, and the first becomes NaN; {SEES}"),
+    ("mask_shows_the_next", "triu(S + 1)", "triu(S + 2)",
+     f"a mask off by one: each token sees the one behind it too; {SEES}"),
+    ("mask_of_the_new", "triu(S + 1)", "triu(T + 1)", f"a mask begun at the number of new tokens, T; {SEES}"),
+    ("hidden_set_to_zero", "-torch.inf", "0.0", "hidden scores set to 0; e⁰ still has a share, set them to −∞"),
+    ("masked_after_softmax", WEIGHED, "scores.softmax(-1).masked_fill(hidden, 0.0)", "the mask behind the softmax; it "
+     "belongs before it"),
+    ("heads_repeated_in_the_cache", "    if past", f"    k, v = ({GROUPS})\n    if past", "key and value heads "
+     "repeated before they are cached, which makes the cache H / G times as large; keep G heads and repeat afterwards"),
+    ("heads_alternating", GROUPS, "z.repeat(1, q.shape[1] // z.shape[1], 1, 1) for z in (k, v)", ALTERNATING),
+    ("not_projected", "attention.output(y)", "y.transpose(1, 2).flatten(2)", "not projected: call attention.output(y)"),
+    ("y_returned", "attention.output(y)", "y", "neither joined nor projected: call attention.output(y)"),
+    ("pair_swapped", "attention.output(y), (k, v)", "(k, v), attention.output(y)", "the cache first; needed are the "
+     "output, then the cache"),
+) + SCALES)  # fmt: skip
 
 
-def kept_unturned(attention, x, past):
-    """keys cached before they are turned, so that every step must turn all of them again;
-    turn a key once, then keep it"""
-    q, _, _ = attention.project(x, places(x, past))
-    k, v = behind(past, *attention.keys_values(x))
-    turned_keys = rotate(k, *attention.rope(torch.arange(k.shape[2])))
-    return attention.output(attention.attend(q, turned_keys, v)), (k, v)
-
-
-def only_the_new_kept(attention, x, past):
-    """only the new keys and values returned as the cache: what came before is lost at the next step"""
-    q, k, v = attention.project(x, places(x, past))
-    return attention.output(attention.attend(q, *behind(past, k, v))), (k, v)
-
-
-def new_not_kept(attention, x, past):
-    """the old cache returned, without the new tokens"""
-    q, k, v = attention.project(x, places(x, past))
-    out = attention.output(attention.attend(q, *behind(past, k, v)))
-    return out, (k, v) if past is None else past
-
-
-def old_not_seen(attention, x, past):
-    """the new tokens look at each other only, not at the cached ones"""
-    q, k, v = attention.project(x, places(x, past))
-    return attention.output(attention.attend(q, k, v)), behind(past, k, v)
-
-
-def new_see_each_other(attention, x, past):
-    """no mask among the new tokens: each sees those behind it; new token i sees the first S + i + 1"""
-    q, k, v = attention.project(x, places(x, past))
-    k, v = behind(past, k, v)
-    mask = torch.ones(q.shape[2], k.shape[2]).bool() if past is not None else seen(q, k)
-    return with_mask(attention, q, k, v, mask), (k, v)
-
-
-def mask_from_the_corner(attention, x, past):
-    """a (T, S + T) mask begun in its upper left corner, which is what is_causal=True gives: new token i then sees the
-    first i + 1 only; it should see the first S + i + 1, tril(S)"""
-    q, k, v = attention.project(x, places(x, past))
-    k, v = behind(past, k, v)
-    return with_mask(attention, q, k, v, seen(q, k)), (k, v)
-
-
-def mask_hides_the_new(attention, x, past):
-    """a mask off by one: the new tokens do not see themselves; new token i sees the first S + i + 1,
-    itself the last of them"""
-    q, k, v = attention.project(x, places(x, past))
-    k, v = behind(past, k, v)
-    T, S = q.shape[2], k.shape[2]
-    mask = torch.ones(T, S).tril(S - T - 1).bool() if past is not None else seen(q, k)
-    return with_mask(attention, q, k, v, mask), (k, v)
-
-
-def heads_repeated_in_the_cache(attention, x, past):
-    """key and value heads repeated before they are cached, which makes the cache H / G times as large;
-    keep G heads and repeat afterwards"""
-    q, k, v = attention.project(x, places(x, past))
-    k, v = behind(past, repeated(k, q), repeated(v, q))
-    mask = torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()
-    return with_mask(attention, q, k, v, mask), (k, v)
-
-
-CACHES = (
-    positions_restart, not_turned, positions_leave_a_gap, positions_one_too_early, new_before_old, turned_twice,
-    kept_unturned, only_the_new_kept, new_not_kept, old_not_seen, new_see_each_other, mask_from_the_corner,
-    mask_hides_the_new, heads_repeated_in_the_cache,
-)  # fmt: skip
+CACHE_SIZES = (2, 40, 6, 2, 8, (4, 3, 1)), (1, 10, 3, 3, 4, (1, 2, 2)), (3, 6, 4, 1, 2, (2, 1))  # B, D, H, G, d, T …
 
 
 def probe_cached(answer, draw):
-    attention, past, S = filled(Attention(40, 6, 2, 8, RoPE(8), bias=True), draw), None, 0
-    steps = {4: "of the first 4 tokens", 3: "of 3 tokens behind 4 cached ones", 1: "of 1 token behind 7 cached ones"}
-    for T, what in steps.items():
-        x, S = draw(2, T, 40), S + T
-        (_, out), (_, past) = named(("the output", "the cache"), answer(attention, x, past))
-        yield f"the output {what} (B, T, D)", out
-        past = tuple(value for _, value in named(("keys", "values"), past))
-        for kind, value in zip(("keys", "values"), past):
-            yield f"the {kind} {what}, all so far (B, G, S, d)", value
+    for halved in (False, True):
+        for B, D, H, G, d, portions in CACHE_SIZES:
+            attention, past, S = filled(Attention(D, H, G, d, RoPE(d, 50.0 * H), bias=True), draw), None, 0
+            attention = in_bfloat16(attention) if halved else attention
+            for T in portions:
+                where = f"for H = {H}, G = {G}, d = {d}, " * (D < 40)
+                where += f"of {T} token{'s' * (T > 1)}" + f" behind {S} cached" * (S > 0) + ", in bfloat16" * halved
+                x, S = draw(B, T, D), S + T
+                x = (in_bfloat16(x) if halved else x).requires_grad_()
+                out, past = pair(answer(attention, x.clone(), past), "the output, then the cache")
+                past = pair(past.unbind() if isinstance(past, torch.Tensor) else past, "keys and values")
+                yield Piece("the output (B, T, D)", out, where)
+                yield from (Piece(f"the {kind} (B, G, S, d)", z, where) for kind, z in zip(("keys", "values"), past))
+                if T > 1:  # a single token that sees one key has no gradient but rounding
+                    found = gradients(out, x)[0]  # a cache may be cut off from the graph, the new tokens may not
+                    yield Piece("the gradient with respect to x", found, where, "gradient", "x")
+                past = tuple(value.detach() for value in past)
 
 
-# ── predictions ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the answer's labels ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def answer_labels(prompt_ids, answer_ids):
+    ids = torch.tensor(prompt_ids + answer_ids)
+    labels = torch.tensor([-100] * len(prompt_ids) + answer_ids)
+    return ids, labels
+
+
+IDS, ANSWER = "prompt_ids + answer_ids", "[-100] * len(prompt_ids) + answer_ids"
+READS = "the model reads both in one row; mask labels alone"
+LABELS = catalogue(answer_labels, (
+    ("loss_on_the_prompt", ANSWER, "prompt_ids + answer_ids", "the ids as labels: loss on the prompt too; -100 there"),
+    ("loss_on_the_prompt_alone", ANSWER, "prompt_ids + [-100] * len(answer_ids)", "the mask turned round"),
+    ("shifted_already", ANSWER, "[-100] * (len(prompt_ids) - 1) + answer_ids + [-100]", "labels shifted by one "
+     "already; the loss shifts them itself: a label is the id at its own place"),
+    ("shifted_and_cut", "return ids, labels", "return ids[:-1], labels[1:]", "ids without the last and labels without "
+     "the first, which shifts them; the loss does that itself"),
+    ("shifted_the_other_way", ANSWER, "[-100] * (len(prompt_ids) + 1) + answer_ids[:-1]", "labels one place too late; "
+     "a label is the id at its own place"),
+    ("first_of_the_answer_masked", ANSWER, "[-100] * (len(prompt_ids) + 1) + answer_ids[1:]", "a mask one too long: "
+     "the answer's first id carries loss too, the prompt's last token predicts it"),
+    ("last_of_the_prompt_learned", ANSWER, "[-100] * (len(prompt_ids) - 1) + prompt_ids[-1:] + answer_ids",
+     "a mask one too short: the prompt's last id would carry loss"),
+    ("last_of_the_answer_masked", ANSWER, "[-100] * len(prompt_ids) + answer_ids[:-1] + [-100]",
+     "the answer's last id without loss; by it the model learns to stop"),
+    ("masked_as_long_as_the_answer", ANSWER, "[-100] * len(answer_ids) + (prompt_ids + answer_ids)[len(answer_ids) :]",
+     "as many -100 as the answer has ids; the prompt's places are to be left out"),
+    ("masked_by_value", ANSWER, "[-100 if i in prompt_ids else i for i in prompt_ids + answer_ids]",
+     "ids masked that occur in the prompt; an answer may repeat them: mask by place"),
+    ("rolled_back", "return ids, labels", "return ids, labels.roll(1)", "labels one place too late"),
+    ("all_masked", ANSWER, "[-100] * len(prompt_ids + answer_ids)", "every label -100: no loss falls anywhere"),
+    ("zero_for_ignored", "[-100]", "[0]", "0 where no loss is to fall; 0 is an id, the loss leaves out -100"),
+    ("minus_one_for_ignored", "[-100]", "[-1]", "-1 where no loss is to fall; the loss leaves out -100"),
+    ("hundred_for_ignored", "[-100]", "[100]", "100 where no loss is to fall; it is minus 100"),
+    ("labels_of_the_answer_alone", ANSWER, "answer_ids", "labels of the answer alone; as long as ids, -100 at first"),
+    ("answer_masked_in_ids", IDS, "prompt_ids + [-100] * len(answer_ids)",
+     f"-100 among the ids, in the answer's place; {READS}"),
+    ("prompt_masked_in_ids", IDS, "[-100] * len(prompt_ids) + answer_ids",
+     f"-100 among the ids too (labels = ids is one tensor: clone it); {READS}"),
+    ("answer_zeroed_in_ids", IDS, "prompt_ids + [0] * len(answer_ids)", f"the answer's ids set to 0; {READS}"),
+    ("ids_of_the_prompt_alone", IDS, "prompt_ids", f"ids without the answer; {READS}"),
+    ("parts_apart", (IDS, ANSWER), ("prompt_ids", "answer_ids"),
+     f"the prompt as ids and the answer as labels; {READS}"),
+    ("ids_of_the_answer_alone", IDS, "answer_ids", f"ids without the prompt; {READS}"),
+    ("answer_first", IDS, "answer_ids + prompt_ids", "the answer before the prompt"),
+    ("both_answer_first", (IDS, ANSWER), ("answer_ids + prompt_ids", "answer_ids + [-100] * len(prompt_ids)"),
+     "the answer before the prompt"),
+    ("pair_swapped", "return ids, labels", "return labels, ids", "labels and ids in each other's place: ids first"),
+    ("a_mask_for_labels", ANSWER, "[0] * len(prompt_ids) + [1] * len(answer_ids)", "a mask; labels are ids, or -100"),
+    ("an_end_added", (IDS, ANSWER), ("prompt_ids + answer_ids + [0]", "[-100] * len(prompt_ids) + answer_ids + [0]"),
+     "an id added at the end; ids and labels are as long as prompt and answer together"),
+    ("batch_axis", "return ids, labels", "return ids[None], labels[None]", "a batch axis, (1, T); needed is (T,)"),
+))  # fmt: skip
+
+
+def probe_labels(answer, draw):
+    for prompt, reply in (([5, 9, 7, 5], [7, 0, 3]), ([4], [6, 2, 4, 8, 1]), ([3, 0, 8, 2, 6], [9]), ([2], [2])):
+        given = list(prompt), list(reply)
+        result = answer(*given)
+        why = "your function changes a list it was given (`+=` lengthens it): write prompt_ids + answer_ids, a new one."
+        yield fact(given != (prompt, reply), "in place", why)
+        for what, value in zip(("ids (T)", "labels (T)"), pair(result, "ids and labels")):
+            if not isinstance(value, torch.Tensor):
+                raise Wrong("not_a_tensor", f"{what} should be a tensor, torch.tensor(…); it is {describe(value)}.")
+            why = f"{what} is {str(value.dtype)[6:]}; ids are whole numbers, torch.int64."
+            yield fact(value.dtype == torch.int64, "not_int64", why, f"whether {what} is int64")
+            yield Piece(what, value.long(), f"for {len(prompt)} + {len(reply)} ids" if prompt[0] != 5 else "")
+
+
+# ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cache_numbers():
@@ -734,18 +607,39 @@ def shifted(model, by=100):
     return "same" if torch.allclose(*logits, atol=1e-3) else "different"
 
 
+INSTEAD = "does what you are to write here; do without it"
 EXERCISES = {
-    "rms_norm": Exercise("rms_norm(x, weight, eps) -> (B, T, D)", right_rms_norm, NORMS, probe_rms_norm),
-    "rope": Exercise("rope(x, positions, theta) -> (B, H, T, d)", right_rope, ROPES, probe_rope),
-    "grouped_query_attention": Exercise(
-        "grouped_query_attention(q, k, v) -> (B, H, T, d)", right_attention, ATTENTIONS, probe_attention,
+    "rms_norm": Exercise(
+        "rms_norm(x, weight, eps) -> (B, T, D)", rms_norm, NORMS, probe_rms_norm,
+        forbidden=dict.fromkeys((F.rms_norm, torch.rms_norm), f"F.rms_norm {INSTEAD}"),
     ),
-    "swiglu": Exercise("swiglu(x, gate, up, down) -> (B, T, D)", right_swiglu, SWIGLUS, probe_swiglu),
+    "rope": Exercise(
+        "rope(x, positions, theta) -> (B, H, T, d)", rope, ROPES,
+        calls(inputs_of_rope, "the output (B, H, T, d)", ROPE_SIZES),
+        forbidden={rotate: f"attention.rotate {INSTEAD}", RoPE.__call__: f"attention.RoPE {INSTEAD}"},
+    ),
+    "grouped_query_attention": Exercise(
+        "grouped_query_attention(q, k, v) -> (B, H, T, d)", grouped_query_attention, ATTENTIONS,
+        with_more(calls(inputs_of_attention, "the output (B, H, T, d)", ATTENTION_SIZES), attention_of_one_token),
+        hints={"H": "Which key head belongs to which query head? With H = 6 and G = 2: a a a b b b."},
+        forbidden={F.scaled_dot_product_attention: f"scaled_dot_product_attention {INSTEAD}",
+                   Attention.attend: f"attention.attend {INSTEAD}"},
+    ),
+    "swiglu": Exercise(
+        "swiglu(x, gate, up, down) -> (B, T, D)", swiglu, SWIGLUS,
+        calls(inputs_of_swiglu, "the output (B, T, D)",
+              (dict(B=2, T=5, D=8, F=12), dict(B=3, T=2, D=4, F=4), dict(B=1, T=1, D=3, F=1))),
+    ),
     "split_fused": Exercise(
-        "split_fused(weight, bias) -> matrices (3, D, D), biases (3, D)", right_split, SPLITS, probe_split,
+        "split_fused(weight, bias) -> matrices (3, D, D), biases (3, D)", split_fused, SPLITS, probe_split,
     ),
     "cached_attention": Exercise(
-        "cached_attention(attention, x, past) -> output (B, T, D), (keys, values)", right_cached, CACHES, probe_cached,
+        "cached_attention(attention, x, past) -> output (B, T, D), (keys, values)", cached_attention, CACHES,
+        probe_cached,
+        forbidden={Attention.attend: f"attention.attend, which attention(…) calls too, {INSTEAD}"},
+    ),
+    "answer_labels": Exercise(
+        "answer_labels(prompt_ids, answer_ids) -> ids (T,), labels (T,)", answer_labels, LABELS, probe_labels,
     ),
     "cache_numbers": Question(
         cache_numbers, "Keys and values, in each layer, for each key head: 2 · L · G · d.",
@@ -753,17 +647,26 @@ EXERCISES = {
          2 * 30 * 9 * 64: "queries are not kept, and their heads share keys and values: "
                           "count the G key heads, not the H query heads.",
          30 * 9 * 64: "queries are not kept: count the G key heads, not the H query heads, and both keys and values.",
-         2 * 3 * 64: "that is one layer; each layer keeps its own."},
+         2 * 3 * 64: "that is one layer; each layer keeps its own.", 3 * 64: "that is one layer's keys.",
+         2 * 9 * 64: "that is one layer, and with a key head for each query head.",
+         3 * 30 * 3 * 64: "two things are kept, keys and values; a query is used once, by its own token.",
+         2 * 30 * 3: "that counts the vectors; each has d numbers.", 2 * 30 * 64: "that is one key head; there are G.",
+         30 * 576: "that is a vector of the stream for each layer; what is kept are keys and values.",
+         2 * 30 * 576: "that is as wide as the stream, as without grouped queries; there are G key heads of width d.",
+         4 * 30 * 3 * 64: "that is bytes in bfloat16; count numbers."},
+        nudge="Multiply: how many things are kept, in how many layers, for how many heads, each of which width?",
     ),
     "shifted_llama": Question(
         lambda: shifted("llama"),
         "A score depends on how far apart query and key stand, and RoPE is all that a LLaMA knows of positions.",
         {"different": "each query and each key is turned further, but by the same angle: "
                       "what does that do to the angle between them?"},
+        nudge="Turn both hands of a clock by the same angle: what happens to the angle between them?",
     ),
     "shifted_gpt2": Question(
         lambda: shifted("gpt2"),
         "A GPT-2 adds the learned vector of each place to the token; place 100 has another one than place 0.",
         {"same": "what does a GPT-2 add to the token at place 100, and what at place 0?"},
+        nudge="Two rows of a table that is learned row by row: is there any reason for them to be equal?",
     ),
 }  # fmt: skip

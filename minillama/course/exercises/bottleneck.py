@@ -1,758 +1,344 @@
 """Lesson 05: bottleneck adapters, with the wrong versions that one writes easily."""
 
-import itertools
+import contextlib
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-
-import minillama
 
 from ...adapters import bottleneck
-from ...adapters.bottleneck import Adapted, Bottleneck
 from ...attention import RoPE
 from ...llama import Layer, LLaMAConfig
-from . import Exercise, Question, Wrong, close, filled, gradients, named
-
-right_attach = bottleneck.attach
-
-
-# ── the catalogue ─────────────────────────────────────────────────────────────────────────────────────────────────────
-# What derives from Bottleneck or Adapted directly is planted in the models by tests/mistakes.py too.
-
-
-class UpNotZero(Bottleneck):
-    """the up-projection drawn near zero instead of zeroed: the model starts near the base and not as the base"""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        nn.init.normal_(self.up.weight, std=0.02)
-
-
-class AllZero(Bottleneck):
-    """both matrices at 0: then the features are 0 and so is the way back to them, and only the last bias ever learns;
-    draw down at random"""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        nn.init.zeros_(self.down.weight)
-
-
-class NoActivation(Bottleneck):
-    """no non-linearity between down and up: two matrices in a row are one matrix of rank m; put GELU between them"""
-
-    def forward(self, x):
-        narrow = F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
-        return F.linear(narrow, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
-
-
-class WrongActivation(Bottleneck):
-    """ReLU for GELU"""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.activation = "relu"
-
-
-class ActivationLast(Bottleneck):
-    """the non-linearity behind up instead of between down and up"""
-
-    def forward(self, x):
-        return F.gelu(NoActivation.forward(self, x))
-
-
-class NoBias(Bottleneck):
-    """biases left out: each of the two projections adds its own"""
-
-    def forward(self, x):
-        return F.linear(F.gelu(F.linear(x, self.down.weight.to(x.dtype))), self.up.weight.to(x.dtype))
-
-
-class NoInnerResidual(Adapted):
-    """the sublayer's output replaced by the bottleneck's, the inner skip connection left out: add the two"""
-
-    def forward(self, x):
-        return self.bottleneck(self.base(x))
-
-
-class ReadsInput(Adapted):
-    """the sequential bottleneck fed with the sublayer's input, as a parallel one is; it reads the sublayer's output"""
-
-    def forward(self, x):
-        fed = F.pad(x, (0, max(0, self.out_features - x.shape[-1])))[..., : self.out_features]
-        return self.base(x) + self.bottleneck(fed)
-
-
-class AddedTwice(Adapted):
-    """the sublayer's output added once inside the bottleneck and once outside: y + y + bottleneck(y); once is enough"""
-
-    def forward(self, x):
-        y = self.base(x)
-        return y + y + self.bottleneck(y)
-
-
-class BottleneckDropoutInEval(Adapted):
-    """dropout in front of the bottleneck in eval mode too"""
-
-    def forward(self, x):
-        y = self.base(x)
-        return y + self.bottleneck(F.dropout(y, 0.1))
-
-
-def attach_to_mlp_only(model, size=16, reduction=None, place="houlsby", activation=None, init="zero", scale=1.0):
-    """a bottleneck behind the feed-forward alone, where Houlsby's has one behind attention too"""
-    right_attach(model, size, reduction, "pfeiffer", "gelu", init, scale)
-
-
-# ── the network itself ────────────────────────────────────────────────────────────────────────────────────────────────
-
-NAMES = ("down_weight", "down_bias", "up_weight", "up_bias")
-
-
-def as_bottleneck(network):
-    """A network class as a function of its input and its four tensors."""
-
-    def function(x, *tensors):
-        own = {name.replace("_", "."): tensor for name, tensor in zip(NAMES, tensors)}
-        return torch.func.functional_call(network(x.shape[-1], len(tensors[1])), own, (x,))
-
-    function.__name__, function.__doc__ = network.__name__, network.__doc__
-    return function
-
-
-right_bottleneck = as_bottleneck(Bottleneck)
-
-
-def skip_inside(x, down_weight, down_bias, up_weight, up_bias):
-    """x added here already; asked is what the network adds, and the sublayer's output comes to it outside"""
-    return x + right_bottleneck(x, down_weight, down_bias, up_weight, up_bias)
-
-
-def activated_twice(x, down_weight, down_bias, up_weight, up_bias):
-    """the non-linearity used twice, between down and up and behind up too; between them alone is right"""
-    return F.gelu(right_bottleneck(x, down_weight, down_bias, up_weight, up_bias))
-
-
-def activated_first(x, down_weight, down_bias, up_weight, up_bias):
-    """the non-linearity in front of down instead of between down and up"""
-    narrow = F.linear(F.gelu(x), down_weight.to(x.dtype), down_bias.to(x.dtype))
-    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
-
-
-def up_bias_forgotten(x, down_weight, down_bias, up_weight, up_bias):
-    """the up-projection's bias left out"""
-    return right_bottleneck(x, down_weight, down_bias, up_weight, up_bias * 0)
-
-
-def down_bias_forgotten(x, down_weight, down_bias, up_weight, up_bias):
-    """the down-projection's bias left out"""
-    return right_bottleneck(x, down_weight, down_bias * 0, up_weight, up_bias)
-
-
-def tanh_gelu(x, down_weight, down_bias, up_weight, up_bias):
-    """GELU in its tanh approximation; asked is the exact one, F.gelu(x) with no further argument"""
-    narrow = F.gelu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)), approximate="tanh")
-    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
-
-
-def silu_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
-    """SiLU (swish) for GELU, as the AdapterHub library has it in its Houlsby configuration; asked is GELU"""
-    narrow = F.silu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)))
-    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
-
-
-def computed_in_float32(x, down_weight, down_bias, up_weight, up_bias):
-    """x cast to the weights' float32 and left there, so that a bfloat16 model gets float32 back; cast the weights to
-    x.dtype instead"""
-    return right_bottleneck(x.float(), down_weight, down_bias, up_weight, up_bias)
-
-
-def weights_not_cast(x, down_weight, down_bias, up_weight, up_bias):
-    """float32 weights not cast to the dtype of x: a bfloat16 model stops here;
-    write down_weight.to(x.dtype), and so for all four"""
-    return F.linear(F.gelu(F.linear(x, down_weight, down_bias)), up_weight, up_bias)
-
-
-def features_detached(x, down_weight, down_bias, up_weight, up_bias):
-    """the narrow features detached from the graph: down never learns"""
-    narrow = F.gelu(F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype))).detach()
-    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
-
-
-def matrices_not_cast(x, down_weight, down_bias, up_weight, up_bias):
-    """float32 weights not cast to the dtype of x: a bfloat16 model stops here;
-    write down_weight.to(x.dtype), and so for all four"""
-    return F.gelu(x @ down_weight.T + down_bias) @ up_weight.T + up_bias
-
-
-def biases_not_cast(x, down_weight, down_bias, up_weight, up_bias):
-    """the weights cast to the dtype of x, the biases not: a bfloat16 model stops here;
-    cast the biases too, down_bias.to(x.dtype)"""
-    return F.linear(F.gelu(F.linear(x, down_weight.to(x.dtype), down_bias)), up_weight.to(x.dtype), up_bias)
-
-
-def added_biases_not_cast(x, down_weight, down_bias, up_weight, up_bias):
-    """the weights cast to the dtype of x, the biases not: a bfloat16 model stops here;
-    cast the biases too, down_bias.to(x.dtype)"""
-    return F.gelu(x @ down_weight.to(x.dtype).T + down_bias) @ up_weight.to(x.dtype).T + up_bias
-
-
-def down_bias_behind_gelu(x, down_weight, down_bias, up_weight, up_bias):
-    """the down-projection's bias added behind GELU; it belongs to down, in front of it: GELU(down x + bias)"""
-    narrow = F.gelu(F.linear(x, down_weight.to(x.dtype))) + down_bias.to(x.dtype)
-    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
-
-
-def sigmoid_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
-    """a sigmoid for GELU: it squashes what should be bent"""
-    narrow = F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).sigmoid()
-    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
-
-
-def tanh_for_gelu(x, down_weight, down_bias, up_weight, up_bias):
-    """tanh for GELU: it squashes what should be bent"""
-    narrow = F.linear(x, down_weight.to(x.dtype), down_bias.to(x.dtype)).tanh()
-    return F.linear(narrow, up_weight.to(x.dtype), up_bias.to(x.dtype))
-
-
-def input_detached(x, down_weight, down_bias, up_weight, up_bias):
-    """the input detached from the graph: the adapters below learn less than they should"""
-    return right_bottleneck(x.detach(), down_weight, down_bias, up_weight, up_bias)
-
-
-def tensors_of(draw, width=10, size=4):
-    """down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D), all away from 0."""
-    return [draw(size, width) / width**0.5, draw(size), draw(width, size), draw(width)]
-
-
-def probe_bottleneck(answer, draw):
-    x, tensors = draw(2, 5, 10).requires_grad_(), [tensor.requires_grad_() for tensor in tensors_of(draw)]
-    out = answer(x, *tensors)
-    yield "the output (B, T, D)", out
-    names = ("x (B, T, D)", "down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)")
-    for name, gradient in zip(names, gradients(out, x, *tensors)):
-        yield f"the gradient of {name}", gradient
-    yield "the output in bfloat16 (B, T, D)", answer(x.bfloat16(), *tensors)
-    out = answer(x, tensors[0], tensors[1], tensors[2] * 0, tensors[3])
-    yield "the output with up_weight at 0: up_bias for every token (B, T, D)", out
-
-
-# ── where it starts ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def start_of(network):
-    """What a network's four tensors start from, as a function of D and m."""
-
-    def function(D, m):
-        module = network(D, m)
-        tensors = module.down.weight, module.down.bias, module.up.weight, module.up.bias
-        return tuple(tensor.detach() for tensor in tensors)
-
-    function.__name__, function.__doc__ = network.__name__, network.__doc__
-    return function
-
-
-def as_linear_draws_them(D, m):
-    """two nn.Linear as they come, nothing zeroed: the model begins as another model"""
-    down, up = nn.Linear(D, m), nn.Linear(m, D)
-    return down.weight.data, down.bias.data, up.weight.data, up.bias.data
-
-
-def up_bias_kept(D, m):
-    """up's weight zeroed and its bias not: the bias is added to every token"""
-    down, up = nn.Linear(D, m), nn.Linear(m, D)
-    return down.weight.data, down.bias.data * 0, up.weight.data * 0, up.bias.data
-
-
-def down_bias_kept(D, m):
-    """down's bias drawn at random: the identity still, for up is 0; but both biases are asked to start at 0"""
-    down = nn.Linear(D, m)
-    return down.weight.data, down.bias.data, torch.zeros(D, m), torch.zeros(D)
-
-
-def down_zero(D, m):
-    """down at 0 and up random, the wrong way round: it is the identity, but it learns by GELU's slope at 0 alone; with
-    ReLU, whose slope there is taken as 0, only the last bias would ever learn"""
-    return torch.zeros(m, D), torch.zeros(m), torch.randn(D, m) / m**0.5, torch.zeros(D)
-
-
-def units_alike(D, m):
-    """every unit of down the same: each gets the same gradient for ever, and m units learn what one would;
-    draw them at random"""
-    return torch.full((m, D), 0.01), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
-
-
-def down_too_large(D, m):
-    """down drawn from N(0, 1): its features then come out √D times as large as what goes in;
-    a standard deviation of 0.01, or of 1/√D, is what one takes"""
-    return torch.randn(m, D), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
-
-
-def down_too_small(D, m):
-    """down so near 0 that its features vanish, and with them up's gradient;
-    a standard deviation of 0.01, or of 1/√D, is what one takes"""
-    return 1e-6 * torch.randn(m, D), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
-
-
-def shapes_swapped(D, m):
-    """the two matrices in the shape (in, out); nn.Linear and F.linear keep them as (out, in): down (m, D), up (D, m)"""
-    return torch.randn(D, m) / D**0.5, torch.zeros(m), torch.zeros(m, D), torch.zeros(D)
-
-
-def probe_start(answer, draw):
-    D, m = 240, 12
-    shapes = ((m, D), (m,), (D, m), (D,))
-    names = ("down_weight (m, D)", "down_bias (m)", "up_weight (D, m)", "up_bias (D)")
-    tensors = []
-    for (what, value), shape in zip(named(names, answer(D, m)), shapes):
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise Wrong("shape", f"{what} should be a tensor of float32")
-        if value.shape != shape:
-            raise Wrong("shape", f"{what} has shape {tuple(value.shape)}; needed is {shape} for D = 240 and m = 12")
-        tensors.append(value.detach().clone().requires_grad_())
-    x = draw(2, 5, D)
-    out = right_bottleneck(x, *tensors)
-    yield "whether a fresh bottleneck adds exactly 0 (1: yes)", (out == 0).all().long()
-    yield "which of the four start at 0 (1: yes)", torch.stack([(tensor == 0).all().long() for tensor in tensors])
-    yield "how many different units down has", torch.tensor(len(torch.unique(tensors[0].detach(), dim=0)))
-    std = tensors[0].std().item()
-    yield "down's scale (-1: too small, 0: fit, 1: too large)", torch.tensor(int(std > 0.3) - int(0 < std < 0.0005))
-    changed = torch.zeros(4, dtype=torch.long)
-    for _ in range(3):  # three steps of gradient descent towards anything
-        found = gradients(right_bottleneck(x, *tensors), *tensors)
-        tensors = [(tensor - 0.1 * gradient).detach().requires_grad_() for tensor, gradient in zip(tensors, found)]
-        changed |= torch.stack([(gradient != 0).any().long() for gradient in found])
-    yield "which of the four learn within three steps (1: yes)", changed
-
+from .catalogue import catalogue
+from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, named
+from .predictions import Question, moved
+
+OUT = "the output (B, T, D)"
+TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
+
+
+def network_of(module):
+    """The module's Bottleneck as a function of its input and its four tensors."""
+
+    def bottleneck_network(x, *tensors):
+        own = {name.replace("_", "."): tensor for name, tensor in zip(TENSORS, tensors)}
+        return torch.func.functional_call(module.Bottleneck(x.shape[-1], len(tensors[1])), own, (x,))
+
+    return bottleneck_network
+
+
+def behind(module):
+    """The module's Adapted as a function of the sublayer, its input and the bottleneck."""
+    return lambda sublayer, x, network: module.Adapted(sublayer, network)(x)
+
+
+def beside(module):
+    """The same in the parallel form."""
+    return lambda sublayer, x, network, scale: module.Adapted(sublayer, network, True, scale)(x)
+
+
+# ── the network ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BEND = "ACTIVATIONS[self.activation](narrow)"
+DW, DB, UW, UB = (f"self.{part}.{tensor}.to(x.dtype)" for part in ("down", "up") for tensor in ("weight", "bias"))
+FIRST, SECOND, FOUR = f"F.linear(x, {DW}, {DB})", f"F.linear(narrow, {UW}, {UB})", (DW, DB, UW, UB)
+NO_CAST = "float32 weights not cast: a bfloat16 model stops here; write down_weight.to(x.dtype), and so for all four"
+BIAS_CAST = "the biases not cast as the weights are: a bfloat16 model stops here; write down_bias.to(x.dtype)"
+NETWORK = (  # planted
+    ("NoActivation", BEND, "narrow", "no GELU between down and up: two matrices in a row are one matrix of rank m"),
+    ("WrongActivation", "self.activation = activation", 'self.activation = "relu"', "ReLU for GELU"),
+    ("ActivationLast", (BEND, SECOND), ("narrow", f"F.gelu({SECOND})"), "GELU behind up instead of in front of it"),
+    ("NoBias", (f", {DB}", f", {UB}"), ("", ""), "biases left out: each of the two projections adds its own"),
+)  # fmt: skip
+ALONE = (
+    ("skip_inside", SECOND, f"x + {SECOND}", "x added here already; asked is what the network adds, without the skip"),
+    ("activated_twice", SECOND, f"F.gelu({SECOND})", "GELU behind up too; between down and up alone is right"),
+    ("activated_first", (FIRST, BEND), (FIRST.replace("x,", "F.gelu(x),"), "narrow"),
+     "GELU in front of down instead of between down and up"),
+    ("activated_before_too", FIRST, FIRST.replace("x,", "F.gelu(x),"), "GELU in front of down too; behind it alone"),
+    ("up_bias_forgotten", f", {UB}", "", "the up-projection's bias left out"),
+    ("down_bias_forgotten", f", {DB}", "", "the down-projection's bias left out"),
+    ("biases_subtracted", (DB, UB), (f"-{DB}", f"-{UB}"), "the biases subtracted; add them"),
+    ("tanh_gelu", BEND, 'F.gelu(narrow, approximate="tanh")', "GELU's tanh approximation; asked is the exact one"),
+    ("silu_for_gelu", BEND, "F.silu(narrow)", "SiLU for GELU, as AdapterHub's Houlsby has it; asked is GELU"),
+    ("sigmoid_for_gelu", BEND, "narrow.sigmoid()", "a sigmoid for GELU: it squashes what should be bent"),
+    ("tanh_for_gelu", BEND, "narrow.tanh()", "tanh for GELU: it squashes what should be bent"),
+    ("softmax_for_gelu", BEND, "narrow.softmax(-1)", "a softmax for GELU: its features compete for a sum of 1"),
+    ("dropout_inside", BEND, "F.dropout(F.gelu(narrow), 0.1)", "a dropout between down and up, on in eval mode too"),
+    ("down_bias_behind_gelu", (f", {DB}", BEND), ("", f"F.gelu(narrow) + {DB}"),
+     "the down-projection's bias added behind GELU; it stands in front of it: GELU(down x + bias)"),
+    ("computed_in_float32", "narrow = F.linear(x", "x = x.float()\n        narrow = F.linear(x",
+     "x cast to float32 and left there: a bfloat16 model gets float32 back; cast the weights to x.dtype instead"),
+    ("weights_not_cast", FOUR, [w[:-12] for w in FOUR], NO_CAST),
+    ("matrices_not_cast", (FIRST, SECOND),
+     ("x @ self.down.weight.T + self.down.bias", "narrow @ self.up.weight.T + self.up.bias"), NO_CAST),
+    ("biases_not_cast", (DB, UB), ("self.down.bias", "self.up.bias"), BIAS_CAST),
+    ("added_biases_not_cast", (FIRST, SECOND),
+     (f"x @ {DW}.T + self.down.bias", f"narrow @ {UW}.T + self.up.bias"), BIAS_CAST),
+    ("cast_to_bfloat16", FOUR, [w.replace("x.", "torch.bfloat16 or x.") for w in FOUR],
+     "the weights cast to bfloat16, whatever x is"),
+    ("transposed_twice", DW, f"{DW}.T", "F.linear(x, W) wants W (out, in), as down_weight is: no .T"),
+    ("not_transposed", FIRST, f"x @ {DW} + {DB}", "x @ W with W kept as (out, in): write x @ W.T, or F.linear(x, W)"),
+    ("features_detached", SECOND, SECOND.replace("narrow", "narrow.detach()"),
+     "the narrow features detached: down never learns"),
+    ("input_detached", FIRST, FIRST.replace("x,", "x.detach(),"), "x detached: the adapters below learn too little"),
+)  # fmt: skip
 
 # ── around a sublayer ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-def as_sublayer(wrapper):
-    """A wrapper class as a function of the sublayer, its input and the bottleneck."""
-
-    def function(sublayer, x, network):
-        return wrapper(sublayer, network)(x)
-
-    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
-    return function
+SUM = "return y + self.scale * self.bottleneck(x if self.parallel else y)"
 
 
-def input_for_output(sublayer, x, network):
-    """the input added instead of the sublayer's output:
-    the inner skip goes around the bottleneck and not around both"""
-    return x + network(sublayer(x))
+def returns(*rows):
+    """Rows (name, what Adapted returns instead, sentence) as edits of the module; h is the bottleneck there."""
+    return tuple((name, SUM, f"h = self.bottleneck\n        return {new}", sentence) for name, new, sentence in rows)
 
 
-def block_residual_too(sublayer, x, network):
-    """the block's residual added as well; the block itself adds it, behind this function:
-    return y + bottleneck(y) and no more"""
+SUBLAYER = returns(  # planted
+    ("NoInnerResidual", "h(y)", "the sublayer's output replaced by the bottleneck's, without the inner skip: add both"),
+    ("ReadsInput", "y + h(F.pad(x, (0, max(0, y.shape[-1] - x.shape[-1])))[..., : y.shape[-1]])",
+     "the sequential bottleneck fed with the sublayer's input, as a parallel one is; it reads the sublayer's output"),
+    ("AddedTwice", "y + y + h(y)", "the sublayer's output added twice, y + y + bottleneck(y); once is enough"),
+    ("BottleneckDropoutInEval", "y + h(F.dropout(y, 0.1))", "dropout in front of the bottleneck in eval mode too"),
+)  # fmt: skip
+BEHIND = returns(
+    ("input_for_output", "x + h(y)", "the input added instead of the sublayer's output: return y + bottleneck(y)"),
+    ("block_residual_too", "x + y + h(y)", "the block's residual added as well; the block itself adds it, outside"),
+    ("in_front", "self.base(x + h(x))", "the bottleneck in front of the sublayer; it stands behind it"),
+    ("in_front_alone", "self.base(h(x))", "the bottleneck in front of the sublayer, without a skip; it is y + h(y)"),
+    ("bottleneck_alone", "h(x)", "the sublayer left out: bottleneck(x) alone"),
+    ("reads_the_sum", "y + h(x + y)", "the bottleneck fed with x + y; it reads y, before the residual is added"),
+    ("sublayer_forgotten", "x + h(x)", "the sublayer left out: the bottleneck reads sublayer(x), and is added to it"),
+    ("subtracted", "y - h(y)", "the bottleneck's output subtracted; it is added"),
+    ("bottleneck_detached", "y + h(y).detach()", "the bottleneck's output detached from the graph: it never learns"),
+    ("its_input_detached", "y + h(y.detach())", "y detached in front of the bottleneck: those below learn too little"),
+    ("sublayer_detached", "y.detach() + h(y.detach())",
+     "the sublayer's output detached: the adapters below never learn; it is frozen, its graph is needed all the same"),
+    ("no_bottleneck", "y", "the sublayer alone: the bottleneck's output is not added"),
+)  # fmt: skip
+BESIDE = returns(
+    ("parallel_reads_output", "y + self.scale * h(y)", "the sequential form; beside the sublayer, it reads x"),
+    ("scale_forgotten", "y + h(x)", "the scale left out"),
+    ("scale_on_the_sum", "self.scale * (y + h(x))", "the scale on the whole sum, not on what is added"),
+    ("scale_on_the_sublayer", "self.scale * y + h(x)", "the scale on the sublayer's output, not the bottleneck's"),
+    ("scale_inside", "y + h(self.scale * x)",
+     "the scale on the bottleneck's input; behind GELU and biases that is another function: multiply its output"),
+    ("parallel_with_skip", "y + self.scale * h(x) + x", "an inner skip in the parallel form; the block itself adds x"),
+    ("divided_by_the_scale", "y + h(x) / self.scale", "divided by the scale instead of multiplied"),
+    ("scale_written_as_a_number", "y + 4.0 * h(x)", "4 written for the scale, which is given: multiply by `scale`"),
+    ("scale_plus_one", "y + (1 + self.scale) * h(x)", "1 + scale for the scale: it is itself the factor"),
+    ("scale_subtracted", "y - self.scale * h(x)", "the bottleneck's output subtracted; it is added"),
+    ("sequential_without_scale", "y + h(y)", "the sequential form, and no scale; here the bottleneck reads x"),
+    ("input_for_sublayer", "x + self.scale * h(x)", "x in the place of sublayer(x), so that the sublayer is left out"),
+    ("parallel_alone", "self.scale * h(x)", "the sublayer left out: the scaled output is added to sublayer(x)"),
+    ("parallel_in_front", "self.base(x + self.scale * h(x))", "the bottleneck in front of the sublayer, which reads x"),
+    ("parallel_detached", "y + self.scale * h(x.detach())", "x detached: the adapters below learn too little"),
+    ("parallel_cut", "y + self.scale * h(x).detach()", "the bottleneck's output detached: it never learns"),
+    ("sublayer_cut", "y.detach() + self.scale * h(x)", "sublayer(x) detached: its graph is needed, frozen or not"),
+)  # fmt: skip
+
+# ── what an answer is the sum of ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_sum(value, terms, needed, right=None):
+    """A fact: of which terms {name: tensor} an answer is the sum, to be held against the factors needed; those are
+    given where it is no sum of them, for the usual probe to judge."""
+    found = torch.tensor([float(needed.get(name, 0)) for name in terms]).double()
+    columns = torch.stack([term.detach().double().flatten() for term in terms.values()], 1)
+    value = value.detach().double().flatten() if isinstance(value, torch.Tensor) else torch.zeros(0)
+    if len(value) == len(columns) and not (right is not None and torch.allclose(value, right.flatten(), 1e-3, 1e-4)):
+        solved = torch.linalg.lstsq(columns, value[:, None]).solution[:, 0]
+        if (columns @ solved - value).abs().max() < 1e-4 * value.abs().max() + 1e-9:
+            found = solved.round(decimals=2) + 0.0
+    parts = [name if f == 1 else f"{f:g} · {name}" for name, f in zip(terms, found.tolist()) if f]
+    why = f"what it returns is {' + '.join(parts) or '0'}: hold that against the equation, term by term."
+    return fact(found, "sum", why, "the factors of its terms")
+
+
+def around(inputs, sizes, once, terms, needed, right=None):
+    """The usual probe of what surrounds bottlenecks, behind a look at the terms of the sum."""
+    usual = calls(inputs, OUT, sizes, float32=("bottleneck", "first", "second"), once=once)
+
+    def probe(answer, draw):
+        given = inputs(draw, **sizes[0])
+        wanted = right(*given.values()).detach().double() if right else None
+        with outputs(given, (*once, "first", "second") if right else ()) as seen:
+            out = answer(*given.values())
+        yield as_sum(out, terms(given, seen), {name: given.get(n, n) for name, n in needed.items()}, wanted)
+        yield from usual(answer, draw)
+
+    probe.inputs = usual.inputs
+    return probe
+
+
+@contextlib.contextmanager
+def outputs(given, names):
+    """Within the block: what the modules of these names first return, {name: tensor}."""
+    seen, hooks = {}, []
+    for name in names:
+        first, _, rest = name.partition(".")
+        keep = lambda module, read, out, name=name: (seen.setdefault(name, out), None)[1]  # noqa: E731
+        hooks.append(given[first].get_submodule(rest).register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def terms_of_sublayer(given, seen):
+    sublayer, x, h = (given[name] for name in ("sublayer", "x", "bottleneck"))
     y = sublayer(x)
-    return x + y + network(y)
+    return {"x": x, "sublayer(x)": y, "bottleneck(sublayer(x))": h(y), "bottleneck(x)": h(x),
+            "bottleneck(x + sublayer(x))": h(x + y), "sublayer(bottleneck(x))": sublayer(h(x)),
+            "sublayer(x + bottleneck(x))": sublayer(x + h(x)),
+            "bottleneck(bottleneck(sublayer(x)))": h(h(y)), "1": torch.ones_like(x)}  # fmt: skip
 
 
-def in_front(sublayer, x, network):
-    """the bottleneck in front of the sublayer; it stands behind it and reads its output"""
-    return sublayer(x + network(x))
+def terms_of_layer(given, seen):
+    """What the layer's parts returned when they were called."""
+    named = {"attention": "layer.self_attn", "first": "first", "feed-forward": "layer.mlp", "second": "second"}
+    parts, x = {name: seen.get(n) for name, n in named.items()}, given["x"]
+    return {"x": x} | {name: z if z is not None and z.shape == x.shape else 0 * x for name, z in parts.items()}
 
 
-def in_front_alone(sublayer, x, network):
-    """the bottleneck in front of the sublayer and no skip around it; it stands behind: y + bottleneck(y)"""
-    return sublayer(network(x))
+# ── the start ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def bottleneck_alone(sublayer, x, network):
-    """the sublayer left out: bottleneck(x) alone"""
-    return network(x)
+def right_start(D, m):
+    return torch.randn(m, D) / D**0.5, torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
 
 
-def reads_the_sum(sublayer, x, network):
-    """the bottleneck fed with the residual sum x + y; it reads the sublayer's output y, before the residual is added"""
-    y = sublayer(x)
-    return y + network(x + y)
+DRAWN = "torch.randn(m, D) / D**0.5"
+START = catalogue(right_start, (
+    ("UpNotZero", "torch.zeros(D, m)", "0.02 * torch.randn(D, m)",
+     "the up-projection drawn near zero instead of zeroed: the model starts near the base and not as the base"),
+    ("AllZero", DRAWN, "torch.zeros(m, D)", "both matrices at 0: then the features are 0 and so is the way back to "
+     "them, and only the last bias ever learns; draw down at random"),
+    ("as_linear_draws_them", ("torch.zeros(m)", "torch.zeros(D, m)", "torch.zeros(D)"),
+     ("torch.ones(m)", "torch.ones(D, m)", "torch.ones(D)"),
+     "nothing zeroed, two nn.Linear as they come: another model"),
+    ("up_bias_kept", "torch.zeros(D)", "torch.ones(D)", "up's weight at 0, its bias not: every token gets it"),
+    ("down_bias_kept", "torch.zeros(m)", "torch.ones(m)", "down's bias not at 0: the identity still, but asked is 0"),
+    ("down_zero", (DRAWN, "torch.zeros(D, m)"), ("torch.zeros(m, D)", "torch.ones(D, m)"), "down at 0 and up not, the "
+     "wrong way round: the identity, but it learns by GELU's slope at 0 alone; with ReLU only the last bias learns"),
+    ("units_alike", DRAWN, "torch.full((m, D), 0.01)",
+     "every unit of down the same: each gets the same gradient for ever, m learn what one would; draw them at random"),
+    ("features_alike", DRAWN, "(torch.randn(m, 1) / D**0.5).expand(m, D)", "one number for all features of a unit, "
+     "which so reads their sum alone; draw each by itself"),
+    ("mostly_zero", DRAWN, "torch.eye(m, D)", "most of down's numbers are 0: draw each of them at random"),
+    ("not_centred", DRAWN, "0.1 * torch.rand(m, D)", "down's numbers are not centred on 0, so that every unit reads "
+     "much the same sum; draw them on both sides of 0, with torch.randn"),
+    ("down_too_large", DRAWN, "torch.randn(m, D)", "down's deviation is above 0.1: N(0, 1) makes features √D times as "
+     "large as what goes in; 0.01 or 1/√D is what one takes"),
+    ("down_too_small", DRAWN, "1e-6 * torch.randn(m, D)", "down's deviation is below 0.001: its features vanish, and "
+     "with them up's gradient; 0.01 or 1/√D is what one takes"),
+    ("shapes_swapped", ("torch.randn(m, D)", "torch.zeros(D, m)"), ("torch.randn(D, m)", "torch.zeros(m, D)"),
+     "the matrices in the shape (in, out); nn.Linear and F.linear keep them as (out, in): down (m, D), up (D, m)"),
+))  # fmt: skip
+WHY = {mistake.name: f"{mistake.sentence}." for mistake in START}
+ZEROED, DREW = "self.up.weight.zero_()", ", nn.init.normal_(self.up.weight, std=0.02)"
+PLANTED_START = (("UpNotZero", ZEROED, ZEROED + DREW, WHY["UpNotZero"]),
+                 ("AllZero", ZEROED, f"{ZEROED}, self.down.weight.zero_()", WHY["AllZero"]))  # fmt: skip
 
 
-def sublayer_forgotten(sublayer, x, network):
-    """the sublayer left out: x + bottleneck(x); the bottleneck reads what the sublayer returns, and is added to it"""
-    return x + network(x)
-
-
-def subtracted(sublayer, x, network):
-    """the bottleneck's output subtracted; it is added, y + bottleneck(y)"""
-    y = sublayer(x)
-    return y - network(y)
-
-
-def bottleneck_detached(sublayer, x, network):
-    """the bottleneck's output detached from the graph: it never learns"""
-    y = sublayer(x)
-    return y + network(y).detach()
-
-
-def run_twice(sublayer, x, network):
-    """right in its numbers, but the sublayer runs twice: keep its output in a variable"""
-    return sublayer(x) + network(sublayer(x))
-
-
-def sublayer_detached(sublayer, x, network):
-    """the sublayer's output detached from the graph: the adapters below never learn;
-    the base is frozen, its graph is needed all the same"""
-    y = sublayer(x).detach()
-    return y + network(y)
-
-
-def no_bottleneck(sublayer, x, network):
-    """the sublayer alone: the bottleneck's output is not added"""
-    return sublayer(x)
-
-
-def network_of(draw, width=8, size=3, activation="gelu"):
-    """A bottleneck with random numbers everywhere, which requires gradients;
-    the number after `activation` is never 0."""
-    return filled(Bottleneck(width, size, activation), draw).requires_grad_(True)
-
-
-right_sublayer = as_sublayer(Adapted)
-
-
-def probe_sublayer(answer, draw, right=right_sublayer, more=((),)):
-    """more: what else the answer is given, once for each output that is compared."""
-    sublayer, network, runs = filled(nn.Linear(8, 8), draw).eval(), network_of(draw), []
-    x = draw(2, 5, 8).requires_grad_()
-    outs = [answer(sublayer, x, network, *options) for options in more]
-    for out, options in zip(outs, more):
-        yield f"the output{' with scale ' if options else ''}{', '.join(map(str, options))} (B, T, D)", out
-    if not all(close(out, right(sublayer, x, network, *options)) for out, options in zip(outs, more)):
-        return
-    handle = sublayer.register_forward_hook(lambda *_: runs.append(1))
-    out = answer(sublayer, x, network, *more[0])
-    handle.remove()
-    of_x, of_down, of_up = gradients(out, x, network.down.weight, network.up.weight)
-    yield "the gradient of x (B, T, D)", of_x
-    yield "the gradient of down's weight (m, D)", of_down
-    yield "the gradient of up's weight (D, m)", of_up
-    yield "how often the sublayer ran", torch.tensor(len(runs))
-    with torch.no_grad():
-        network.up.weight.zero_(), network.up.bias.zero_()
-    yield "the output with up at 0: the sublayer's (B, T, D)", answer(sublayer, x, network, *more[0])
-    yield "the output in bfloat16 (B, T, D)", answer(sublayer.bfloat16(), x.bfloat16(), network, *more[0])
-
-
-def right_parallel(sublayer, x, network, scale):
-    return Adapted(sublayer, network, True, scale)(x)
-
-
-def parallel_reads_output(sublayer, x, network, scale):
-    """the bottleneck fed with the sublayer's output, which is the sequential form; beside it, it reads x"""
-    y = sublayer(x)
-    return y + scale * network(y)
-
-
-def scale_forgotten(sublayer, x, network, scale):
-    """the scale left out"""
-    return sublayer(x) + network(x)
-
-
-def scale_on_the_sum(sublayer, x, network, scale):
-    """the scale on the whole sum; it multiplies what the bottleneck adds and nothing else"""
-    return scale * (sublayer(x) + network(x))
-
-
-def scale_on_the_sublayer(sublayer, x, network, scale):
-    """the scale on the sublayer's output; it multiplies what the bottleneck adds"""
-    return scale * sublayer(x) + network(x)
-
-
-def scale_inside(sublayer, x, network, scale):
-    """the scale on the bottleneck's input; behind a non-linearity and biases that is another function:
-    multiply its output"""
-    return sublayer(x) + network(scale * x)
-
-
-def parallel_with_skip(sublayer, x, network, scale):
-    """an inner skip in the parallel form: x is added by the block's own residual already"""
-    return sublayer(x) + scale * network(x) + x
-
-
-def divided_by_the_scale(sublayer, x, network, scale):
-    """divided by the scale instead of multiplied"""
-    return sublayer(x) + network(x) / scale
-
-
-def scale_written_as_a_number(sublayer, x, network, scale):
-    """4 written for the scale, which is given: multiply by `scale`"""
-    return sublayer(x) + 4.0 * network(x)
-
-
-def scale_plus_one(sublayer, x, network, scale):
-    """1 + scale for the scale: it is itself the factor"""
-    return sublayer(x) + (1 + scale) * network(x)
-
-
-def scale_subtracted(sublayer, x, network, scale):
-    """the bottleneck's output subtracted; it is added, sublayer(x) + scale · bottleneck(x)"""
-    return sublayer(x) - scale * network(x)
-
-
-def sequential_without_scale(sublayer, x, network, scale):
-    """the sequential form of 5.4, and without the scale; beside the sublayer, the bottleneck reads x,
-    and `scale` multiplies what it adds"""
-    y = sublayer(x)
-    return y + network(y)
-
-
-def input_for_sublayer(sublayer, x, network, scale):
-    """x in the place of the sublayer's output, so that the sublayer is left out: sublayer(x) + scale · bottleneck(x)"""
-    return x + scale * network(x)
-
-
-def parallel_alone(sublayer, x, network, scale):
-    """the sublayer left out: the bottleneck's scaled output is added to sublayer(x)"""
-    return scale * network(x)
-
-
-def parallel_in_front(sublayer, x, network, scale):
-    """the bottleneck in front of the sublayer; beside it, the sublayer reads x as it is"""
-    return sublayer(x + scale * network(x))
-
-
-def parallel_detached(sublayer, x, network, scale):
-    """the bottleneck's input detached from the graph: the adapters below learn less than they should"""
-    return sublayer(x) + scale * network(x.detach())
-
-
-def probe_parallel(answer, draw):
-    yield from probe_sublayer(answer, draw, right_parallel, ((4.0,), (0.5,)))
+def probe_start(answer, draw):
+    for D, m in ((240, 12), (400, 100), (300, 1)):
+        shapes, found = ((m, D), (m,), (D, m), (D,)), named(TENSORS, answer(D, m))
+        for (name, value), shape in zip(found, shapes):
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+                raise Wrong("start_dtype", f"{name} should be a float32 tensor; it is {describe(value)}.")
+            if value.shape != shape:
+                turned = [tuple(value.shape) for _, value in found[::2]] == [(D, m), (m, D)]
+                needed = WHY["shapes_swapped"] if turned else f"needed is {shape} for D = {D} and m = {m}."
+                found = f"{name} has shape {tuple(value.shape)}; {needed}"
+                raise Wrong("shapes_swapped" if turned else "shapes", found)
+        zero = [not value.any() for _, value in found]  # needed: only down's weight is not
+        name = ("AllZero" if all(zero) else "down_zero" if zero[0] else "as_linear_draws_them" if not any(zero[1:])
+                else "UpNotZero" if not zero[2] else "down_bias_kept" if zero[3] else "up_bias_kept")  # fmt: skip
+        yield fact(torch.tensor(zero), name, WHY[name], "which of the four are 0")
+        down = found[0][1].detach().double()
+        zeros, size = (down == 0).double().mean() > 0.5, down.std()
+        for name, wrong in (
+            ("units_alike", len(down.unique(dim=0)) < m), ("mostly_zero", zeros),
+            ("features_alike", down.unique(dim=1).shape[1] < D / 2 and not zeros),
+            ("not_centred", abs(down.mean()) > 0.4 * size),
+            ("down_too_large", not size < 0.115), ("down_too_small", not size > 0.0008),
+        ):  # fmt: skip
+            yield fact(wrong, name, WHY[name])
 
 
 # ── in a block ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def as_layer(attach):
-    """A way to attach as a function of one layer of a LLaMA, its input, positions,
-    and the two bottlenecks it is given."""
-
-    def function(layer, x, positions, first, second):
-        parts = {id(module): (module, dict(module.named_children())) for module in (layer.self_attn, layer.mlp)}
-        attach(layer, len(first.down.bias))
-        for parent, name, network in ((layer.self_attn, "o_proj", first), (layer.mlp, "down_proj", second)):
-            if isinstance(getattr(parent, name), Adapted):
-                getattr(parent, name).bottleneck = network
-        out = layer(x, positions)
-        for parent, children in parts.values():
-            for name, child in children.items():
-                setattr(parent, name, child)
-        return out
-
-    function.__name__, function.__doc__ = attach.__name__, attach.__doc__
-    return function
-
-
-def sublayers(layer, positions):
-    """The two sublayers with their norms in front, as functions of the residual stream."""
-    return (
-        (lambda x: layer.self_attn(layer.input_layernorm(x), positions)),
-        (lambda x: layer.mlp(layer.post_attention_layernorm(x))),
-    )
-
-
-def attention_only(layer, x, positions, first, second):
-    """a bottleneck behind attention alone, where Houlsby's has one behind the feed-forward too"""
-    attention, forward = sublayers(layer, positions)
-    y = attention(x)
-    x = x + y + first(y)
-    return x + forward(x)
-
-
-def behind_the_residual(layer, x, positions, first, second):
-    """the bottlenecks behind the residual sum: each reads the whole stream instead of its sublayer's output;
-    adapt the output before it is added"""
-    attention, forward = sublayers(layer, positions)
-    x = x + attention(x)
-    x = x + first(x)
-    x = x + forward(x)
-    return x + second(x)
-
-
-def in_front_of_the_sublayers(layer, x, positions, first, second):
-    """the bottlenecks in front of their sublayers, on the norm's output; they stand behind them"""
+def right_layer(layer, x, positions, first, second):
     a = layer.input_layernorm(x)
-    x = x + layer.self_attn(a + first(a), positions)
-    b = layer.post_attention_layernorm(x)
-    return x + layer.mlp(b + second(b))
+    y = layer.self_attn(a, positions)
+    h = x + y + first(y)
+    b = layer.post_attention_layernorm(h)
+    z = layer.mlp(b)
+    return h + z + second(z)
 
 
-def beside_the_sublayers(layer, x, positions, first, second):
-    """the parallel form: the bottlenecks read what their sublayers read; the sequential ones read what they return"""
-    a = layer.input_layernorm(x)
-    x = x + layer.self_attn(a, positions) + first(a)
-    b = layer.post_attention_layernorm(x)
-    return x + layer.mlp(b) + second(b)
-
-
-def bottlenecks_swapped(layer, x, positions, first, second):
-    """the two bottlenecks swapped: the first stands behind attention, the second behind the feed-forward"""
-    return right_layer(layer, x, positions, second, first)
-
-
-def residuals_replaced(layer, x, positions, first, second):
-    """the inner skips left out: what the sublayers return is lost,
-    and only the bottlenecks' outputs reach the stream"""
-    attention, forward = sublayers(layer, positions)
-    x = x + first(attention(x))
-    return x + second(forward(x))
-
-
-def no_residual(layer, x, positions, first, second):
-    """the block's own residuals left out: x has to be added back around attention and around the feed-forward"""
-    attention, forward = sublayers(layer, positions)
-    y = attention(x)
-    z = forward(y + first(y))
-    return z + second(z)
-
-
-def norms_forgotten(layer, x, positions, first, second):
-    """the norms in front of the sublayers left out"""
-    y = layer.self_attn(x, positions)
-    x = x + y + first(y)
-    z = layer.mlp(x)
-    return x + z + second(z)
-
-
-def first_norm_forgotten(layer, x, positions, first, second):
-    """attention's norm left out: self_attn reads input_layernorm(x)"""
-    y = layer.self_attn(x, positions)
-    x = x + y + first(y)
-    z = layer.mlp(layer.post_attention_layernorm(x))
-    return x + z + second(z)
-
-
-def second_norm_forgotten(layer, x, positions, first, second):
-    """the feed-forward's norm left out: mlp reads post_attention_layernorm(x), where x is the sum behind attention"""
-    y = layer.self_attn(layer.input_layernorm(x), positions)
-    x = x + y + first(y)
-    z = layer.mlp(x)
-    return x + z + second(z)
-
-
-def norms_swapped(layer, x, positions, first, second):
-    """the two norms swapped: input_layernorm stands in front of attention,
-    post_attention_layernorm in front of the feed-forward"""
-    y = layer.self_attn(layer.post_attention_layernorm(x), positions)
-    x = x + y + first(y)
-    z = layer.mlp(layer.input_layernorm(x))
-    return x + z + second(z)
-
-
-def residual_from_the_norm(layer, x, positions, first, second):
-    """the residuals taken from what the norms return;
-    what is added back is the stream as it was in front of the norm"""
-    x = layer.input_layernorm(x)
-    y = layer.self_attn(x, positions)
-    x = layer.post_attention_layernorm(x + y + first(y))
-    z = layer.mlp(x)
-    return x + z + second(z)
-
-
-def first_norm_twice(layer, x, positions, first, second):
-    """the attention's norm used for the feed-forward too, which has its own: post_attention_layernorm"""
-    y = layer.self_attn(layer.input_layernorm(x), positions)
-    x = x + y + first(y)
-    z = layer.mlp(layer.input_layernorm(x))
-    return x + z + second(z)
-
-
-def first_used_twice(layer, x, positions, first, second):
-    """the first bottleneck used for the feed-forward too, which has its own: second"""
-    return right_layer(layer, x, positions, first, first)
-
-
-def attention_not_passed_on(layer, x, positions, first, second):
-    """what attention adds not passed on: the sum behind attention is the stream that the second residual adds to"""
-    attention, forward = sublayers(layer, positions)
-    y = attention(x)
-    z = forward(x + y + first(y))
-    return x + z + second(z)
-
-
-def last_residual_left_out(layer, x, positions, first, second):
-    """the residual around the feed-forward left out"""
-    attention, forward = sublayers(layer, positions)
-    y = attention(x)
-    z = forward(x + y + first(y))
-    return z + second(z)
-
-
-def second_reads_the_norm(layer, x, positions, first, second):
-    """the second bottleneck beside the feed-forward, reading the norm's output;
-    it stands behind and reads what the feed-forward returns"""
-    y = layer.self_attn(layer.input_layernorm(x), positions)
-    x = x + y + first(y)
-    b = layer.post_attention_layernorm(x)
-    return x + layer.mlp(b) + second(b)
-
-
-def forward_before_first(layer, x, positions, first, second):
-    """the feed-forward fed with the stream as it was before the first bottleneck's output joined it"""
-    attention, forward = sublayers(layer, positions)
-    y = attention(x)
-    z = forward(x + y)
-    return x + y + first(y) + z + second(z)
-
-
-def beside_each_other(layer, x, positions, first, second):
-    """attention and feed-forward both fed with x; the feed-forward reads the sum of x,
-    attention and the first bottleneck"""
-    attention, forward = sublayers(layer, positions)
-    y, z = attention(x), forward(x)
-    return x + y + first(y) + z + second(z)
-
-
-def both_at_the_end(layer, x, positions, first, second):
-    """both bottlenecks behind the feed-forward, and both fed with its output;
-    the first reads what attention returns and is added there"""
-    attention, forward = sublayers(layer, positions)
-    x = x + attention(x)
-    z = forward(x)
-    return x + z + first(z) + second(z)
-
-
-def first_residual_left_out(layer, x, positions, first, second):
-    """the residual around attention left out"""
-    attention, forward = sublayers(layer, positions)
-    y = attention(x)
-    x = y + first(y)
-    z = forward(x)
-    return x + z + second(z)
-
-
-def positions_forgotten(layer, x, positions, first, second):
-    """positions not given to self_attn: without them queries and keys are not rotated"""
-    return right_layer(layer, x, None, first, second)
-
-
-def not_adapted(layer, x, positions, first, second):
-    """the layer as it is, without its bottlenecks"""
-    return layer(x, positions)
-
-
-right_layer = as_layer(right_attach)
-
-
-def probe_layer(answer, draw):
-    config = LLaMAConfig(16, 24, 40, 1, 4, 2, attention_bias=True, mlp_bias=True)
-    layer, first, second = filled(Layer(config, RoPE(6)), draw), network_of(draw, 24), network_of(draw, 24, 5)
-    x, positions = draw(2, 5, 24).requires_grad_(), torch.arange(3, 8)
-    out = answer(layer, x, positions, first, second)
-    yield "the output (B, T, D)", out
-    names = ("x (B, T, D)", "the first bottleneck's up (D, m)", "the second bottleneck's up (D, m)")
-    for what, gradient in zip(names, gradients(out, x, first.up.weight, second.up.weight)):
-        yield f"the gradient of {what}", gradient
-    with torch.no_grad():
-        for network in (first, second):
-            network.up.weight.zero_(), network.up.bias.zero_()
-    yield "the output with both ups at 0: the layer's (B, T, D)", answer(layer, x, positions, first, second)
-
+NORM_A, NORM_B, AND = "layer.input_layernorm(x)", "layer.post_attention_layernorm(h)", "\n    "
+ONE, TWO = "x + y + first(y)", "h + z + second(z)"
+LAYER = catalogue(right_layer, (
+    ("attach_to_mlp_only", ONE, "x + y", "a bottleneck behind the feed-forward alone; attention has one too"),
+    ("attention_only", TWO, "h + z", "a bottleneck behind attention alone; the feed-forward has one too"),
+    ("behind_the_residual", (ONE, TWO), ("x + y + first(x + y)", "h + z + second(h + z)"), "the bottlenecks behind the "
+     "residual sum: each reads the whole stream instead of its sublayer's output; adapt the output before it is added"),
+    ("first_reads_the_sum", ONE, "x + y + first(x + y)", "the first bottleneck reads the sum x + y; it is to read y"),
+    ("second_reads_the_sum", TWO, "h + z + second(h + z)", "the second bottleneck reads the sum; it is to read mlp"),
+    ("in_front_of_the_sublayers", (NORM_A, ONE, NORM_B, TWO), (f"{NORM_A}{AND}a = a + first(a)", "x + y",
+     f"{NORM_B}{AND}b = b + second(b)", "h + z"),
+     "the bottlenecks in front of their sublayers, on the norm's output; they stand behind"),
+    ("beside_the_sublayers", ("first(y)", "second(z)"), ("first(a)", "second(b)"),
+     "the parallel form: the bottlenecks read what their sublayers read; the sequential ones read what they return"),
+    ("first_reads_the_norm", "first(y)", "first(a)", "the first bottleneck reads the norm; it is to read attention"),
+    ("second_reads_the_norm", "second(z)", "second(b)", "the second bottleneck reads the norm; it is to read mlp"),
+    ("bottlenecks_swapped", ("first(y)", "second(z)"), ("second(y)", "first(z)"),
+     "the two bottlenecks swapped: the first stands behind attention, the second behind the feed-forward"),
+    ("first_used_twice", "second(z)", "first(z)", "the first bottleneck used for the feed-forward too: that is second"),
+    ("second_used_twice", "first(y)", "second(y)", "the second bottleneck used for attention too: that is first"),
+    ("second_reads_the_stream", "second(z)", "second(h)", "the second bottleneck reads the stream; it is to read mlp"),
+    ("first_reads_the_stream", "first(y)", "first(x)", "the first bottleneck reads x; it is to read attention"),
+    ("second_reads_attention", "second(z)", "second(y)", "the second bottleneck reads attention; it is to read mlp"),
+    ("residuals_replaced", (ONE, TWO), ("x + first(y)", "h + second(z)"),
+     "the inner skips left out: what the sublayers return is lost, and only the bottlenecks' outputs reach the stream"),
+    ("first_skip_left_out", ONE, "x + first(y)", "the inner skip around first left out: add y and first(y)"),
+    ("second_skip_left_out", TWO, "h + second(z)", "the inner skip around second left out: add z and second(z)"),
+    ("no_residual", (ONE, TWO), ("y + first(y)", "z + second(z)"), "the block's own residuals left out: add x, and the "
+     "sum behind attention, back around the two sublayers"),
+    ("first_residual_left_out", ONE, "y + first(y)", "the residual around attention left out"),
+    ("last_residual_left_out", TWO, "z + second(z)", "the residual around the feed-forward left out"),
+    ("attention_not_passed_on", TWO, "x + z + second(z)", "what attention adds not passed on to the second residual"),
+    ("forward_before_first", NORM_B, "layer.post_attention_layernorm(x + y)",
+     "the feed-forward fed with the stream as it was before the first bottleneck's output joined it"),
+    ("beside_each_other", NORM_B, "layer.post_attention_layernorm(x)", "attention and mlp both fed with x; the "
+     "feed-forward reads the sum of x, attention and the first bottleneck"),
+    ("forward_reads_attention", NORM_B, "layer.post_attention_layernorm(y + first(y))", "the feed-forward fed with "
+     "attention's adapted output alone; it reads the norm of the sum with x"),
+    ("both_at_the_end", (ONE, TWO), ("x + y", "h + z + first(z) + second(z)"),
+     "both bottlenecks behind the feed-forward; the first reads what attention returns and is added there"),
+    ("norms_forgotten", (NORM_A, NORM_B), ("x", "h"), "the norms in front of the sublayers left out"),
+    ("first_norm_forgotten", NORM_A, "x", "attention's norm left out: self_attn reads input_layernorm(x)"),
+    ("second_norm_forgotten", NORM_B, "h", "the feed-forward's norm left out: mlp reads post_attention_layernorm"),
+    ("norms_swapped", (NORM_A, NORM_B), ("layer.post_attention_layernorm(x)", "layer.input_layernorm(h)"),
+     "the two norms swapped: input_layernorm stands in front of attention, post_attention_layernorm in front of mlp"),
+    ("first_norm_twice", NORM_B, "layer.input_layernorm(h)", "attention's norm used for mlp too, which has its own"),
+    ("norms_behind", (NORM_A, ONE, NORM_B, "layer.mlp(b)"), ("x", f"0{AND}y = layer.input_layernorm(y){AND}h = {ONE}",
+     "h", "layer.post_attention_layernorm(layer.mlp(b))"), "the norms behind the sublayers instead of in front"),
+    ("residual_from_the_norm", (ONE, TWO), ("a + y + first(y)", "b + z + second(z)"),
+     "the residuals taken from what the norms return; what is added back is the stream in front of the norm"),
+    ("stream_normed", NORM_A, f"{NORM_A}{AND}x = a", "x overwritten by its norm: the residual adds x itself"),
+    ("forward_first", (NORM_A, "layer.self_attn(a, positions)", NORM_B, "layer.mlp(b)"),
+     ("layer.post_attention_layernorm(x)", "layer.mlp(a)", "layer.input_layernorm(h)", "layer.self_attn(b, positions)"),
+     "the feed-forward in front of attention"),
+    ("positions_forgotten", "(a, positions)", "(a, None)", "positions not given to self_attn: nothing is rotated"),
+    ("positions_counted", "(a, positions)", "(a, torch.arange(x.shape[1]))", "positions counted from 0 to T − 1; those "
+     "that are given may have gaps: pass `positions` on"),
+    ("first_detached", "first(y)", "first(y).detach()", "the first bottleneck's output detached: it never learns"),
+    ("second_detached", "second(z)", "second(z).detach()", "the second bottleneck's output detached: it never learns"),
+    ("not_adapted", (ONE, TWO), ("x + y", "h + z"), "the layer as it is, without its bottlenecks"),
+))  # fmt: skip
 
 # ── how many ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -761,190 +347,141 @@ def parameters(D, m, L, places):
     return L * places * (2 * m * D + D + m)
 
 
-def no_biases(D, m, L, places):
-    """the biases not counted: m for down and D for up"""
-    return L * places * 2 * m * D
-
-
-def one_bias(D, m, L, places):
-    """one of the two biases not counted: down has m, up has D"""
-    return L * places * (2 * m * D + D)
-
-
-def one_place(D, m, L, places):
-    """one bottleneck a layer counted, whatever `places` says"""
-    return L * (2 * m * D + D + m)
-
-
-def one_matrix(D, m, L, places):
-    """one matrix counted; there are two, down and up"""
-    return L * places * (m * D + D + m)
-
-
-def biases_swapped(D, m, L, places):
-    """2·m for the biases; down's has m numbers and up's has D"""
-    return L * places * (2 * m * D + 2 * m)
-
-
-def biases_once(D, m, L, places):
-    """the biases counted once for the whole model; every bottleneck has its own"""
-    return L * places * 2 * m * D + D + m
-
-
-def down_bias_alone(D, m, L, places):
-    """up's bias not counted, D numbers; down has one of m, up one of D"""
-    return L * places * (2 * m * D + m)
-
-
-def biases_of_width(D, m, L, places):
-    """2·D for the biases; down's has m numbers, one for each feature it returns, and up's has D"""
-    return L * places * (2 * m * D + 2 * D)
-
-
-def biases_twice(D, m, L, places):
-    """the biases counted twice: two matrices of m·D, and two biases, m of down and D of up, once each"""
-    return L * places * 2 * (m * D + D + m)
-
-
-def squares(D, m, L, places):
-    """D·D for a matrix; down is (m, D) and up (D, m), m·D numbers each"""
-    return L * places * (2 * D * D + D + m)
-
-
-def one_layer(D, m, L, places):
-    """one layer counted; there are L"""
-    return places * (2 * m * D + D + m)
-
-
-def one_bottleneck(D, m, L, places):
-    """one bottleneck counted; there are `places` in each of L layers"""
-    return 2 * m * D + D + m
-
-
-def two_places(D, m, L, places):
-    """two places a layer counted, whatever `places` says"""
-    return L * 2 * (2 * m * D + D + m)
-
-
-def places_added(D, m, L, places):
-    """L + places bottlenecks counted; there are `places` in each of L layers"""
-    return (L + places) * (2 * m * D + D + m)
+PARAMETERS = catalogue(parameters, (
+    ("no_biases", " + D + m", "", "the biases not counted: m for down and D for up"),
+    ("one_bias", "+ D + m", "+ D", "one of the two biases not counted: down has m, up has D"),
+    ("down_bias_alone", "+ D + m", "+ m", "up's bias not counted, D numbers; down has one of m, up one of D"),
+    ("biases_swapped", "+ D + m", "+ 2 * m", "2·m for the biases; down's has m numbers and up's has D"),
+    ("biases_of_width", "+ D + m", "+ 2 * D", "2·D for the biases; down's has m numbers and up's has D"),
+    ("biases_twice", "(2 * m * D + D + m)", "2 * (m * D + D + m)", "the biases counted twice; each is there once"),
+    ("biases_once", "(2 * m * D + D + m)", "2 * m * D + D + m", "the biases counted once for all bottlenecks"),
+    ("one_matrix", "2 * m * D", "m * D", "one matrix counted; there are two, down and up"),
+    ("squares", "2 * m * D", "2 * D * D", "D·D for a matrix; down is (m, D) and up (D, m), m·D numbers each"),
+    ("one_place", "L * places", "L", "one bottleneck a layer counted, whatever `places` says"),
+    ("two_places", "places * (", "2 * (", "two places a layer counted, whatever `places` says"),
+    ("one_layer", "L * places", "places", "one layer counted; there are L"),
+    ("one_bottleneck", "L * places * ", "", "one bottleneck counted; there are `places` in each of L layers"),
+    ("places_added", "L * places", "(L + places)", "L + places bottlenecks counted; there are L · places"),
+))  # fmt: skip
 
 
 def probe_parameters(answer, draw):
-    for D, m, L, places in ((128, 16, 1, 1), (128, 16, 4, 1), (128, 16, 1, 2), (768, 64, 12, 2)):
-        yield f"the number for D = {D}, m = {m}, L = {L}, places = {places}", torch.tensor(answer(D, m, L, places))
+    sizes = torch.randint(2, 10, (40, 4), generator=torch.Generator().manual_seed(0))
+    D, m, L, places = sizes.double().T
+    terms = {"m·D": m * D, "D": D, "m": m, "1": D * 0 + 1, "D·D": D * D}
+    often = {"L·places·": L * places, "L·": L, "places·": places, "": D * 0 + 1, "places·places·": places**2}
+    terms = {f"{times}{name}": n * term for times, n in often.items() for name, term in terms.items()}
+    found = torch.stack([answer(*size) for size in sizes.tolist()])
+    yield as_sum(found, terms, {"L·places·m·D": 2, "L·places·D": 1, "L·places·m": 1})
+    for i, size in enumerate(((10, 3, 4, 2), (768, 64, 12, 1), (6, 6, 1, 3), (5, 1, 1, 1))):
+        where = f"for D = {size[0]}, m = {size[1]}, L = {size[2]}, places = {size[3]}"
+        yield Piece("the number at other sizes" if i else f"the number {where}", answer(*size), where if i else "")
 
 
-def learned(steps, start="zero", activation="gelu"):
-    """Which of a fresh adapter's tensors have moved after so many steps of gradient descent, as names."""
-
-    def truth():
-        torch.manual_seed(0)
-        model = minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2))
-        model = minillama.adapt(model, "bottleneck", size=3, activation=activation)
-        ids, own = torch.randint(0, 31, (2, 6)), minillama.adapters.adapter_parameters(model)
-        if start == "all zero":
-            for p in own.values():
-                nn.init.zeros_(p)
-        before = {name: p.detach().clone() for name, p in own.items()}
-        for _ in range(steps):
-            model.zero_grad()
-            minillama.answer_loss(model, ids, ids).backward()
-            for p in own.values():
-                p.data -= 0.1 * p.grad
-        return frozenset(".".join(name.split(".")[-2:]) for name, p in own.items() if not torch.equal(p, before[name]))
-
-    return truth
+# ── the exercises ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-NAMED = ("down.weight", "down.bias", "up.weight", "up.bias")
-DOWN, UP = frozenset(NAMED[:2]), frozenset(NAMED[2:])
+def network(draw, D, m):
+    return filled(bottleneck.Bottleneck(D, m), draw).requires_grad_(True)
 
 
-def nudges(truth, wrongly, missing):
-    """A sentence for every wrong set of names: on the first name that it wrongly has,
-    else on the first that is missing."""
-    subsets = [frozenset(names) for count in range(5) for names in itertools.combinations(NAMED, count)]
+def inputs_of_network(draw, B, T, D, m):
+    return dict(zip(("x", *TENSORS), (draw(B, T, D), 1.5 * draw(m, D) / D**0.5, draw(m), draw(D, m), draw(D))))
 
-    def said(found):
-        held = [sentence for name, sentence in wrongly.items() if name in found - truth]
-        return next(iter(held), None) or next(missing[name] for name in missing if name not in found)
 
-    return {found: said(found) for found in subsets if found != truth}
+def inputs_of_sublayer(draw, B, T, D, m, **scale):
+    sublayer = filled(torch.nn.Linear(D, D), draw)
+    return dict(sublayer=sublayer, x=draw(B, T, D), bottleneck=network(draw, D, m), **scale)
 
+
+def inputs_of_layer(draw, positions, B, D, H, G):
+    config = LLaMAConfig(16, D, 40, 1, H, G, rms_norm_eps=0.01, attention_bias=True, mlp_bias=True)
+    layer, x = filled(Layer(config, RoPE(D // H)), draw), draw(B, len(positions), D)
+    given = dict(layer=layer, x=x, positions=torch.tensor(positions))
+    return dict(given, first=network(draw, D, H - 1), second=network(draw, D, H + 1))
+
+
+SIZES = (dict(B=2, T=5, D=10, m=4), dict(B=3, T=2, D=6, m=6), dict(B=1, T=1, D=5, m=1))
+SCALED = [dict(size, scale=scale) for size, scale in zip(SIZES, (2.5, 4.0, 0.5))]
+LAYERS = (dict(positions=[3, 4, 6, 9, 14], B=2, D=24, H=4, G=2), dict(positions=[0, 5], B=3, D=12, H=3, G=3),
+          dict(positions=[7], B=1, D=16, H=2, G=1))  # fmt: skip
+DOWN, UP = frozenset(["down.weight", "down.bias"]), frozenset(["up.weight", "up.bias"])
+
+
+def only(*names):
+    return frozenset(names)
+
+
+def learned(steps, prepare=None):
+    """Which of a fresh adapter's tensors have moved after so many steps of gradient descent."""
+    return moved("bottleneck", steps, prepare, lambda name: ".".join(name.split(".")[-2:]), size=3)
+
+
+PLANTED = (
+    *catalogue(bottleneck, NETWORK, wrap=network_of), *catalogue(bottleneck, PLANTED_START),
+    *catalogue(bottleneck, SUBLAYER, wrap=behind),
+    *catalogue(bottleneck, [("attach_to_mlp_only", '("o_proj", "down_proj")', '("down_proj",)', LAYER[0].sentence)]),
+)  # fmt: skip
+HARMLESS = {}
 
 EXERCISES = {
     "bottleneck_network": Exercise(
-        "bottleneck_network(x, down_weight, down_bias, up_weight, up_bias) -> (B, T, D)", right_bottleneck,
-        (*(as_bottleneck(mistake) for mistake in (NoActivation, WrongActivation, ActivationLast, NoBias)), skip_inside,
-         activated_twice, activated_first, up_bias_forgotten, down_bias_forgotten, tanh_gelu, silu_for_gelu,
-         computed_in_float32, weights_not_cast, matrices_not_cast, biases_not_cast, added_biases_not_cast,
-         down_bias_behind_gelu, sigmoid_for_gelu, tanh_for_gelu, features_detached, input_detached), probe_bottleneck,
+        "bottleneck_network(x, down_weight, down_bias, up_weight, up_bias) -> (B, T, D)", network_of(bottleneck),
+        catalogue(bottleneck, NETWORK + ALONE, wrap=network_of), calls(inputs_of_network, OUT, SIZES, float32=TENSORS),
     ),
     "bottleneck_start": Exercise(
-        "bottleneck_start(D, m) -> down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D)",
-        start_of(Bottleneck),
-        (start_of(UpNotZero), start_of(AllZero), as_linear_draws_them, up_bias_kept, down_bias_kept, down_zero,
-         units_alike, down_too_large, down_too_small, shapes_swapped), probe_start,
+        "bottleneck_start(D, m) -> down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D)", right_start,
+        START, probe_start,
     ),
     "bottleneck_moves_first": Question(
         learned(1),
         "The loss reaches down through up, and up is 0: the gradient of all that lies before it carries that factor.",
-        {**nudges(UP,
-                  dict.fromkeys(DOWN, "look again at what the gradient of down passes on its way: "
-                                      "up's weight, and it is 0."),
-                  {"up.weight": "not quite: the gradient of up's weight is the loss's, times the narrow features, "
-                                "and these are not 0.",
-                   "up.bias": "nearly: is there anything that stands between up's bias and the loss?"}),
-         DOWN: "the other way round: what lies behind the zero feels the loss, what lies before it does not."}, NAMED,
+        {UP | DOWN: "look again at what the gradient of down passes on its way: up's weight, and it is 0.",
+         DOWN: "the other way round: what lies behind the zero feels the loss, what lies before it does not.",
+         only(): "the loss is not 0, and up's bias is added to the output: is there anything between the two?",
+         only("up.bias"): "up's weight gets the loss's gradient times the narrow features: are these 0?",
+         only("up.weight"): "nearly: is there anything that stands between up's bias and the loss?",
+         only("up.weight", "down.weight"): "down's gradient passes up's weight, which is 0; and what of the biases?"},
+        DOWN | UP, "For each of the four, walk back to it from the loss: which matrices do you pass? Is one 0?",
     ),
     "bottleneck_moves_second": Question(
         learned(2), "After one step up is no longer 0, and down feels the loss.",
-        nudges(DOWN | UP, {},
-               {**dict.fromkeys(NAMED[2:], "what moved at the first step has moved: "
-                                           "are both of up's tensors in your set?"),
-                "down.weight": "up is no longer 0: does down's gradient still vanish?",
-                "down.bias": "down's bias stands where down's weight does, in front of GELU: what holds for the one?"}),
-        NAMED,
+        {UP: "up is no longer 0: does down's gradient still vanish?",
+         DOWN: "what moved at the first step has moved: up's two tensors too.",
+         UP | {"down.weight"}: "down's bias stands where down's weight does: what holds for the one?"},
+        DOWN | UP, "What is up after the first step, and which gradients have it as a factor?",
     ),
     "bottleneck_all_zero": Question(
-        learned(20, "all zero"),
+        learned(20, lambda own: [p.zero_() for p in own.values()]),
         "The features are GELU(0) = 0, so up's weight gets no gradient; up stays 0, so down gets none either. "
         "What is left adds one fixed vector to every token.",
-        nudges(frozenset(["up.bias"]),
-               {"up.weight": "the gradient of up's weight has the narrow features as a factor: "
-                             "what are they when down is 0?",
-                **dict.fromkeys(NAMED[:2], "down's gradient has up's weight as a factor, which starts at 0: "
-                                           "does it ever leave it?")},
-               {"up.bias": "one of the four reaches the loss without passing a zero."}), NAMED,
+        {UP: "up's weight gets the loss's gradient times the features: what are they when down is 0?",
+         UP | DOWN: "down's gradient has up's weight as a factor, which starts at 0: does it ever leave it?",
+         DOWN | {"up.bias"}: "down's gradient has up's weight as a factor, which starts at 0: does it ever leave it?",
+         DOWN: "down's gradient has up's weight as a factor, which starts at 0: does it ever leave it?",
+         only("up.weight"): "up's weight gets the loss's gradient times the features: what are they when down is 0?",
+         only(): "one of the four reaches the loss without passing a zero.",
+         only("up.bias", "down.bias"): "down's bias reaches the loss through up's weight: does that leave 0?"},
+        DOWN | UP, "Two products keep each other at 0. Which of the four is a factor of neither?",
     ),
     "adapted_sublayer": Exercise(
-        "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", right_sublayer,
-        (*(as_sublayer(mistake) for mistake in (NoInnerResidual, ReadsInput, AddedTwice, BottleneckDropoutInEval)),
-         input_for_output, block_residual_too, in_front, in_front_alone, bottleneck_alone, reads_the_sum,
-         sublayer_forgotten, subtracted, bottleneck_detached, run_twice, sublayer_detached, no_bottleneck),
-        probe_sublayer,
+        "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", behind(bottleneck),
+        catalogue(bottleneck, SUBLAYER + BEHIND, wrap=behind),
+        around(inputs_of_sublayer, SIZES, ("sublayer",), terms_of_sublayer,
+               {"sublayer(x)": 1, "bottleneck(sublayer(x))": 1}),
     ),
     "parallel_sublayer": Exercise(
-        "parallel_sublayer(sublayer, x, bottleneck, scale) -> (B, T, D)", right_parallel,
-        (parallel_reads_output, scale_forgotten, scale_on_the_sum, scale_on_the_sublayer, scale_inside,
-         parallel_with_skip, divided_by_the_scale, scale_written_as_a_number, scale_plus_one, scale_subtracted,
-         sequential_without_scale, input_for_sublayer, parallel_alone, parallel_in_front, parallel_detached),
-        probe_parallel,
+        "parallel_sublayer(sublayer, x, bottleneck, scale) -> (B, T, D)", beside(bottleneck),
+        catalogue(bottleneck, BESIDE, wrap=beside),
+        around(inputs_of_sublayer, SCALED, ("sublayer",), terms_of_sublayer,
+               {"sublayer(x)": 1, "bottleneck(x)": "scale"}),
     ),
     "houlsby_layer": Exercise(
-        "houlsby_layer(layer, x, positions, first, second) -> (B, T, D)", right_layer,
-        (as_layer(attach_to_mlp_only), attention_only, behind_the_residual, in_front_of_the_sublayers,
-         beside_the_sublayers, bottlenecks_swapped, residuals_replaced, no_residual, norms_forgotten,
-         first_norm_forgotten, second_norm_forgotten, norms_swapped, residual_from_the_norm, beside_each_other,
-         both_at_the_end, first_residual_left_out, first_norm_twice, first_used_twice, attention_not_passed_on,
-         last_residual_left_out, second_reads_the_norm, forward_before_first, positions_forgotten, not_adapted),
-        probe_layer,
+        "houlsby_layer(layer, x, positions, first, second) -> (B, T, D)", right_layer, LAYER,
+        around(inputs_of_layer, LAYERS, ("layer.self_attn", "layer.mlp"), terms_of_layer,
+               dict.fromkeys(("x", "attention", "first", "feed-forward", "second"), 1), right_layer),
     ),
     "bottleneck_parameters": Exercise(
-        "bottleneck_parameters(D, m, L, places) -> a whole number", parameters,
-        (no_biases, one_bias, one_place, one_matrix, biases_swapped, biases_once, down_bias_alone, biases_of_width,
-         biases_twice, squares, one_layer, one_bottleneck, two_places, places_added), probe_parameters,
+        "bottleneck_parameters(D, m, L, places) -> a whole number", parameters, PARAMETERS, probe_parameters,
     ),
 }  # fmt: skip

@@ -1,314 +1,328 @@
 """Lesson 06: LoRA, with the wrong versions that one writes easily."""
 
+import minillama
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-import minillama
+from ...adapters import lora
+from .catalogue import catalogue
+from .judging import close
+from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, floating, gradients, named
+from .predictions import Question, moved
 
-from ...adapters.lora import LoRALinear
-from . import Exercise, Question, Wrong, describe, filled, gradients, moved, named
-
-# ── the catalogue ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class ScaledByAlpha(LoRALinear):
-    """the path multiplied by α instead of α / r; r is the number of A's rows"""
-
-    def __init__(self, base, rank, alpha, dropout=0.0):
-        super().__init__(base, rank, alpha, dropout)
-        self.scaling = alpha
+# ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
 
 
-class ScaledByRoot(LoRALinear):
-    """the path multiplied by α / √r, which is another method (rsLoRA); here it is α / r"""
+def path_of(module):
+    """The module's LoRALinear as a function of the projection, the input, A, B and α."""
 
-    def __init__(self, base, rank, alpha, dropout=0.0):
-        super().__init__(base, rank, alpha, dropout)
-        self.scaling = alpha / rank**0.5
+    def lora_linear(linear, x, A, B, alpha):
+        with torch.random.fork_rng(devices=[]):  # so that a dropout draws as it would without A's start
+            wrapper = module.LoRALinear(linear, A.shape[0], alpha).eval()
+        return torch.func.functional_call(wrapper, {"A": A, "B": B}, (x,))
 
-
-class BothZero(LoRALinear):
-    """A and B both at 0: the identity, but neither ever gets a gradient; A is drawn at random"""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        nn.init.zeros_(self.A)
+    return lora_linear
 
 
-class BothRandom(LoRALinear):
-    """A and B both random: the model is not the base at the start; B is 0"""
+def merged_by(module):
+    """The module's merge as a function that returns the weight."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        nn.init.normal_(self.B, std=0.02)
+    def lora_merge(linear, A, B, alpha):
+        wrapper = module.LoRALinear(linear, A.shape[0], alpha)
+        wrapper.A.data, wrapper.B.data = A, B
+        return wrapper.weight.detach()
 
-
-class WrongOneZero(LoRALinear):
-    """A at 0 and B random: the identity, but not the paper's start, which is A random and B at 0"""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        nn.init.zeros_(self.A), nn.init.normal_(self.B)
+    return lora_merge
 
 
-class ReadsOutput(LoRALinear):
-    """the path fed with the projection's output; it stands beside the projection and reads the same x"""
+def start_of(module):
+    """What the module's parameters start from, as a function of their sizes."""
 
-    def forward(self, x):
-        y = self.base(x)
-        fed = F.pad(y, (0, max(0, self.in_features - self.out_features)))[..., : self.in_features]
-        return y + F.linear(F.linear(fed, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scaling
+    def lora_start(in_features, out_features, rank):
+        wrapper = module.LoRALinear(nn.Linear(in_features, out_features), rank, 16.0)
+        return wrapper.A.detach(), wrapper.B.detach()
 
-
-class LoRADropoutInEval(LoRALinear):
-    """dropout in front of A in eval mode too; ask for it only while `self.training`, here not at all"""
-
-    def forward(self, x):
-        narrow = F.linear(F.dropout(x, 0.1), self.A.to(x.dtype))
-        return self.base(x) + F.linear(narrow, self.B.to(x.dtype)) * self.scaling
+    return lora_start
 
 
-class MergeUnscaled(LoRALinear):
-    """a merge that forgets α / r"""
-
-    @property
-    def weight(self):
-        return self.base.weight + self.B @ self.A
-
-
-class DetachedA(LoRALinear):
-    """A detached from the graph (detach, .data or no_grad): only B ever learns"""
-
-    def forward(self, x):
-        return self.base(x) + F.linear(F.linear(x, self.A.detach().to(x.dtype)), self.B.to(x.dtype)) * self.scaling
-
-
-# ── what is asked ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def factors(old, right, width, by_alpha="ScaledByAlpha"):
+    """Rows that put another factor in the place of α / r, in `old` as `right`; width: the number of features there."""
+    r = right.removeprefix("alpha / ")
+    return tuple(
+        (name, old, old.replace(right, new), why) for name, new, why in (
+            (by_alpha, "alpha", "α instead of α / r; r is the number of A's rows"),
+            ("ScaledByRoot", f"alpha / {r}**0.5", "α / √r, which is another method (rsLoRA); here it is α / r"),
+            ("divided_by_width", f"alpha / {width}",
+             "α divided by the number of features; the rank is A.shape[0], or B.shape[1]"),
+            ("rank_over_alpha", f"{r} / alpha", "the factor turned round, r / α; it is α / r"),
+        )
+    )  # fmt: skip
 
 
-def start_of(wrapper):
-    """What a wrapper's parameters start from, as a function of their sizes."""
+NARROW = "F.linear(self.dropout(x), self.A.to(x.dtype))"
+BENT = "a non-linearity between A and B, as a bottleneck has one; LoRA's path is linear, which is why it can be merged"
+LEFT_ON = "dropout in front of A in eval mode too; ask for it only while `self.training`, here not at all"
+PATH = (
+    *factors("= base, alpha / rank,", "alpha / rank", "base.in_features"),
+    ("unscaled", "self.B.to(x.dtype)) * self.scaling", "self.B.to(x.dtype))", "the factor α / r left out"),
+    ("ReadsOutput", NARROW, "F.linear(F.pad(y, (0, max(0, self.in_features - self.out_features)))[..., : "
+     "self.in_features], self.A.to(x.dtype))", "the path fed with the projection's output; it stands beside the "
+     "projection and reads the same x"),
+    ("LoRADropoutInEval", "F.linear(self.dropout(x)", "F.linear(F.dropout(x, 0.1)", LEFT_ON),
+    ("DetachedA", "self.A.to(x.dtype))", "self.A.detach().to(x.dtype))", "A detached from the graph (detach, .data or "
+     "no_grad): only B ever learns"),
+    ("detached_B", "self.B.to(x.dtype))", "self.B.detach().to(x.dtype))", "B detached from the graph (detach, .data or "
+     "no_grad): at its start B is 0, and then nothing ever learns"),
+    ("path_alone", "return y + F.linear(narrow", "return F.linear(narrow", "the path alone, without the frozen "
+     "projection it is added to"),
+    ("path_subtracted", "return y + F", "return y - F", "the path subtracted instead of added"),
+    ("sum_scaled", "return y + F.linear(narrow, self.B.to(x.dtype))", "return (y + F.linear(narrow, "
+     "self.B.to(x.dtype)))", "α / r on the whole sum; it multiplies the path alone"),
+    ("relu", NARROW, f"F.relu({NARROW})", f"a ReLU is {BENT}"),
+    ("activated", NARROW, f"F.gelu({NARROW})", BENT),
+    # from here on what makes no difference in the models, or breaks them
+    ("bias_scaled", "return y + F.linear(narrow, self.B.to(x.dtype))", "return self.base(x) + F.linear(narrow, "
+     "self.B.to(x.dtype), self.bias)", "the projection's bias once more, and multiplied by α / r; linear(x) holds it "
+     "already"),
+    ("bias_twice", "return y + F", "return y + self.base.bias + F", "the projection's bias added twice: linear(x) "
+     "holds it already"),
+    ("bias_dropped", "y = self.base(x)\n        if", "y = F.linear(x, self.base.weight)\n        if", "the "
+     "projection's bias left out: call linear(x), which adds it"),
+    ("path_on_detached_x", "F.linear(self.dropout(x), ", "F.linear(self.dropout(x.detach()), ", "x detached in front "
+     "of the path: the layers below learn nothing through it"),
+    ("base_detached", "y = self.base(x)\n        if", "y = self.base(x).detach()\n        if", "the projection's "
+     "product cut from the graph (no_grad or detach): its weight is frozen, but the gradient still goes through it to "
+     "x"),
+    ("untransposed", NARROW, "x @ self.A.to(x.dtype)", "x @ A: A is (r, in), so it is x @ A.T, or F.linear(x, A), "
+     "which transposes by itself"),
+    ("exchanged", NARROW, "F.linear(x, self.B.to(x.dtype))", "B before A: x goes through A first, down to r numbers"),
+    ("fed_with_output", NARROW, "y @ self.A.to(x.dtype).T", "A applied to what linear returns; the path stands beside "
+     "the projection and reads x itself"),
+    ("without_B", "F.linear(narrow, self.B.to(x.dtype))", "narrow", "B left out: A x has r numbers; B makes out of "
+     "them"),
+    ("not_in_the_dtype_of_x", (NARROW, "F.linear(narrow, self.B.to(x.dtype))"), (
+     "F.linear(self.dropout(x).to(self.A.dtype), self.A)", "F.linear(narrow, self.B)"), "the path computed in A's "
+     "dtype: on a bfloat16 base that gives a float32 output; cast A and B to x.dtype"),
+    ("without_a_cast", ("self.A.to(x.dtype))", "self.B.to(x.dtype))"), ("self.A)", "self.B)"), "A and B not cast: a "
+     "bfloat16 x and a float32 A cannot be multiplied; write A.to(x.dtype) and B.to(x.dtype)"),
+)  # fmt: skip
+DRAWN = "nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))"
+ZEROS = "torch.zeros(base.out_features, rank, device=device)"
+START = (
+    ("BothZero", DRAWN, "nn.init.zeros_(self.A)", "A and B both at 0: the identity, but neither ever gets a gradient; "
+     "A is drawn at random"),
+    ("BothRandom", ZEROS, "0.02 * torch.randn(base.out_features, rank)", "B is not 0: the model is not the base at the "
+     "start, however small B is; A is random and B is 0"),
+    ("WrongOneZero", (DRAWN, ZEROS), ("nn.init.zeros_(self.A)", "torch.randn(base.out_features, rank)"), "A at 0 and B "
+     "not: the identity, but not the paper's start, which is A random and B at 0"),
+    ("turned_round", ("empty(rank, base.in_features", "zeros(base.out_features, rank"), ("empty(base.in_features, rank",
+     "zeros(rank, base.out_features"), "A and B turned round; A has a row for each direction it reads, (r, in), and B "
+     "a column for each, (out, r)"),
+    ("deviation_of_one", DRAWN, "nn.init.normal_(self.A)", "A from N(0, 1): √(3 · in) times as wide as nn.Linear draws "
+     "it, so that the first steps are too long"),
+    ("kaiming_without_a", DRAWN, "nn.init.kaiming_uniform_(self.A)", "kaiming_uniform_ without a=√5: √6 times as wide "
+     "as nn.Linear draws its weight"),
+    ("not_centred", DRAWN, "nn.init.uniform_(self.A, 0, 2 * base.in_features**-0.5)", "A's numbers are not centred on "
+     "0, as torch.rand's are not: draw them on both sides of it"),
+    ("equal_rows", DRAWN, "self.A.data = nn.Linear(base.in_features, 1).weight.data.repeat(rank, 1)", "A's rows are "
+     "equal: equal rows get equal gradients and stay equal, as if the rank were 1; draw each by itself"),
+)  # fmt: skip
+SUM = "weight + self.scaling * (self.B @ self.A)"
+MERGE = (
+    ("MergeUnscaled", SUM, "weight + self.B @ self.A", "a merge that forgets α / r"),
+    ("change_alone", SUM, "self.scaling * (self.B @ self.A)", "the change (α / r) B A alone, without the weight it is "
+     "added to"),
+    ("wrong_order", "self.B @ self.A", "self.A.T @ self.B.T", "Aᵀ Bᵀ, the product turned round; only where in = out "
+     "does it fit at all: (out, r) @ (r, in) is B @ A"),
+    ("change_subtracted", SUM, SUM.replace("+", "-"), "the change subtracted, which undoes a merge; to merge, add"),
+    ("sum_scaled", SUM, "self.scaling * (weight + self.B @ self.A)", "α / r on the weight too; it multiplies B A "
+     "alone"),
+    ("turned_at_the_end", f"({SUM}).to(weight.dtype)", f"({SUM}).to(weight.dtype).T",
+     "the weight transposed; nn.Linear keeps (out, in), and so does linear.weight: nothing is to be turned"),
+    ("multiplied", SUM, SUM.replace("+", "*"), "the weight multiplied by the change; add it"),
+    ("product_turned", "self.B @ self.A", "self.A @ self.B", "A @ B does not fit: (out, r) @ (r, in) is B @ A"),
+    ("not_in_the_dtype_of_the_weight", f"({SUM}).to(weight.dtype)", f"({SUM})", "the merged weight in A's dtype: a "
+     "bfloat16 layer needs it back in linear.weight.dtype"),
+)  # fmt: skip
 
-    def function(in_features, out_features, rank):
-        module = wrapper(nn.Linear(in_features, out_features), rank, 16.0)
-        return module.A.detach(), module.B.detach()
-
-    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
-    return function
-
-
-def turned_round(in_features, out_features, rank):
-    """A and B turned round; A has a row for each direction it reads, (r, in), and B a column for each, (out, r)"""
-    A, B = start_of(LoRALinear)(in_features, out_features, rank)
-    return A.T, B.T
+PATHS = catalogue(lora, PATH, wrap=path_of)
+STARTS = catalogue(lora, START, wrap=start_of)
+MERGES = catalogue(lora, MERGE + PATH[:4], wrap=merged_by)
+PLANTED = PATHS[:14] + STARTS[:3] + MERGES[:5]  # each must fail a test in the models
+HARMLESS = {}  # {mistake's name: kinds of model where it makes no difference}
 
 
-def deviation_of_one(in_features, out_features, rank):
-    """A from N(0, 1): √(3 · in) times as wide as nn.Linear draws it, so that the first steps are too long"""
-    return torch.randn(rank, in_features), torch.zeros(out_features, rank)
-
-
-def kaiming_without_a(in_features, out_features, rank):
-    """kaiming_uniform_ without a=√5: √6 times as wide as nn.Linear draws its weight"""
-    return nn.init.kaiming_uniform_(torch.empty(rank, in_features)), torch.zeros(out_features, rank)
+def begun(A, B, n_in, n_out, r):
+    """Pieces of A and B at the start: which of them is 0, how many directions A reads. Wrong where a shape is."""
+    for what, value, shape in (("A (r, in)", A, (r, n_in)), ("B (out, r)", B, (n_out, r))):
+        found = tuple(value.shape) if floating(value) else None
+        if found != shape:
+            name = {shape[::-1]: "turned_round", (n_out, r): "exchanged"}.get(found, "shape")
+            needed = f"needed is a float32 tensor of shape {shape} for in = {n_in}, out = {n_out} and r = {r}"
+            raise Wrong(name, f"{what} is {describe(value)}; {needed}.")
+        why = f"{what} is {describe(value)}; adapter numbers are float32, in which small steps are not lost."
+        yield fact(value.dtype == torch.float32, "start_dtype", why, f"whether {what} is float32")
+    zero = [not A.any(), not B.any()]
+    row = START[0 if all(zero) else 2 if zero[0] else 1]
+    yield fact(zero[0] + 2 * zero[1], row[0], f"{row[3]}.", "which of the two is 0")
+    yield fact(torch.linalg.matrix_rank(A.detach().double(), rtol=1e-4) < r, "equal_rows", f"{START[-1][3]}.")
 
 
 def probe_start(answer, draw):
-    (_, A), (_, B) = named(("A (r, in)", "B (out, r)"), answer(480, 360, 24))
-    for what, value, shape in (("A (r, in)", A, (24, 480)), ("B (out, r)", B, (360, 24))):
-        if not isinstance(value, torch.Tensor) or value.shape != shape:
-            found = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-            needed = f"needed is a tensor of shape {shape} for in = 480, out = 360 and r = 24"
-            raise Wrong("shape", f"{what} is {found}; {needed}")
-    yield "B (out, r)", B.detach()
-    mean, deviation = A.detach().float().mean(), A.detach().float().std()
-    yield "A's standard deviation · √(3 · in), to one digit", (deviation * (3 * 480) ** 0.5).mul(10).round() / 10
-    yield "A's mean · √(3 · in), to one digit", (mean * (3 * 480) ** 0.5).mul(10).round().abs() / 10
+    for n_in, n_out, r in ((480, 360, 24), (300, 500, 8)):
+        (_, A), (_, B) = named(("A (r, in)", "B (out, r)"), answer(n_in, n_out, r))
+        yield from begun(A, B, n_in, n_out, r)
+        deviation, mean = A.double().std().item(), A.double().mean().item()
+        yield fact(abs(mean) > 0.1 * deviation, "not_centred", f"{START[-2][3]}.")
+        times = deviation * (3 * n_in) ** 0.5  # 1 where drawn as nn.Linear draws; each known width is told apart
+        which = next((i for i, n in enumerate((1, 6**0.5, (3 * n_in) ** 0.5)) if abs(times / n - 1) < 0.1), -1)
+        why = f"A is drawn {times:.2g} times as wide as nn.Linear draws its weight, whose deviation is 1 / √(3 · in)."
+        yield fact(which, "too_wide" if times > 1 else "too_narrow", why, "how wide A is")
+        yield Piece("B (out, r)", B)
 
 
-def path_of(wrapper):
-    """A wrapper as a function of the projection, the input, A, B and α."""
-
-    def function(linear, x, A, B, alpha):
-        return torch.func.functional_call(wrapper(linear, A.shape[0], alpha).eval(), {"A": A, "B": B}, (x,))
-
-    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
-    return function
-
-
-def path_alone(linear, x, A, B, alpha):
-    """the path alone, without the frozen projection it is added to"""
-    return path_of(LoRALinear)(linear, x, A, B, alpha) - linear(x)
+def multiplied(found, product, alpha, r, when=""):
+    """A Piece: what the product B A is multiplied by in what was found, where that is a multiple of it."""
+    factor = right = alpha / r
+    if found.shape == product.shape and found.dtype == product.dtype:
+        least = ((found * product).sum() / product.square().sum()).item()
+        factor = least if abs(least) > 1e-3 and close(found, least * product) else right
+    why = f"{when}B A is multiplied by {factor:.3g} for α = {alpha:g} and r = {r}; needed is α / r = {right:.3g}."
+    return fact(factor, "factor", why, f"{when}what B A is multiplied by")
 
 
-def divided_by_width(linear, x, A, B, alpha):
-    """α divided by the number of features instead of the rank: the rank is A.shape[0], or B.shape[1]"""
-    return path_of(LoRALinear)(linear, x, A, B, alpha * A.shape[0] / A.shape[1])
+def steady(function, x, dropout, why):
+    """Pieces: whether a path treats equal rows alike, as no dropout does, and is linear in x."""
+    rows, *at = (function(z) for z in (x[:1, :1].expand_as(x).clone(), 0 * x, x, -2 * x))
+    tensors = floating(rows) and rows.shape == at[0].shape
+    yield fact(tensors and not close(rows[:1, :1].expand_as(rows), rows), dropout, f"{why}.")
+    bent = tensors and not close(at[2] - at[0], -2 * (at[1] - at[0]))
+    yield fact(bent, "activated", f"{BENT}.")
 
 
-def bias_twice(linear, x, A, B, alpha):
-    """the projection's bias added twice: linear(x) holds it already"""
-    return path_of(LoRALinear)(linear, x, A, B, alpha) + linear.bias
+def with_factor(probe, added, product):
+    """The probe, and before it what B A is multiplied by: added(result, inputs) should be α / r · product(inputs)."""
+
+    def longer(answer, draw):
+        given = probe.inputs(draw)
+        with torch.no_grad():
+            if "x" in given:
+                yield from steady(
+                    lambda x: answer(*(given | {"x": x}).values()), given["x"], "LoRADropoutInEval", LEFT_ON
+                )
+            yield multiplied(added(answer(*given.values()), given), product(given), given["alpha"], len(given["A"]))
+        yield from probe(answer, draw)
+
+    longer.inputs = probe.inputs
+    return longer
 
 
-def path_subtracted(linear, x, A, B, alpha):
-    """the path subtracted instead of added"""
-    return path_of(LoRALinear)(linear, x, A, B, -alpha)
+# ── the path and the merges ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def not_in_the_dtype_of_x(linear, x, A, B, alpha):
-    """the path computed in A's dtype: on a bfloat16 base that gives a float32 output; cast A and B to x.dtype"""
-    return linear(x) + (x.to(A.dtype) @ A.T @ B.T) * (alpha / A.shape[0])
+def inputs_of_path(draw, n_in, n_out, r, alpha, **tokens):
+    x = {"x": draw(*tokens.values(), n_in)} if tokens else {}
+    return dict(linear=filled(nn.Linear(n_in, n_out), draw), **x, A=draw(r, n_in), B=draw(n_out, r), alpha=alpha)
 
 
-def probe_path(answer, draw):
-    linear = filled(nn.Linear(10, 7), draw)
-    x, A, B = draw(2, 5, 10), draw(3, 10).requires_grad_(), draw(7, 3).requires_grad_()
-    out = answer(linear, x, A, B, 5.0)
-    if not isinstance(out, torch.Tensor) or out.shape != (2, 5, 7):
-        needed = "needed is a tensor of shape (2, 5, 7) for an x of shape (2, 5, 10) and a Linear(10, 7)"
-        raise Wrong("shape", f"the output (B, T, out) is {describe(out)}; {needed}")
-    yield "what is added to linear(x) (B, T, out)", out - linear(x)
-    of_A, of_B = gradients(out, A, B)
-    yield "A's gradient (r, in)", of_A
-    yield "B's gradient (out, r)", of_B
-    yield "the output at another rank and α (B, T, out)", answer(linear, x, draw(2, 10), draw(7, 2), 3.0)
-    yield "the output at B = 0: the base's (B, T, out)", answer(linear, x, A, B * 0, 5.0)
-    try:
-        yield "the output in bfloat16 (B, T, out)", answer(linear.bfloat16(), x.bfloat16(), A, B, 5.0)
-    except RuntimeError as error:
-        stopped = f"right in float32; with linear and x in bfloat16 it stopped ({error})"
-        raise Wrong("dtype", f"{stopped}: A and B are float32 there, cast them to x.dtype") from None
+def inputs_of_conv1d(draw, n_in, n_out, r, alpha):
+    return dict(weight=draw(n_in, n_out), A=draw(r, n_in), B=draw(n_out, r), alpha=alpha)
 
 
-def merged_by(wrapper):
-    """A wrapper's merge as a function that returns the weight."""
-
-    def function(linear, A, B, alpha):
-        module = wrapper(linear, A.shape[0], alpha)
-        module.A.data, module.B.data = A, B
-        return module.weight.detach()
-
-    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
-    return function
-
-
-def change_alone(linear, A, B, alpha):
-    """the change (α / r) B A alone, without the weight it is added to"""
-    return (merged_by(LoRALinear)(linear, A, B, alpha) - linear.weight).detach()
-
-
-def wrong_order(linear, A, B, alpha):
-    """Aᵀ Bᵀ, the product turned round; only where in = out does it fit at all: (out, r) @ (r, in) is B @ A"""
-    return linear.weight + alpha / A.shape[0] * (A.T @ B.T)
-
-
-def base_overwritten(linear, A, B, alpha):
-    """the sum written into the base's own weight; return a new one, so that the base can be had back bit for bit"""
-    linear.weight.copy_(merged_by(LoRALinear)(linear, A, B, alpha))
-    return linear.weight
-
-
-def not_in_the_dtype_of_the_weight(linear, A, B, alpha):
-    """the merged weight in A's dtype: a bfloat16 layer needs it back in linear.weight.dtype"""
-    return linear.weight + alpha / A.shape[0] * (B @ A)
-
-
-def probe_merge(answer, draw):
-    for size in ((6, 6), (10, 7)):
-        linear, A, B = filled(nn.Linear(*size), draw), draw(3, size[0]), draw(size[1], 3)
-        before = linear.weight.clone()
-        merged = answer(linear, A, B, 5.0)
-        if not isinstance(merged, torch.Tensor) or merged.shape != before.shape:
-            needed = f"needed is a tensor of shape {tuple(before.shape)} for a Linear{size}"
-            raise Wrong("shape", f"the merged weight (out, in) is {describe(merged)}; {needed}")
-        yield f"what the merge of a Linear{size} adds to its weight (out, in)", merged - before
-        yield "the number of the base's own weights that were overwritten", (linear.weight != before).sum().clamp(max=1)
-    linear = linear.bfloat16()
-    yield "the merged weight of a bfloat16 layer (out, in)", answer(linear, A, B, 5.0)
+SIZES = (
+    dict(n_in=10, n_out=7, r=3, alpha=5.0), dict(n_in=6, n_out=6, r=4, alpha=3.0),
+    dict(n_in=5, n_out=8, r=1, alpha=0.5),
+)  # fmt: skip
+TOKENS = dict(B=2, T=5), dict(B=4, T=2), dict(B=1, T=1)
 
 
 def right_merge_turned(weight, A, B, alpha):
-    return (weight + alpha / A.shape[0] * (B @ A).T).to(weight.dtype)
+    return weight + alpha / A.shape[0] * (B @ A).T
 
 
-def not_turned(weight, A, B, alpha):
-    """B A added as it is, (out, in), to a weight that is stored (in, out):
-    only where in = out does it fit at all, and then it is wrong"""
-    return weight + alpha / A.shape[0] * (B @ A)
-
-
-def turned_and_returned(weight, A, B, alpha):
-    """the merged weight returned as (out, in), which nn.Linear would want; a Conv1D wants it back as (in, out)"""
-    return weight.T + alpha / A.shape[0] * (B @ A)
-
-
-def turned_unscaled(weight, A, B, alpha):
-    """turned rightly, and α / r forgotten"""
-    return weight + (B @ A).T
-
-
-def probe_merge_turned(answer, draw):
-    for size in ((6, 6), (10, 7)):
-        weight = draw(*size)
-        merged = answer(weight, draw(3, size[0]), draw(size[1], 3), 5.0)
-        if not isinstance(merged, torch.Tensor) or merged.shape != size:
-            needed = f"needed is a tensor of shape {size} for {size[0]} inputs and {size[1]} outputs"
-            raise Wrong("shape", f"the merged weight (in, out) is {describe(merged)}; {needed}")
-        yield f"what the merge adds to the weight (in, out) of {size[0]} inputs and {size[1]} outputs", merged - weight
+CONV1D = catalogue(right_merge_turned, (
+    ("not_turned", "(B @ A).T", "(B @ A)", "B A added as it is, (out, in), to a weight that is stored (in, out): only "
+     "where in = out does it fit at all, and then it is wrong"),
+    ("turned_and_returned", "weight + alpha / A.shape[0] * (B @ A).T", "weight.T + alpha / A.shape[0] * (B @ A)", "the "
+     "merged weight returned as (out, in), which nn.Linear would want; a Conv1D wants it back as (in, out)"),
+    ("turned_unscaled", "alpha / A.shape[0] * ", "", "turned rightly, and α / r forgotten"),
+    ("turned_alone", "weight + alpha", "alpha", "the change alone, without the weight it is added to"),
+    ("turned_subtracted", "weight + alpha", "weight - alpha", "the change subtracted, which undoes a merge; add it"),
+    ("sum_scaled", "weight + alpha / A.shape[0] * (B @ A).T", "alpha / A.shape[0] * (weight + (B @ A).T)", "α / r on "
+     "the weight too; it multiplies B A alone"),
+    ("product_turned", "(B @ A).T", "(A @ B)", "A @ B does not fit; (in, out) is (B @ A).T, or A.T @ B.T"),
+    ("only_one_turned", "(B @ A).T", "(A.T @ B)", "A.T @ B: turned is a product with both turned, A.T @ B.T"),
+    ("reshaped", "(B @ A).T", "(B @ A).reshape(weight.shape)", "reshape or view in the place of .T: the numbers are "
+     "laid out anew and not turned"),
+    *factors("alpha / A.shape[0] *", "alpha / A.shape[0]", "A.shape[1]"),
+))  # fmt: skip
 
 
 def right_fused(A_q, B_q, A_v, B_v, alpha):
     zero = torch.zeros_like(B_q)
+    A = torch.cat((A_q, A_v))
     B = torch.cat((torch.cat((B_q, zero), 1), torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1)))
-    return torch.cat((A_q, A_v)), B, 2 * alpha
+    return A, B, 2 * alpha
 
 
-def alpha_as_it_was(A_q, B_q, A_v, B_v, alpha):
-    """α as it was: the fused path has rank 2r, so α / rank is halved and with it the whole change; α must be doubled"""
-    A, B, _ = right_fused(A_q, B_q, A_v, B_v, alpha)
-    return A, B, alpha
+ORDER = "c_attn's outputs are queries, keys, values in this order"
+FUSED = catalogue(right_fused, (
+    ("alpha_as_it_was", "2 * alpha", "alpha", "α as it was: the fused path has rank 2r, so α / rank is halved and with "
+     "it the whole change; α must be doubled"),
+    ("alpha_halved", "2 * alpha", "alpha / 2", "α halved; the rank has doubled, so that α must be doubled"),
+    ("value_in_the_place_of_key", "torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1)", "torch.cat((zero, B_v), 1), "
+     "torch.cat((zero, zero), 1)", f"the value's block in the key's rows; {ORDER}"),
+    ("both_read_both", ("(B_q, zero)", "(zero, B_v)"), ("(B_q, B_q)", "(B_v, B_v)"), "no zeros beside the blocks, or "
+     "one A, the sum, for both: the query's rows read A_v's directions too, and the value's A_q's"),
+    ("blocks_crossed", ("(B_q, zero)", "(zero, B_v)"), ("(zero, B_q)", "(B_v, zero)"), "the blocks crossed: the "
+     "query's rows read A_v's directions, and the value's A_q's"),
+    ("one_A_for_both", "(A_q, A_v)", "(A_q, A_q)", "A_q's rows twice: the value's path reads A_v's directions"),
+    ("keys_changed", "torch.cat((zero, zero), 1)", "torch.cat((B_q, B_v), 1)", "the key's rows changed too; only query "
+     "and value have a path, the key's rows are zeros"),
+    ("query_and_value_swapped", "torch.cat((B_q, zero), 1), torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1)",
+     "torch.cat((zero, B_v), 1), torch.cat((zero, zero), 1), torch.cat((B_q, zero), 1)", f"the value's path in the "
+     f"query's rows and the query's in the value's; {ORDER}"),
+))  # fmt: skip
 
 
-def value_in_the_place_of_key(A_q, B_q, A_v, B_v, alpha):
-    """the value's block in the key's rows; c_attn's outputs are queries, keys, values in this order"""
-    A, B, alpha = right_fused(A_q, B_q, A_v, B_v, alpha)
-    n = len(B_q)
-    return A, torch.cat((B[:n], B[2 * n :], B[n : 2 * n])), alpha
+def rows_of_change(result, n_in, n_out, r):
+    """The change (α / rank) B A that A, B and α make, as the rows of query, key and value."""
+    if not isinstance(result, tuple | list) or len(result) != 3:
+        raise Wrong("three_things", f"needed are A, B and the new α; it returned {describe(result)}.")
+    A, B, alpha = result
+    if not floating(A) or not floating(B) or (A.shape[1:], len(B), len(A)) != ((n_in,), 3 * n_out, B.shape[-1]):
+        shapes = [tuple(z.shape) if floating(z) else None for z in (A, B)]
+        known = {(3 * n_out, r): ("not_as_wide", "B reads r directions, and A has 2r: widen B with zeros. "),
+                 (2 * r, 3 * n_out): ("turned_round", "B is turned round. ")}  # fmt: skip
+        rowless = "no_rows_for_keys", "B has no rows for the keys, which need zeros. "
+        name, why = rowless if floating(B) and len(B) == 2 * n_out else known.get(shapes[1], ("shape", ""))
+        needed = f"for paths of rank {r} from {n_in} inputs to {n_out} outputs needed are ({2 * r}, {n_in}) and "
+        raise Wrong(name, f"{why}A and B are {shapes[0]} and {shapes[1]}; {needed}({3 * n_out}, {2 * r}).")
+    return (float(alpha) / len(A) * (B @ A)).split(n_out)  # 3 times (out, in)
 
 
-def both_read_both(A_q, B_q, A_v, B_v, alpha):
-    """no zeros beside the blocks, or one A, the sum, for both: the query's rows read A_v's directions too,
-    and the value's A_q's"""
-    B = torch.cat((torch.cat((B_q, B_q), 1), torch.zeros(len(B_q), 2 * len(A_q)), torch.cat((B_v, B_v), 1)))
-    return torch.cat((A_q, A_v)), B, 2 * alpha
+def inputs_of_fused(draw, n_in, n_out, r, alpha):
+    return dict(A_q=draw(r, n_in), B_q=draw(n_out, r), A_v=draw(r, n_in), B_v=draw(n_out, r), alpha=alpha)
 
 
-def blocks_crossed(A_q, B_q, A_v, B_v, alpha):
-    """the blocks crossed: the query's rows read A_v's directions, and the value's A_q's"""
-    return right_fused(A_v, B_q, A_q, B_v, alpha)
+ROWS = tuple(f"the change (α / rank) B A in the {name}'s rows (out, in)" for name in ("query", "key", "value"))
 
 
 def probe_fused(answer, draw):
-    paths = draw(3, 10), draw(6, 3), draw(3, 10), draw(6, 3)
-    result = answer(*paths, 5.0)
-    if not isinstance(result, tuple | list) or len(result) != 3:
-        raise Wrong("shape", "needed are three things: A, B and α")
-    A, B, alpha = result
-    tensors = isinstance(A, torch.Tensor) and isinstance(B, torch.Tensor)
-    if not tensors or A.shape[-1] != 10 or B.shape[0] != 18 or A.shape[0] != B.shape[-1]:
-        shapes = " and ".join(str(tuple(z.shape)) if isinstance(z, torch.Tensor) else type(z).__name__ for z in (A, B))
-        needed = "for paths of rank 3 from 10 inputs to 6 outputs needed are (6, 10) and (18, 6)"
-        raise Wrong("shape", f"A and B are {shapes}; {needed}, the rank being the axis they share")
-    change = float(alpha) / len(A) * (B @ A)  # (3 · out, in)
-    for i, name in enumerate(("query", "key", "value")):
-        yield f"the change (α / rank) B A in the {name}'s rows (out, in)", change[6 * i : 6 * i + 6]
+    def changes(A_q, B_q, A_v, B_v, alpha):
+        return rows_of_change(answer(A_q, B_q, A_v, B_v, alpha), A_q.shape[1], *B_q.shape)
+
+    given = inputs_of_fused(draw, 10, 6, 3, 5.0)
+    query, key, _ = changes(**given)
+    yield fact(bool(key.any()), "keys_changed", "the key's rows are not 0; only query and value have a path.")
+    yield multiplied(query, given["B_q"] @ given["A_q"], 5.0, 3, "in the query's rows ")
+    yield from calls(inputs_of_fused, ROWS, SIZES, half=False)(changes, draw)
+
+
+# ── a layer that merges itself ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Layer(nn.Module):
-    """Right, in pieces that the faults below replace: a layer that merges and unmerges itself."""
-
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear, self.scaling, self.kept = linear.requires_grad_(False), alpha / rank, None
@@ -334,107 +348,128 @@ class Layer(nn.Module):
             self.kept = None
 
 
-class BaseStillTrains(Layer):
-    """the base's weight and bias still train: requires_grad_(False) freezes them"""
-
-    def __init__(self, linear, rank, alpha):
-        super().__init__(linear, rank, alpha)
-        linear.requires_grad_(True)
-
-
-class PathTimesAlpha(Layer):
-    """α instead of α / rank"""
-
-    def __init__(self, linear, rank, alpha):
-        super().__init__(linear, rank, alpha)
-        self.scaling = alpha
-
-
-class RandomB(Layer):
-    """B random at the start: the fresh layer is not the base's"""
-
-    def __init__(self, linear, rank, alpha):
-        super().__init__(linear, rank, alpha)
-        nn.init.normal_(self.B, std=0.02)
-
-
-class DropoutStays(Layer):
-    """dropout in eval mode too; ask for it only while `self.training`"""
-
-    def path(self, x):
-        return super().path(F.dropout(x, 0.1))
-
-
-class PathOnTop(Layer):
-    """the path added on top of the merged weight, so that it counts twice"""
-
-    def forward(self, x):
-        return self.linear(x) + self.path(x)
-
-
-class MergesTwice(Layer):
-    """a second merge() that adds the path a second time; remember whether it is merged"""
-
-    @torch.no_grad()
-    def merge(self):
-        kept = self.linear.weight.clone() if self.kept is None else self.kept
-        self.linear.weight += self.scaling * self.B @ self.A
-        self.kept = kept
-
-
-class UnmergeSubtracts(Layer):
-    """an unmerge() that subtracts what was added: (w + d) - d is not w in floating point;
-    keep a copy of the weight, or leave it alone"""
-
-    @torch.no_grad()
-    def unmerge(self):
-        if self.kept is not None:
-            self.linear.weight -= self.scaling * self.B @ self.A
-            self.kept = None
-
-
-class UnmergesUnmerged(Layer):
-    """an unmerge() of a layer that is not merged changes its weight"""
-
-    @torch.no_grad()
-    def unmerge(self):
-        if self.kept is None:
-            self.linear.weight -= self.scaling * self.B @ self.A
-        super().unmerge()
+KEEP, ADD, PUT = "self.kept = self.linear.weight.clone()", "+= self.scaling * self.B @ self.A", "copy_(self.kept)"
+LAYER = catalogue(Layer, (
+    *factors("alpha / rank", "alpha / rank", "linear.in_features", "PathTimesAlpha"),
+    ("PathUnscaled", " * self.scaling\n", "\n", "α / rank left out of the path"),
+    ("BaseStillTrains", "linear.requires_grad_(False)", "linear.requires_grad_(True)", "the base's weight and bias "
+     "still train: requires_grad_(False) freezes them"),
+    ("RandomB", "torch.zeros(linear", "0.02 * torch.randn(linear", "B random at the start: the fresh layer is not the "
+     "base's; B starts at 0"),
+    ("DropoutStays", "return x @ self.A.T", "return nn.functional.dropout(x, 0.1) @ self.A.T", "dropout in eval mode "
+     "too; ask for it only while `self.training`"),
+    ("PathOnTop", "self.linear(x) if self.kept is not None else self.linear(x) + self.path(x)", "self.linear(x) + "
+     "self.path(x)", "the path added on top of the merged weight, so that it counts twice"),
+    ("MergesTwice", f"if self.kept is None:\n            {KEEP}", f"if True:\n            {KEEP} if self.kept is None "
+     f"else self.kept", "a second merge() that adds the path a second time; remember whether it is merged"),
+    ("UnmergeSubtracts", f"self.linear.weight.{PUT}", "self.linear.weight -= self.scaling * self.B @ self.A", "an "
+     "unmerge() that subtracts what was added: (w + d) - d is not w in floating point; keep a copy of the weight, or "
+     "leave it alone"),
+    ("UnmergesUnmerged", f"if self.kept is not None:\n            self.linear.weight.{PUT}", "if self.kept is None:\n  "
+     "          self.linear.weight -= self.scaling * self.B @ self.A\n        else:\n" f"            "
+     f"self.linear.weight.{PUT}", "an unmerge() of a layer that is not merged changes it; let it do nothing there"),
+    ("KeptIsNoCopy", KEEP, KEEP.replace("clone()", "data"), "what is kept for unmerge() is the weight itself and no "
+     "copy of it: merge() changes it along; .clone() it"),
+    ("MergeFlagsOnly", f"            self.linear.weight {ADD}\n", "", "a merge() that folds nothing into a weight and "
+     "leaves the path out"),
+    ("MergeUnscaled", ADD, "+= self.B @ self.A", "a merge() that forgets α / rank"),
+    ("NeverUnmerges", f"self.linear.weight.{PUT}\n            self.kept = None", "pass", "an unmerge() that leaves the "
+     "merged weight in use"),
+    ("change_alone", f"self.linear.weight {ADD}", "self.linear.weight.copy_(self.scaling * self.B @ self.A)", "a "
+     "merge() to the change alone, without the weight it is added to"),
+    ("sum_scaled", "else self.linear(x) + self.path(x)", "else (self.linear(x) + x @ self.A.T @ self.B.T) * "
+     "self.scaling", "α / rank on the whole sum; it multiplies the path alone"),
+    ("StaysMerged", "            self.kept = None\n", "", "a layer that still calls itself merged after unmerge()"),
+    ("MergeForgotten", f"{KEEP}\n", "pass\n", "a merge() that adds the path to the weight and does not remember it: "
+     "the path then counts twice, and nothing can be unmerged"),
+    ("merged_without_bias", "return self.linear(x) if", "return x @ self.linear.weight.T if", "the merged layer leaves "
+     "out the projection's bias"),
+    ("PathDetached", "x @ self.A.T", "x @ self.A.detach().T", "A detached from the graph: it never learns"),
+    ("AllDetached", "x @ self.A.T @ self.B.T", "(x @ self.A.T @ self.B.T).detach()", "the path detached from the "
+     "graph: neither A nor B ever learns"),
+    ("still_a_path", ("self.linear(x) if self.kept is not None else ", f"            self.linear.weight {ADD}\n"), ("",
+     ""), "a merge() that only sets a flag: the layer still computes with A and B; fold B A into one weight that stays "
+     "as it is"),
+))  # fmt: skip
+SAID = {mistake.name: f"{mistake.sentence}." for mistake in LAYER} | {
+    "never_trains": "A and B must train: leave their requires_grad True.",
+    "merged_trains": "after merge() the merged weight trains; keep a tensor, no Parameter.",
+    "path_lost": "merge() changes A or B; they are needed after unmerge().",
+    "stale": "after unmerge(), more training and another merge() the layer computes with the old merged weight.",
+}
 
 
 def probe_layer(answer, draw):
-    linear, x = filled(nn.Linear(10, 7), draw).requires_grad_(True), draw(2, 5, 10)
-    before, expected = linear.weight.detach().clone(), linear(x).detach()
-    module = answer(linear, 3, 5.0)
-    if not isinstance(module, nn.Module):
-        raise Wrong("shape", f"needed is a module; it is a {type(module).__name__}")
-    for name, shape in (("A", (3, 10)), ("B", (7, 3))):
-        if not isinstance(getattr(module, name, None), nn.Parameter) or getattr(module, name).shape != shape:
-            found = {own: tuple(p.shape) for own, p in module.named_parameters()}
-            needed = f"needed is a parameter {name} of shape {shape} for a Linear(10, 7) and rank 3"
-            raise Wrong("shape", f"{needed}; the module has {found}")
-    for name in ("merge", "unmerge"):
-        if not callable(getattr(module, name, None)):
-            raise Wrong("shape", f"needed is a method {name}()")
-    module.eval()
-    if module(x) is None:
-        raise NotImplementedError
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    yield "the number of numbers that train", torch.tensor(trained)
-    yield "the fresh layer's output, less the base's (B, T, out)", module(x) - expected
-    yield "whether A is all 0 (then nothing ever learns)", (module.A == 0).all()
-    module.A.data, module.B.data = draw(3, 10), draw(7, 3)
-    yield "the output with an open path (B, T, out)", module(x)
-    module.unmerge()
-    yield "the output after unmerge() without a merge, which should change nothing (B, T, out)", module(x)
-    module.merge()
-    yield "the output after merge() (B, T, out)", module(x)
-    module.merge()
-    yield "the output after a second merge(), which should change nothing (B, T, out)", module(x)
-    module.unmerge()
-    yield "the output after unmerge() (B, T, out)", module(x)
-    yield "whether unmerge() gave the base's weight back bit for bit", torch.tensor(torch.equal(linear.weight, before))
+    """One fact after another, in the order in which they are to be mended."""
+    for n_in, n_out, r, alpha, shape in ((10, 7, 3, 5.0, (2, 5)), (6, 6, 4, 3.0, (3, 2)), (5, 8, 1, 0.5, (1, 1))):
+        linear, x = filled(nn.Linear(n_in, n_out), draw).requires_grad_(True), draw(*shape, n_in).requires_grad_()
+        layer = answer(linear, r, alpha)
+        if not isinstance(layer, nn.Module) or not {"A", "B"} <= {name for name, _ in layer.named_parameters()}:
+            raise Wrong("form", f"needed is a module with the parameters A and B; it is {describe(layer)}.")
+        yield from facts_of_layer(layer.eval(), linear, x, n_in, n_out, r, alpha, draw)
+
+
+def facts_of_layer(layer, linear, x, n_in, n_out, r, alpha, draw):
+    before, plain = linear.weight.detach().clone(), linear(x).detach()
+
+    def told(right, name):
+        return fact(bool(right), name, SAID[name])
+
+    def trains(name="BaseStillTrains"):
+        named = {name: p.requires_grad for name, p in layer.named_parameters()}
+        yield told(named["A"] and named["B"], "never_trains")
+        yield told(sum(named.values()) <= named["A"] + named["B"], name)
+
+    def seen(when):
+        out = layer(x)
+        yield Piece(f"the output {when} (B, T, out)", out)
+        for name, found in zip(("A", "B", "x"), gradients(out, layer.A, layer.B, x)):
+            yield Piece(f"the gradient {when} with respect to {name}", found, kind="gradient", of=name)
+
+    yield from trains()
+    yield told(not (layer.A.any() and layer.B.any()), "RandomB")
+    yield from begun(layer.A, layer.B, n_in, n_out, r)
+    fresh = layer(x)
+    yield told(not linear.weight.requires_grad or not gradients(fresh, linear.weight)[0].any(), "BaseStillTrains")
+    yield Piece("the fresh layer's output (B, T, out)", fresh)
+    A, B = draw(r, n_in), draw(n_out, r)
+    layer.A.data, layer.B.data = A.clone(), B.clone()
+    out, product = layer(x).detach(), x.detach() @ A.T @ B.T
+    yield from steady(layer, x.detach(), "DropoutStays", SAID["DropoutStays"][:-1])
+    yield multiplied(out - plain, product, alpha, r)
+    yield from seen("with an open path")
+    try:
+        layer.unmerge()
+    except Exception as error:
+        raise Wrong("UnmergesUnmerged", f"{SAID['UnmergesUnmerged']} It stopped with {error!r}.") from None
+    yield told(torch.equal(layer(x), out), "UnmergesUnmerged")
+    layer.merge()
+    merged = layer(x).detach()
+    yield told(torch.equal(layer.A, A) and torch.equal(layer.B, B), "path_lost")
+    yield told(not close(merged, plain + 2 * alpha / r * product), "PathOnTop")
+    yield told(not close(merged, plain), "MergeFlagsOnly")
+    yield multiplied(merged - plain, product, alpha, r, "after merge() ")
+    yield Piece("the output after merge() (B, T, out)", merged)
+    yield from trains("merged_trains")
+    layer.B.data = 2 * B
+    yield told(close(layer(x).detach(), merged), "still_a_path")
+    layer.B.data = B.clone()
+    layer.merge()
+    yield told(close(layer(x).detach(), merged), "MergesTwice")
+    layer.unmerge()
+    again = layer(x).detach()
+    yield told(not close(again, plain), "StaysMerged")
+    yield told(not close(again, plain + 2 * alpha / r * product), "KeptIsNoCopy")
+    layer.B.data = 0 * B
+    yield told(close(layer(x).detach(), plain), "NeverUnmerges")
+    layer.B.data = B.clone()
+    yield told(torch.equal(linear.weight, before) and torch.equal(again, out), "UnmergeSubtracts")
+    yield from trains()
+    yield from seen("after unmerge()")
+    layer.A.data, layer.B.data = draw(r, n_in), draw(n_out, r)
+    layer.merge()
+    yield told(not close(layer(x).detach(), merged), "stale")
+    yield Piece("the output after more training and another merge() (B, T, out)", layer(x))
 
 
 def trained_on_llama_7b():
@@ -444,79 +479,76 @@ def trained_on_llama_7b():
     return sum(p.numel() for p in minillama.adapters.adapter_parameters(model).values())
 
 
-def rank_of_change():
-    """The rank of (α / r) B A for r = 4."""
+def rank_of(changes):
+    """The rank of the sum of so many changes (α / r) B A with r = 4."""
     torch.manual_seed(0)
-    B, A = torch.randn(48, 4, dtype=torch.float64), torch.randn(4, 64, dtype=torch.float64)
-    return int(torch.linalg.matrix_rank(16 / 4 * B @ A))
-
-
-def rank_of_two():
-    """The rank of the sum of two such changes."""
-    torch.manual_seed(0)
-    B, A = torch.randn(2, 48, 4, dtype=torch.float64), torch.randn(2, 4, 64, dtype=torch.float64)
-    return int(torch.linalg.matrix_rank((B @ A).sum(0)))
+    B, A = (torch.randn(changes, *shape, dtype=torch.float64) for shape in ((48, 4), (4, 64)))
+    return int(torch.linalg.matrix_rank((16 / 4 * B @ A).sum(0)))
 
 
 EXERCISES = {
     "lora_start": Exercise(
-        "lora_start(in_features, out_features, rank) -> A (r, in), B (out, r)", start_of(LoRALinear),
-        (*map(start_of, (BothZero, BothRandom, WrongOneZero)), turned_round, deviation_of_one, kaiming_without_a),
-        probe_start,
+        "lora_start(in_features, out_features, rank) -> A (r, in), B (out, r)", start_of(lora), STARTS, probe_start,
     ),
     "lora_moves_first": Question(
-        moved("lora", rank=2, steps=1),
-        "A's gradient carries B as a factor, and B is 0; B's carries A, which is random.",
-        {frozenset(["A", "B"]): "look again at what multiplies A's gradient: B, and it is 0.",
-         frozenset(["A"]): "the other way round: A's gradient carries B as a factor, and B is 0.",
-         frozenset(): "one of the two does move: B's gradient carries A, which is not 0."},
-        ("A", "B"),
+        moved("lora", rank=2, steps=1), "A's gradient carries B as a factor, and B is 0; B's carries A, which is not.",
+        {frozenset(["A", "B"]): "look again at what multiplies A's gradient.",
+         frozenset(["A"]): "the other way round: which of the two is a factor of A's gradient, and what is it?",
+         frozenset(): "one of the two does move: not both gradients have a 0 as a factor."},
+        ("A", "B"), "Write out y = B A x, and the gradient of y by A and by B: which factor stands in each?",
     ),
     "lora_moves_second": Question(
         moved("lora", rank=2, steps=2), "After one step B is no longer 0, and A feels the loss.",
-        {frozenset(["B"]): "B is no longer 0: does A's gradient still vanish?"}, ("A", "B"),
+        {frozenset(["B"]): "does A's gradient still vanish, after B has moved?",
+         frozenset(["A"]): "what moved in the first step has moved after the second as well.",
+         frozenset(): "the first step has moved one of them already."},
+        ("A", "B"), "What has moved after the first step still counts; and what is B now?",
     ),
     "lora_parameters": Question(
         trained_on_llama_7b, "32 layers, two projections each, and each of them r · (in + out) = 8 · (4,096 + 4,096).",
         {32 * 2 * 8 * 4096: "that counts A or B alone; each projection has both.",
          32 * 8 * 8192: "that counts one projection a layer; query and value are two.",
-         32 * 2 * 4096 * 4096: "that is what the two frozen projections have themselves; "
-                               "the path has r · (in + out) each."},
+         32 * 2 * 4096 * 4096: "that is what the two frozen projections have themselves.",
+         32 * 4 * 8 * 8192: "that counts four projections a layer; adapted are query and value.",
+         32 * 2 * 8192: "that is rank 1; the rank is 8.", 2 * 8 * 8192: "that is one layer; there are 32."},
+        nudge="How many numbers have A (r, in) and B (out, r) together? Times how many projections, how many layers?",
     ),
     "lora_rank": Question(
-        rank_of_change,
-        "A maps onto r numbers, and no matrix B behind it makes more than r directions of them; "
+        lambda: rank_of(1), "A maps onto r numbers, and no matrix B behind it makes more than r directions of them; "
         "α / r only stretches them.",
         {16: "16 is α, which stretches the change and adds no direction.",
-         48: "48 is what a matrix of this shape could have; everything passes through r = 4 numbers.",
-         64: "64 is the number of inputs; everything passes through r = 4 numbers."},
+         48: "48 is what a matrix of this shape could have; how many numbers does everything pass through?",
+         64: "64 is the number of inputs; how many numbers does everything pass through?",
+         8: "A and B are multiplied, and their ranks do not add."},
+        nudge="Through how many numbers does every input pass between A and B?",
     ),
     "lora_rank_of_two": Question(
-        rank_of_two,
-        "The rank of a sum is at most the sum of the ranks, and with random directions it is reached: "
-        "adding changes up may leave what rank 4 can hold.",
-        {4: "the two have different directions; four of each are needed."},
+        lambda: rank_of(2), "The rank of a sum is at most the sum of the ranks, and with random directions it is "
+        "reached: adding changes up may leave what rank 4 can hold.",
+        {4: "do the two use the same directions?", 16: "the ranks of a sum add at most; they do not multiply."},
+        nudge="Write B₁A₁ + B₂A₂ as one product: how many columns has the first factor?",
     ),
     "lora_linear": Exercise(
-        "lora_linear(linear, x, A, B, alpha) -> (B, T, out)", path_of(LoRALinear),
-        (*map(path_of, (ScaledByAlpha, ScaledByRoot, ReadsOutput, LoRADropoutInEval, DetachedA)), path_alone,
-         divided_by_width, bias_twice, path_subtracted, not_in_the_dtype_of_x), probe_path,
+        "lora_linear(linear, x, A, B, alpha) -> (B, T, out)", path_of(lora), PATHS,
+        with_factor(calls(inputs_of_path, "the output (B, T, out)", [a | b for a, b in zip(TOKENS, SIZES)],
+                          float32=("A", "B"), once=("linear",)),
+                    lambda out, of: out - of["linear"](of["x"]), lambda of: of["x"] @ of["A"].T @ of["B"].T),
     ),
     "lora_merge": Exercise(
-        "lora_merge(linear, A, B, alpha) -> weight (out, in)", merged_by(LoRALinear),
-        (merged_by(MergeUnscaled), change_alone, wrong_order, base_overwritten, not_in_the_dtype_of_the_weight),
-        probe_merge,
+        "lora_merge(linear, A, B, alpha) -> weight (out, in)", merged_by(lora), MERGES,
+        with_factor(calls(inputs_of_path, "the merged weight (out, in)", SIZES, ("A", "B"), gradient=False),
+                    lambda merged, of: merged - of["linear"].weight, lambda of: of["B"] @ of["A"]),
     ),
     "lora_merge_conv1d": Exercise(
-        "lora_merge_conv1d(weight, A, B, alpha) -> weight (in, out)", right_merge_turned,
-        (not_turned, turned_and_returned, turned_unscaled), probe_merge_turned,
+        "lora_merge_conv1d(weight, A, B, alpha) -> weight (in, out)", right_merge_turned, CONV1D,
+        with_factor(calls(inputs_of_conv1d, "the merged weight (in, out)", SIZES, half=False, gradient=False),
+                    lambda merged, of: merged - of["weight"], lambda of: (of["B"] @ of["A"]).T),
     ),
     "lora_fused": Exercise(
-        "lora_fused(A_q, B_q, A_v, B_v, alpha) -> A (2r, in), B (3 · out, 2r), alpha", right_fused,
-        (alpha_as_it_was, value_in_the_place_of_key, both_read_both, blocks_crossed), probe_fused,
+        "lora_fused(A_q, B_q, A_v, B_v, alpha) -> A (2r, in), B (3 · out, 2r), alpha", right_fused, FUSED, probe_fused,
     ),
     "lora_layer": Exercise(
-        "a class: LoRALayer(linear, rank, alpha) with merge() and unmerge(), called as layer(x) -> (B, T, out)", Layer,
-        tuple(Layer.__subclasses__()), probe_layer,
+        "a class: LoRALayer(linear, rank, alpha) with merge() and unmerge(), called as layer(x) -> (B, T, out)",
+        Layer, LAYER, probe_layer,
     ),
 }  # fmt: skip

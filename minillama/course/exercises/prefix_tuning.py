@@ -1,760 +1,604 @@
-"""Lesson 02: prompt tuning and prefix tuning, with the wrong versions that one writes easily."""
+"""Lesson 02: prompt tuning, prefix tuning and a training step, with the wrong versions that one writes easily."""
+
+from copy import copy
 
 import torch
 from torch import nn
 
 import minillama
 
-from ...adapters import llama_adapter
-from ...adapters.prefix_tuning import PrefixAttention
-from ...adapters.prompt_tuning import PromptEmbedding
+from ...adapters import adapter_parameters, prefix_tuning, prompt_tuning
 from ...attention import Attention, Cache, LayerCache, RoPE, embed, rotate
-from . import Exercise, Question, filled, gradients, named
+from .catalogue import catalogue
+from .observing import Exercise, Piece, Wrong, as_function, calls, describe, fact, filled, gradients
+from .predictions import Question
 
-# ── the catalogue ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-# ── prefix tuning ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class PrefixAtTheWordsPlace(PrefixAttention):
-    """keys of the prefix used as if the tokens began at position 0"""
-
-    harmless_for = ("gpt2",)  # its positions are no part of the keys
-
-    def prefix(self, dtype):
-        return self.keys.to(dtype), self.values.to(dtype)
-
-
-class PrefixHidden(PrefixAttention):
-    """a causal mask that hides the prefix from the first tokens"""
-
-    def attend(self, q, k, v, mask=None, cache=None):
-        past = cache.k.shape[2] if cache is not None and cache.k is not None else 0
-        T, S = q.shape[2], past + k.shape[2]
-        seen = torch.arange(self.length + S) <= torch.arange(past, past + T)[:, None]
-        if cache is not None:
-            k, v = cache.append(k, v)
-        pk, pv = (z.expand(len(q), -1, -1, -1) for z in self.prefix(q.dtype))
-        return self.base.attend(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), seen[None, None])
-
-
-class PrefixAsSecondSoftmax(PrefixAttention):
-    """a softmax of its own for the prefix, added to the tokens': LLaMA-Adapter without its gate"""
-
-    def attend(self, q, k, v, mask=None, cache=None):
-        y = self.base.attend(q, k, v, mask, cache)
-        return y + llama_adapter.prefix_attention(q, *self.prefix(q.dtype))
-
-
-class PrefixInTheCache(PrefixAttention):
-    """the prefix put into the cache at every step instead of once"""
-
-    def attend(self, q, k, v, mask=None, cache=None):
-        pk, pv = (z.expand(len(q), -1, -1, -1) for z in self.prefix(q.dtype))
-        if mask is not None:
-            return super().attend(q, k, v, mask, cache)
-        return self.base.attend(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), None, cache)
-
-
-class StaleKeys(PrefixAttention):
-    """the turned keys kept in the module from one step to the next"""
-
-    def prefix(self, dtype):
-        if not hasattr(self, "kept"):
-            self.kept = [z.detach() for z in super().prefix(dtype)]
-        return [z.to(dtype) for z in self.kept]
-
-
-class SharedKeysAndValues(PrefixAttention):
-    """one table for keys and values"""
-
-    def prefix(self, dtype):
-        k, _ = super().prefix(dtype)
-        return k, self.keys.to(dtype)
-
-
-# ── prompt tuning ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class AddedToTheWords(PromptEmbedding):
-    """the prompt's mean added to every token instead of put before them"""
-
-    soft_prompt = None
-
-    def forward(self, ids):
-        return self.base(ids) + self.prompt.mean(0).to(self.base(ids).dtype) if self.active else self.base(ids)
-
-
-class ReversedPrompt(PromptEmbedding):
-    """the prompt's vectors in the wrong order"""
-
-    @property
-    def soft_prompt(self):
-        return self.prompt.flip(0) if self.active else None
-
-
-class DetachedSoftPrompt(PromptEmbedding):
-    """the prompt detached from the graph: it never learns"""
-
-    @property
-    def soft_prompt(self):
-        return self.prompt.detach() if self.active else None
-
-
-class PromptAlwaysOn(PromptEmbedding):
-    """a prompt that stays when the adapter is disabled"""
-
-    @property
-    def soft_prompt(self):
-        return self.prompt
-
-
-# ── what is asked ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
+SPREADS = (  # how a tensor p gets its batch axis
+    ("rows_cut_from_copies", "{p}.repeat_interleave({B}, 0).view({B}, *{p}.shape)", "the vectors in another order for "
+     "each row of the batch; expand copies the whole for each"),
+    ("batch_axis_missing", "{p}", "it needs a batch axis before it is joined to the tokens': expand(B, -1, …)"),
+    ("not_expanded", "{p}[None]", "a batch of one; torch.cat does not repeat it: expand(B, -1, …)"),
+)  # fmt: skip
 
 # ── a soft prompt ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Embedded(nn.Module):
-    """A wrapped embedding and what enters the first layer, as one module."""
+def prompt_of(module):
+    """The module's PromptEmbedding, with `embed`, as a function of the embedding, the ids and the prompt."""
 
-    def __init__(self, wrapper, base, prompt_length):
-        super().__init__()
-        self.inner = wrapper(base, prompt_length)
+    def soft_prompt(embedding, ids, prompt, past=0, active=True):
+        wrapper, cache = module.PromptEmbedding(embedding, len(prompt)), Cache()
+        del wrapper.prompt
+        wrapper.prompt, wrapper.active, cache.length = prompt, active, past
+        return embed(wrapper, ids, None, cache)[0]
 
-    def forward(self, ids, past, active):
-        cache, self.inner.active = Cache(), active
-        cache.length = past
-        return embed(self.inner, ids, None, cache)[0]
-
-
-def embedding_of(wrapper):
-    """A wrapper of the embedding as the function that the exercise asks for."""
-
-    def function(embedding, ids, prompt, past=0, active=True):
-        module = Embedded(wrapper, embedding, len(prompt))
-        return torch.func.functional_call(module, {"inner.prompt": prompt}, (ids, past, active))
-
-    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
-    return function
+    return soft_prompt
 
 
-def prompt_at_every_step(embedding, ids, prompt, past=0, active=True):
-    """the prompt put before later tokens too; tokens that follow cached ones (past > 0) have it in the cache already"""
-    return right_soft_prompt(embedding, ids, prompt, 0, active)
+SEEN = "return self.prompt if inner is None else torch.cat((inner, self.prompt))"
+PROMPTS = catalogue(prompt_tuning, (
+    ("AddedToTheWords", (SEEN, "return self.base(ids)"),
+     ("return inner", "x = self.base(ids)\n        return x + self.prompt.mean(0).to(x.dtype) if self.active else x"),
+     "the prompt's mean added to every token instead of put before them"),
+    ("ReversedPrompt", SEEN, "return self.prompt.flip(0)", "the prompt's vectors in the wrong order"),
+    ("DetachedSoftPrompt", SEEN, "return self.prompt.detach()", "the prompt detached (detach, .data, no_grad, a new "
+     "Parameter): it never learns"),
+    ("PromptAlwaysOn", "        if not self.active:\n            return inner\n", "", "a prompt that stays when "
+     "`active` is False"),
+), wrap=prompt_of)  # fmt: skip
 
 
-def prompt_behind_the_words(embedding, ids, prompt, past=0, active=True):
-    """the prompt put behind the tokens, where a causal model never looks; it belongs before them"""
+def placed(embedding, ids, prompt, past=0, active=True):
     x = embedding(ids)
-    return torch.cat((x, prompt.to(x.dtype).expand(len(x), -1, -1)), 1) if active and not past else x
+    if past or not active:
+        return x
+    p = prompt.to(x.dtype)
+    return torch.cat((p.expand(len(x), -1, -1), x), dim=1)
 
 
-def prompt_over_the_words(embedding, ids, prompt, past=0, active=True):
-    """the first K tokens overwritten by the prompt; it stands before all of them, and K + T vectors come out"""
-    x = embedding(ids)
-    return torch.cat((prompt.to(x.dtype).expand(len(x), -1, -1), x[:, len(prompt) :]), 1) if active and not past else x
+SPREAD, UNLESS, CAST = "p.expand(len(x), -1, -1)", "past or not active", "prompt.to(x.dtype)"
+PLACES = catalogue(placed, (
+    *((name, SPREAD, new.format(p="p", B="len(x)"), sentence) for name, new, sentence in SPREADS),
+    ("prompt_at_every_step", UNLESS, "not active", "the prompt put before later tokens too; where past > 0 it is in "
+     "the cache already"),
+    ("and_for_or", UNLESS, "past and not active", "`and` for `or`: past > 0 is enough to leave the prompt out, "
+     "`active` False too"),
+    ("prompt_always", UNLESS, "False", "the prompt put before later tokens too, and where it is not active"),
+    ("past_above_one", "past or", "past > 1 or", "the prompt left out from past = 2 on; one cached token is enough"),
+    ("past_from_K", "past or", "past >= len(prompt) or", "`past` compared with K; it counts cached tokens, from 1 on"),
+    ("turned_round", UNLESS, f"not ({UNLESS})", "the condition turned round: the prompt comes where it should not"),
+    ("without_the_prompt", UNLESS, "True", "no prompt at all: the tokens' embeddings alone"),
+    ("zeros_where_not_active", (UNLESS, CAST), ("past", CAST + " * active"), "zeros for a prompt that is not active; "
+     "zeros are tokens too, which the others see"),
+    ("cached_cut_off", "x\n    p", "x[:, past:]\n    p", "the first `past` tokens cut off; the ids are the new ones"),
+    ("prompt_behind_the_words", f"({SPREAD}, x)", f"(x, {SPREAD})", "the prompt behind the tokens, where a causal "
+     "model never looks"),
+    ("prompt_over_the_words", f"{SPREAD}, x)", f"{SPREAD}, x[:, len(p):])", "the first K tokens overwritten by the "
+     "prompt; K + T vectors come out"),
+    ("cut_to_T", "dim=1)", "dim=1)[:, : x.shape[1]]", "cut to T vectors; K + T come out"),
+    ("prompt_in_its_own_dtype", CAST, "prompt.to(prompt.dtype)", "the float32 prompt not cast: a bfloat16 model's "
+     "whole input becomes float32; use prompt.to(x.dtype)"),
+    ("always_bfloat16", CAST, "prompt.bfloat16()", "the prompt rounded to bfloat16 whatever the model; .to(x.dtype)"),
+    ("prompt_as_tokens_of_a_row", SPREAD, f"{SPREAD} * (torch.arange(len(x))[:, None, None] == 0)", "the prompt for "
+     "the first row of the batch, zeros for the others"),
+    ("copies_cut_into_rows", SPREAD, "p.repeat(len(x), 1).view(len(p), len(x), -1).transpose(0, 1)", "the prompt's "
+     "rows in another order for each row of the batch; copies are (B, K, D) already, with no transpose"),
+    ("sum_added", f"torch.cat(({SPREAD}, x), dim=1)", "x + p.sum(0)", "the prompt's sum added to every token; it "
+     "stands before"),
+    ("half_precision", CAST, "prompt.half()", "the prompt rounded to float16 whatever the model; .to(x.dtype)"),
+    ("scaled_prompt", CAST, f"{CAST} * x.shape[-1] ** 0.5", "the prompt times √D; it goes in as it is"),
+    ("mean_in_front", SPREAD, "p.mean(0).expand(len(x), 1, -1)", "one vector, the prompt's mean; all K go in front"),
+    ("mean_over_all", SPREAD, "p.mean(0).expand(len(x), len(p), -1)", "the prompt's mean, K times"),
+    ("first_vector_alone", SPREAD, "p[:1].expand(len(x), -1, -1)", "the prompt's first vector alone; all K go there"),
+    ("joined_along_rows", "dim=1", "dim=0", "joined along the batch, torch.cat's default; tokens lie along dim=1"),
+    ("joined_along_features", "dim=1", "dim=-1", "joined along the features; tokens lie along dim=1"),
+))  # fmt: skip
+PROMPT_SIZES = [dict(zip(("B", "T", "K", "D", "past", "active"), size)) for size in (
+    (2, 5, 3, 8, 0, True), (2, 4, 3, 8, 2, True), (3, 1, 4, 6, 1, True), (3, 2, 5, 6, 0, False), (2, 3, 2, 4, 9, True),
+    (2, 3, 4, 4, 7, False), (4, 3, 2, 6, 0, True), (1, 1, 1, 5, 0, True),
+)]  # fmt: skip
 
 
-def prompt_in_its_own_dtype(embedding, ids, prompt, past=0, active=True):
-    """the float32 prompt not cast: the whole input of a bfloat16 model becomes float32; use prompt.to(x.dtype)"""
-    x = embedding(ids)
-    return torch.cat((prompt.expand(len(x), -1, -1), x.to(prompt.dtype)), 1) if active and not past else x
-
-
-def prompt_as_tokens_of_a_row(embedding, ids, prompt, past=0, active=True):
-    """the prompt given to the first row of the batch and zeros to the others; expand it over the batch"""
-    x = embedding(ids)
-    rows = torch.arange(len(x), device=x.device)[:, None, None] == 0
-    return torch.cat((prompt.to(x.dtype) * rows, x), 1) if active and not past else x
-
-
-def and_for_or(embedding, ids, prompt, past=0, active=True):
-    """`and` where `or` is needed: the prompt came again though past > 0, and it came though `active` is False;
-    either is enough to leave it out"""
-    return right_soft_prompt(embedding, ids, prompt)
-
-
-def rows_cut_from_copies(embedding, ids, prompt, past=0, active=True):
-    """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt
-    (repeat_interleave copies vector by vector, prompt.expand(B, -1, -1) copies the whole)"""
-    return right_up_to(lambda p, B: p.repeat_interleave(B, 0).view(B, *p.shape), embedding, ids, prompt, past, active)
-
-
-def copies_cut_into_rows(embedding, ids, prompt, past=0, active=True):
-    """these are the prompt's rows, but in another order for each row of the batch; every row gets the same prompt
-    (copies one behind the other are (B, K, D) already, with no transpose)"""
-
-    def spread(p, B):
-        return p.repeat(B, 1).view(len(p), B, -1).transpose(0, 1)
-
-    return right_up_to(spread, embedding, ids, prompt, past, active)
-
-
-def right_up_to(spread, embedding, ids, prompt, past, active):
-    """Right but for how spread(prompt, B) gives the prompt its batch axis."""
-    x = embedding(ids)
-    return torch.cat((spread(prompt.to(x.dtype), len(x)), x), 1) if active and not past else x
-
-
-right_soft_prompt = embedding_of(PromptEmbedding)
-
-
-def probe_soft_prompt(answer, draw):
-    embedding, ids = filled(nn.Embedding(11, 8), draw), (draw(2, 5).abs() * 40).long() % 11
-    prompt = draw(3, 8).requires_grad_()
-    x = answer(embedding, ids, prompt)
-    yield "what enters the first layer, S = K + T (B, S, D)", x
-    yield "the prompt's gradient (K, D)", gradients(x, prompt)[0]
-    yield "later tokens, behind 4 in the cache (B, T, D)", answer(embedding, ids, prompt, 4)
-    yield "the tokens with the prompt not active (B, T, D)", answer(embedding, ids, prompt, 0, False)
-    yield "what enters a bfloat16 model (B, S, D)", answer(embedding.bfloat16(), ids, prompt)
+def inputs_of_prompt(draw, B, T, K, D, past, active):
+    ids = (draw(B, T).abs() * 40).long() % 11
+    return dict(embedding=filled(nn.Embedding(11, D), draw), ids=ids, prompt=draw(K, D), past=past, active=active)
 
 
 # ── a prefix in every layer ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def right_turn_back(rope, keys):
-    return rotate(keys, *rope(torch.full((keys.shape[1],), -keys.shape[1])))
-
-
-def turned_by(steps):
-    """An answer that turns every key by a wrong number of positions, which steps(keys) gives."""
-    return lambda rope, keys: rotate(keys, *rope(torch.full((keys.shape[1],), steps(keys))))
-
-
-def turned_by_heads(rope, keys):
-    """the keys turned back by their first size, G, the number of heads; K is keys.shape[1]"""
-    return turned_by(lambda keys: -keys.shape[0])(rope, keys)
-
-
-def turned_one_too_far(rope, keys):
-    """the keys turned back by K + 1 instead of K"""
-    return turned_by(lambda keys: -keys.shape[1] - 1)(rope, keys)
-
-
-def turned_in_reverse_order(rope, keys):
-    """the keys turned by 0, -1, …, 1 - K; all go back by the same K"""
-    return rotate(keys, *rope(-torch.arange(keys.shape[1])))
-
-
-def cos_and_sin_exchanged(rope, keys):
-    """cos and sin in each other's place; rope(positions) returns cos, then sin"""
-    return rotate(keys, *reversed(rope(torch.full((keys.shape[1],), -keys.shape[1]))))
-
-
-def not_turned(rope, keys):
-    """the keys used as they are: the tokens, which the model counts from 0, would stand among the prefix"""
-    return keys + 0
-
-
-def turned_forwards(rope, keys):
-    """the keys turned on by K positions instead of back: they would stand behind the first tokens"""
-    return rotate(keys, *rope(torch.full((keys.shape[1],), keys.shape[1])))
-
-
-def turned_to_own_places(rope, keys):
-    """each key turned to a place of its own, -K, …, -1; they hold their places among themselves already:
-    all go back by the same K"""
-    return rotate(keys, *rope(torch.arange(-keys.shape[1], 0)))
-
-
-def turned_from_zero(rope, keys):
-    """the keys turned by 0, 1, …, K - 1 as if they were fresh tokens;
-    they are used as they are, only K positions back"""
-    return rotate(keys, *rope(torch.arange(keys.shape[1])))
-
-
-def turned_by_one(rope, keys):
-    """the keys turned back by 1 instead of K"""
-    return rotate(keys, *rope(torch.full((keys.shape[1],), -1)))
+    G, K, d = keys.shape
+    return rotate(keys, *rope(torch.full((K,), -K)))
 
 
 def neighbours_paired(rope, keys):
-    """features turned in pairs (0, 1), (2, 3), …; our checkpoints pair feature i with feature i + d/2,
-    as `rotate` does"""
-    apart = lambda x: torch.cat((x[..., ::2], x[..., 1::2]), -1)  # noqa: E731
-    return torch.stack(right_turn_back(rope, apart(keys)).chunk(2, -1), -1).flatten(-2)
+    """features turned in pairs (0, 1), (2, 3), …; our checkpoints pair i with i + d/2, as `rotate` does"""
+    apart = torch.cat((keys[..., ::2], keys[..., 1::2]), -1)
+    return torch.stack(right_turn_back(rope, apart).chunk(2, -1), -1).flatten(-2)
 
 
-def probe_turn_back(answer, draw):
-    keys = draw(2, 3, 8).requires_grad_()
-    turned = answer(RoPE(8), keys)
-    yield "the turned keys (G, K, d)", turned
-    yield "the keys' gradient (G, K, d)", gradients(turned, keys)[0]
-    yield "a longer prefix's turned keys (G, K, d)", answer(RoPE(8), draw(2, 5, 8))
+TURNED_TO = (  # in the place of torch.full((K,), -K)
+    ("turned_from_zero", "torch.arange(K)", "the keys turned by 0, …, K - 1 like fresh tokens; all go back by K"),
+    ("turned_forwards", "torch.full((K,), K)", "the keys turned on by K instead of back, behind the first tokens"),
+    ("turned_to_own_places", "torch.arange(-K, 0)", "each key turned to its own place, -K, …, -1; all go back by the "
+     "same K"),
+    ("turned_in_reverse_order", "-torch.arange(K)", "the keys turned by 0, -1, …, 1 - K; all go back by the same K"),
+    ("turned_to_places_from_behind", "-torch.arange(1, K + 1)", "the keys turned by -1, …, -K; all go back by K"),
+    ("turned_to_places_behind", "torch.arange(K, 2 * K)", "the keys turned by K, K + 1, …; all go back by K"),
+    ("turned_one_too_far", "torch.full((K,), -K - 1)", "the keys turned back by K + 1 instead of K"),
+    ("turned_one_too_few", "torch.full((K,), 1 - K)", "the keys turned back by K - 1, the last onto the first token"),
+    ("turned_by_one", "torch.full((K,), -1)", "the keys turned back by 1 instead of K"),
+    ("turned_by_ten", "torch.full((K,), -10)", "the keys turned back by 10, the lesson's K; here K is keys.shape[1]"),
+)  # fmt: skip
+ANGLES = "torch.full((K,), -K)"
+TURNS = catalogue(right_turn_back, (
+    *((name, ANGLES, new, sentence) for name, new, sentence in TURNED_TO),
+    ("not_turned", f"rotate(keys, *rope({ANGLES}))", "keys + 0", "the keys as they are: the tokens, counted from 0, "
+     "stand among the prefix"),
+    ("turned_by_heads", ", -K)", ", -G)", "the keys turned by G, the number of heads; K is keys.shape[1]"),
+    ("heads_for_K", "G, K, d", "K, G, d", "K taken from the first size, G, the number of heads; it is keys.shape[1]"),
+    ("in_reverse", "rotate(keys,", "rotate(keys.flip(1),", "the keys in the wrong order"),
+    ("turned_by_width", ", -K)", ", -d)", "the keys turned back by their last size, d; K is keys.shape[1]"),
+    ("turned_twice", ", -K)", ", -2 * K)", "the keys turned back by 2K instead of K"),
+    ("cos_and_sin_exchanged", f"*rope({ANGLES})", f"*reversed(rope({ANGLES}))", "cos and sin exchanged; rope returns "
+     "cos, then sin"),
+    ("cosine_alone", f"rotate(keys, *rope({ANGLES}))", f"keys * rope({ANGLES})[0]", "cos alone; `rotate` adds sin"),
+    ("own_theta", "*rope(", "*RoPE(d)(", "a RoPE of its own, with the default θ and no scaling; the layer's is `rope`"),
+    ("without_scaling", "*rope(", "*RoPE(d, rope.theta)(", "frequencies from θ alone; `rope` scales them: call it"),
+    ("not_unpacked", "*rope(", "rope(", "rope(positions) as one argument; `rotate` takes cos and sin: *rope(…)"),
+    ("a_plain_number", ANGLES, "-K", "a plain number given to `rope`; it takes a tensor, torch.full((K,), -K)"),
+    ("positions_of_each_head", ANGLES, "torch.full((G, K), -K)", "positions (G, K); all heads share (K,) positions"),
+), neighbours_paired)  # fmt: skip
+TURNED_KEYS = calls(lambda draw, G, K, d, rope: dict(rope=RoPE(d, *rope), keys=draw(G, K, d)),
+    "the turned keys (G, K, d)", (
+    dict(G=2, K=3, d=8, rope=(60.0,)), dict(G=3, K=5, d=4, rope=(900.0, (8.0, 1.0, 4.0, 64))),
+    dict(G=1, K=1, d=6, rope=(9.0,)),
+), half=False)  # fmt: skip
 
 
-def layer_of(wrapper):
-    """A wrapper of the attention as the function that the exercise asks for; the module is kept as long as the layer
-    stays the same, so that whatever it wrongly keeps shows in the next call."""
-    made = {}
-
-    def function(attention, x, positions, keys, values, cache=None):
-        if made.get("attention") is not attention:
-            made.update(attention=attention, module=wrapper(attention, keys.shape[1]))
-        return torch.func.functional_call(made["module"], {"keys": keys, "values": values}, (x, positions, None, cache))
-
-    function.__name__, function.__doc__ = wrapper.__name__, wrapper.__doc__
-    return function
+def probe_turn(answer, draw):
+    keys = draw(2, 3, 8)
+    both = [z for z in (keys, answer(RoPE(8, 60.0), keys)) if getattr(z, "shape", None) == keys.shape]
+    lengths = [z.unflatten(-1, (2, 4)).norm(dim=-2) for z in both]
+    why = "pairs (i, i + d/2) change their length: a rotation is (left · cos - right · sin, right · cos + left · sin)."
+    yield fact(torch.allclose(lengths[0], lengths[-1], atol=1e-4), "no_rotation", why)
+    yield from TURNED_KEYS(answer, draw)
 
 
-def joined(attention, x, positions, keys, values, cache, turn=right_turn_back, behind=False):
-    """Right, in pieces that the mistakes below replace."""
-    q, k, v = attention.project(x, positions)
-    if cache is not None:
-        k, v = cache.append(k, v)
-    pk, pv = (z.to(x.dtype).expand(len(x), -1, -1, -1) for z in (turn(attention.rope, keys), values))
-    k, v = (torch.cat((b, a) if behind else (a, b), 2) for a, b in ((pk, k), (pv, v)))
-    return attention.output(attention.attend(q, k, v))
+def layer_of(module):
+    """The module's PrefixAttention as a function, kept as long as the layer stays the same (see as_function)."""
+    built = as_function(lambda base, keys, values: module.PrefixAttention(base, keys.shape[1]), ("keys", "values"))
+
+    def prefix_attention(attention, x, positions, keys, values, cache=None):
+        return built(attention, x, positions, None, cache, keys, values)
+
+    return prefix_attention
 
 
-def prefix_behind_the_words(attention, x, positions, keys, values, cache=None):
-    """the prefix put behind the tokens in the list of keys, where the causal mask hides tokens and shows later ones;
-    it goes before them"""
-    return joined(attention, x, positions, keys, values, cache, behind=True)
+ATTEND, PROJECTED = "return self.base.attend(q, k, v, mask)", "*self.project(x, positions)"
+BOTH, EXPANDED = "return k.to(dtype), v.to(dtype)", "prefix.expand(len(q), -1, -1, -1)"
+JOINED, PAIRS = f"torch.cat(({EXPANDED}, own), dim=2)", "((pk, k), (pv, v))"
+TURNED = "torch.full((self.length,), -self.length, device=k.device)"
+OFF = "if not self.active:\n            return self.base.attend"
+FORWARD = f"self.output(self.attend({PROJECTED}, mask, cache))"
+SEES = "torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)"
+IF_NO_MASK = ATTEND.replace("mask)", "mask, cache if mask is None else None)")
+SECOND = """mask = None if mask is None else mask[..., self.length :]
+        pk, pv = (z.repeat_interleave(q.shape[1] // len(z), 0) for z in (pk, pv))
+        term = (q @ pk.mT / q.shape[-1] ** 0.5).softmax(-1) @ pv"""
+PLANTED_IN_LAYERS = (
+    ("PrefixAtTheWordsPlace", "if self.rope is not None:", "if False:", "the prefix's keys used as they are, among the "
+     "tokens: turn them back by K"),
+    ("PrefixHidden", ATTEND, ATTEND.replace("mask)", f"{SEES}.tril(k.shape[2] - q.shape[2] - self.length))"),
+     "a causal mask that hides the prefix from the first tokens; every token sees it whole"),
+    ("PrefixAsSecondSoftmax", (f"k, v = ({JOINED} for prefix, own in {PAIRS})", ATTEND), (SECOND, f"{ATTEND} + term"),
+     "a softmax of its own for the prefix, added to the tokens': LLaMA-Adapter without its gate"),
+    ("PrefixInTheCache", ("if cache is not None:\n            k", ATTEND),
+     ("if mask is not None and cache:\n            k", IF_NO_MASK), "the prefix put into the cache at every step "
+     "instead of once"),
+    ("StaleKeys", BOTH, "return [z.to(dtype) for z in vars(self).setdefault('kept', (k.detach(), v.detach()))]",
+     "turned keys kept between steps"),
+    ("SharedKeysAndValues", "k, v = self.keys, self.values", "k, v = self.keys, self.keys", "one table for both"),
+)  # fmt: skip
+LAYERS = catalogue(prefix_tuning, (*PLANTED_IN_LAYERS,
+    *((f"keys_{name}", TURNED, new.replace("K", "self.length"), sentence) for name, new, sentence in TURNED_TO),
+    *((name, EXPANDED, new.format(p="prefix", B="len(q)"), sentence) for name, new, sentence in SPREADS),
+    ("prefix_behind_the_words", JOINED, f"torch.cat((own, {EXPANDED}), dim=2)", "the prefix behind the tokens, where "
+     "the causal mask hides tokens and shows later ones"),
+    ("keys_turned_by_heads", TURNED, "torch.full((self.length,), -self.num_kv_heads)", "keys turned by G instead of K"),
+    ("turned_and_moved", PROJECTED, "*self.project(x, positions + self.length)", "keys back by K and tokens on by K as "
+     "well: the gap is there twice; do one of the two"),
+    ("values_turned_too", "k = k * cos + torch.cat((-right, left), dim=-1) * sin",
+     "k, v = (z * cos + torch.cat((-z.chunk(" "2, -1)[1], z.chunk(2, -1)[0]), -1) * sin for z in (k, v))",
+     "the prefix's values turned like its keys; RoPE is for queries and keys alone"),
+    ("keys_for_values", PAIRS, "((pv, k), (pk, v))", "keys and values of the prefix in each other's place"),
+    ("tables_exchanged", "k, v = self.keys, self.values", "k, v = self.values, self.keys", "keys and values exchanged"),
+    ("prefix_left_out", OFF, OFF.replace("not self.active", "True"), "no prefix at all: the frozen layer's own output"),
+    ("cache_forgotten", "k, v = cache.append(k, v)", "pass", "the cache not used, or not what it returns: "
+     "cache.append(k, v) adds the new ones and returns all"),
+    ("cache_taken_for_granted", "if cache is not None:\n            k", "if True:\n            k", "`cache` may be "
+     "None"),
+    ("words_cached_twice", ATTEND, ATTEND.replace("mask)", "mask, cache)"), "the tokens appended to the cache, and "
+     "then `attend` given the cache, which appends them again"),
+    ("heads_repeated_in_turn", ATTEND,
+     f"k, v = (z.repeat(1, q.shape[1] // z.shape[1], 1, 1) for z in (k, v))\n        {ATTEND}", "key heads repeated as "
+     "a b a b for a a b b; `attend` repeats them itself: leave them G"),
+    ("prefix_in_the_first_call_only", OFF, OFF.replace("not self.active", "cache is not None and cache.k is not None"),
+     "the prefix in the first call alone; every call puts it before the cached tokens"),
+    ("positions_counted_anew", PROJECTED, "*self.project(x, torch.arange(x.shape[1]))", "positions counted from 0 in "
+     "every call; the given ones go on behind the cached tokens"),
+    ("positions_left_out", PROJECTED, "*self.project(x)", "the tokens not rotated: project(x, positions) does it"),
+    ("prefix_detached", BOTH, "return k.detach().to(dtype), v.detach().to(dtype)", "the prefix detached from the graph "
+     ""),
+    ("prefix_not_cast", BOTH, "return k, v", "the prefix in float32 beside a bfloat16 model's keys: cast to x.dtype"),
+    ("unscaled", ATTEND, ATTEND.replace("(q,", "(q * self.head_dim**0.5,"), "scores not divided by √d"),
+    ("by_model_width", ATTEND, ATTEND.replace("(q,", "(q * (self.head_dim / self.width) ** 0.5,"), "√D in the place of "
+     "√d"), ("not_causal", ATTEND, ATTEND.replace("mask)", f"{SEES})"), "no causal mask: tokens see those yet to come"),
+    ("mask_from_the_left", ATTEND, ATTEND.replace("mask)", f"{SEES}.tril())"), "the causal mask begun at the first "
+     "column (as is_causal=True does): it begins behind prefix and cache"),
+    ("mask_without_the_past", ATTEND, ATTEND.replace("mask)", f"{SEES}.tril(self.length))"), "a causal mask that "
+     "leaves out the cached tokens' columns"),
+    ("hidden_from_itself", ATTEND, ATTEND.replace("mask)", f"{SEES}.tril(k.shape[2] - q.shape[2] - 1))"),
+     "the mask one token too strict: a token does not see itself"),
+    ("with_residual", FORWARD, f"x + {FORWARD}", "x added: the block does that, around the attention"),
+    ("not_projected", FORWARD, FORWARD[12:-1], "attention.output left out, which joins the heads and projects"),
+    ("heads_joined_alone", FORWARD, f"{FORWARD[12:-1]}.transpose(1, 2).flatten(2)", "not projected: attention.output "
+     "does both"),
+    ("joined_along_heads", JOINED, JOINED.replace("dim=2", "dim=1"), "joined along the heads; tokens lie along dim=2"),
+    ("joined_along_features", JOINED, JOINED.replace("dim=2", "dim=-1"), "joined along d; tokens lie along dim=2"),
+), wrap=layer_of)  # fmt: skip
+LAYER_SIZES = (
+    dict(B=3, T=5, K=4, D=20, H=6, G=2, d=8, theta=50.0), dict(B=2, T=3, K=5, D=12, H=3, G=3, d=4, theta=900.0),
+    dict(B=1, T=1, K=1, D=6, H=2, G=1, d=2, theta=9.0),
+)  # fmt: skip
 
 
-def keys_turned_forwards(attention, x, positions, keys, values, cache=None):
-    """the prefix's keys turned on by K positions instead of back"""
-    return joined(attention, x, positions, keys, values, cache, turned_forwards)
+def inputs_of_layer(draw, B, T, K, D, H, G, d, theta):
+    attention, steps = filled(Attention(D, H, G, d, RoPE(d, theta), bias=True), draw), torch.arange(T)
+    steps, (keys, values) = steps + 2 * (steps > 1), draw(2, G, K, d)
+    return dict(attention=attention, x=draw(B, T, D), positions=steps, keys=keys, values=values)
 
 
-def keys_turned_to_own_places(attention, x, positions, keys, values, cache=None):
-    """each key of the prefix turned to a place of its own, -K, …, -1; all go back by the same K positions"""
-    return joined(attention, x, positions, keys, values, cache, turned_to_own_places)
-
-
-def turned_and_moved(attention, x, positions, keys, values, cache=None):
-    """the keys turned back by K and the tokens moved on by K as well: the gap is there twice; do one of the two"""
-    return joined(attention, x, positions + keys.shape[1], keys, values, cache)
-
-
-def values_turned_too(attention, x, positions, keys, values, cache=None):
-    """the prefix's values turned like its keys; RoPE is for queries and keys alone"""
-    return joined(attention, x, positions, keys, right_turn_back(attention.rope, values), cache)
-
-
-def cache_forgotten(attention, x, positions, keys, values, cache=None):
-    """the cache not used: later tokens do not see the earlier ones;
-    cache.append(k, v) adds the new ones and returns all"""
-    return joined(attention, x, positions, keys, values, None)
-
-
-def prefix_detached(attention, x, positions, keys, values, cache=None):
-    """the prefix detached from the graph: it never learns"""
-    return joined(attention, x, positions, keys.detach(), values.detach(), cache)
-
-
-def prefix_left_out(attention, x, positions, keys, values, cache=None):
-    """no prefix at all: the frozen layer's own output"""
-    return attention(x, positions, None, cache) + 0 * (keys.sum() + values.sum()).to(x.dtype)
-
-
-def keys_for_values(attention, x, positions, keys, values, cache=None):
-    """keys and values of the prefix in each other's place"""
-    q, k, v = attention.project(x, positions)
-    if cache is not None:
-        k, v = cache.append(k, v)
-    pk, pv = (z.to(x.dtype).expand(len(x), -1, -1, -1) for z in (right_turn_back(attention.rope, keys), values))
-    return attention.output(attention.attend(q, torch.cat((pv, k), 2), torch.cat((pk, v), 2)))
-
-
-def heads_repeated_in_turn(attention, x, positions, keys, values, cache=None):
-    """key heads repeated as a b a b a b instead of a a a b b b; `attend` repeats them itself, so leave them G"""
-    q, k, v = attention.project(x, positions)
-    if cache is not None:
-        k, v = cache.append(k, v)
-    pk, pv = (z.to(x.dtype).expand(len(x), -1, -1, -1) for z in (right_turn_back(attention.rope, keys), values))
-    k, v = (torch.cat(pair, 2).repeat(1, q.shape[1] // z.shape[1], 1, 1) for pair, z in (((pk, k), k), ((pv, v), v)))
-    T, S = q.shape[2], k.shape[2]
-    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), -torch.inf)
-    return attention.output(scores.softmax(-1) @ v)
-
-
-def prefix_in_the_first_call_only(attention, x, positions, keys, values, cache=None):
-    """the prefix put in front in the first call alone; every call of a generation puts it in front,
-    for the cache holds the tokens"""
-    if cache is not None and cache.k is not None:
-        return attention(x, positions, None, cache) + 0 * (keys.sum() + values.sum()).to(x.dtype)
-    return joined(attention, x, positions, keys, values, cache)
-
-
-def positions_counted_anew(attention, x, positions, keys, values, cache=None):
-    """positions counted from 0 in every call; take the ones that are given, which go on behind the cached tokens"""
-    return joined(attention, x, torch.arange(x.shape[1]), keys, values, cache)
-
-
-def words_cached_twice(attention, x, positions, keys, values, cache=None):
-    """the tokens appended to the cache, and then prefix and tokens handed to `attend` together with the cache,
-    which appends them once more"""
-    q, k, v = attention.project(x, positions)
-    if cache is not None:
-        k, v = cache.append(k, v)
-    pk, pv = (z.to(x.dtype).expand(len(x), -1, -1, -1) for z in (right_turn_back(attention.rope, keys), values))
-    return attention.output(attention.attend(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2), None, cache))
-
-
-def probe_prefix_attention(answer, draw):
-    # grouped queries, biases, H·d wider than D: nothing can hide
-    attention = filled(Attention(40, 6, 2, 8, RoPE(8), bias=True), draw)
-    x, positions = draw(2, 6, 40), torch.arange(6)
-    keys, values = draw(2, 3, 8).requires_grad_(), draw(2, 3, 8).requires_grad_()
-    out = answer(attention, x, positions, keys, values)
-    yield "the output (B, T, D)", out
-    for what, gradient in zip(("keys", "values"), gradients(out, keys, values)):
-        yield f"the gradient of the {what} (G, K, d)", gradient
-    yield "the output after the prefix has changed (B, T, D)", answer(attention, x, positions, keys + 1, values - 1)
-    cache = LayerCache()
-    steps = [answer(attention, x[:, a:b], positions[a:b], keys, values, cache) for a, b in ((0, 3), (3, 5), (5, 6))]
-    for step, size in zip(steps, (3, 2, 1)):
-        yield f"the output for the next {size} of the tokens, with a cache (B, T, D)", step
-    yield "the output in bfloat16 (B, T, D)", answer(attention.bfloat16(), x.bfloat16(), positions, keys, values)
+def with_a_cache(answer, draw, given):
+    attention, x, positions, keys, values = given.values()
+    out = answer(attention, x, positions, keys + 1, values - 1)
+    yield Piece("the output after the prefix has changed (B, T, D)", out)
+    (B, T, D), cache = x.shape, LayerCache()
+    x = torch.cat((x, draw(B, 3, D).to(x.dtype)), 1)
+    positions = torch.cat((positions, positions[-1] + torch.tensor([1, 2, 5])))  # with a gap
+    for a, b, which in ((0, T, "the first tokens"), (T, T + 2, "two more tokens"), (T + 2, T + 3, "one more token")):
+        out = answer(attention, x[:, a:b], positions[a:b], keys, values, cache)
+        yield Piece(f"the output for {which} with a cache (B, T, D)", out)
 
 
 # ── the share, and the softmax as two ─────────────────────────────────────────────────────────────────────────────────
 
 
-def scores_of(q, k, prefix_keys, causal=True, scale=None):
-    """Scores on the prefix (B, H, T, K) and on the tokens (B, H, T, T), those of tokens yet to come at -∞."""
-    scale = scale or q.shape[-1] ** 0.5
-    on_words = q @ k.mT / scale
-    if causal:
-        on_words = on_words.masked_fill(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1), -torch.inf)
-    return q @ prefix_keys.mT / scale, on_words
-
-
-def right_share(q, k, prefix_keys, **options):
-    return torch.cat(scores_of(q, k, prefix_keys, **options), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
-
-
-def later_words_counted(q, k, prefix_keys):
-    """no causal mask: tokens yet to come are counted among those the prefix takes from; token t sees tokens 0 to t"""
-    return right_share(q, k, prefix_keys, causal=False)
-
-
-def prefix_under_the_mask(q, k, prefix_keys):
-    """the causal mask laid over prefix and tokens together, so that the first tokens see a part of the prefix only;
-    every token sees all of it"""
-    scores = torch.cat(scores_of(q, k, prefix_keys, causal=False), -1)
-    T, S = scores.shape[-2:]
-    return scores.masked_fill(torch.ones(T, S, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)[..., : S - T].sum(-1)
-
-
-def word_hidden_from_itself(q, k, prefix_keys):
-    """the mask one token too strict: token t does not see itself; it sees tokens 0 to t
-    (torch.triu(1) marks what is hidden)"""
-    on_prefix, _ = scores_of(q, k, prefix_keys)
-    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu()
-    on_words = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
-    return torch.cat((on_prefix, on_words), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
-
-
-def hidden_with_zero(q, k, prefix_keys):
-    """hidden tokens given the score 0, which still weighs e^0 = 1; a hidden token has the score -∞"""
-    on_prefix, on_words = scores_of(q, k, prefix_keys)
-    on_words = on_words.masked_fill(on_words == -torch.inf, 0)
-    return torch.cat((on_prefix, on_words), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
-
-
-def share_unscaled(q, k, prefix_keys):
-    """scores not divided by √d"""
-    return right_share(q, k, prefix_keys, scale=1.0)
-
-
-def share_by_model_width(q, k, prefix_keys):
-    """scores divided by √(H·d), the model's width; the heads' own √d is right"""
-    return right_share(q, k, prefix_keys, scale=(q.shape[1] * q.shape[-1]) ** 0.5)
-
-
-def share_by_head_width(q, k, prefix_keys):
-    """scores divided by d instead of √d"""
-    return right_share(q, k, prefix_keys, scale=q.shape[-1])
-
-
-def softmax_over_queries(q, k, prefix_keys):
-    """the softmax taken along the tokens that look, axis -2, instead of along what they look at, axis -1"""
-    return torch.cat(scores_of(q, k, prefix_keys), -1).softmax(-2)[..., : prefix_keys.shape[1]].sum(-1)
-
-
-def softmax_of_the_prefix_alone(q, k, prefix_keys):
-    """a softmax over the prefix alone, which always sums to 1; the share is taken of prefix and tokens together"""
-    return scores_of(q, k, prefix_keys)[0].softmax(-1).sum(-1)
-
-
-def first_columns_of_the_words(q, k, prefix_keys):
-    """the tokens joined before the prefix, and the first K columns taken, which are then tokens"""
-    on_prefix, on_words = scores_of(q, k, prefix_keys)
-    return torch.cat((on_words, on_prefix), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
-
-
-def earlier_words_hidden(q, k, prefix_keys):
-    """the mask on the wrong side: token t sees those from t on, and not those before it;
-    torch.triu(1) marks what is hidden"""
-    on_prefix, _ = scores_of(q, k, prefix_keys)
-    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(-1)
-    on_words = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf)
-    return torch.cat((on_prefix, on_words), -1).softmax(-1)[..., : prefix_keys.shape[1]].sum(-1)
-
-
-def share_of_the_words(q, k, prefix_keys):
-    """the tokens' share, 1 - λ, instead of the prefix's"""
-    return 1 - right_share(q, k, prefix_keys)
-
-
-def odds(q, k, prefix_keys):
-    """the prefix's sum divided by the tokens' sum, λ / (1 - λ); a share divides by the sum of both"""
-    on_prefix, on_words = scores_of(q, k, prefix_keys)
-    return (on_prefix.logsumexp(-1) - on_words.logsumexp(-1)).exp()
-
-
-def mean_of_the_weights(q, k, prefix_keys):
-    """the mean of the prefix's weights instead of their sum"""
-    return right_share(q, k, prefix_keys) / prefix_keys.shape[1]
-
-
-def largest_weight(q, k, prefix_keys):
-    """the largest of the prefix's weights instead of their sum"""
-    return torch.cat(scores_of(q, k, prefix_keys), -1).softmax(-1)[..., : prefix_keys.shape[1]].amax(-1)
-
-
-def share_by_counting(q, k, prefix_keys):
-    """K / (K + n) for a token that sees n tokens: right for equal scores only"""
-    K = prefix_keys.shape[1]
-    return (K / (K + torch.arange(1, q.shape[2] + 1))).expand(q.shape[:-1])
-
-
-def share_averaged_over_heads(q, k, prefix_keys):
-    """one share for all heads, their mean; each head has its own"""
-    return right_share(q, k, prefix_keys).mean(1)
-
-
-def share_that_overflows(q, k, prefix_keys):
-    """exp of the scores themselves, which becomes infinite above 88;
-    softmax and logsumexp take the largest score off first"""
-    on_prefix, on_words = (scores.exp().sum(-1) for scores in scores_of(q, k, prefix_keys))
-    return on_prefix / (on_prefix + on_words)
-
-
-def probe_share(answer, draw):
-    q, k, prefix_keys = draw(2, 4, 5, 8), draw(2, 4, 5, 8), draw(4, 3, 8).requires_grad_()
-    share = answer(q, k, prefix_keys)
-    yield "the share (B, H, T)", share
-    yield "the gradient of the prefix's keys (H, K, d)", gradients(share, prefix_keys)[0]
-    yield "the share where scores go up to hundreds (B, H, T)", answer(30 * q, k, 10 * prefix_keys)
-
-
-def right_split(q, k, v, prefix_keys, prefix_values, **options):
-    on_prefix, on_words = scores_of(q, k, prefix_keys, **options)
-    return right_share(q, k, prefix_keys, **options), on_words.softmax(-1) @ v, on_prefix.softmax(-1) @ prefix_values
-
-
-def parts_weighted_already(q, k, v, prefix_keys, prefix_values):
-    """parts of the one softmax, which carry their share already; each part is an average of its own,
-    its weights sum to 1"""
-    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, (1 - share[..., None]) * tokens, share[..., None] * prefix
-
-
-def words_weighted_already(q, k, v, prefix_keys, prefix_values):
-    """the tokens' part taken from the one softmax, so that it carries 1 - λ already; its own softmax sums to 1"""
-    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, (1 - share[..., None]) * tokens, prefix
-
-
-def prefix_weighted_already(q, k, v, prefix_keys, prefix_values):
-    """the prefix's part taken from the one softmax, so that it carries λ already; its own softmax sums to 1"""
-    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, tokens, share[..., None] * prefix
-
-
-def words_unscaled(q, k, v, prefix_keys, prefix_values):
-    """the tokens' scores not divided by √d in their own softmax"""
-    share, _, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, scores_of(q, k, prefix_keys, scale=1.0)[1].softmax(-1) @ v, prefix
-
-
-def prefix_unscaled(q, k, v, prefix_keys, prefix_values):
-    """the prefix's scores not divided by √d in their own softmax"""
-    share, tokens, _ = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, tokens, scores_of(q, k, prefix_keys, scale=1.0)[0].softmax(-1) @ prefix_values
-
-
-def whole_in_the_place_of_prefix(q, k, v, prefix_keys, prefix_values):
-    """the whole output, tokens included, in the place of the prefix's part; that is attention over the prefix alone"""
-    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, tokens, torch.lerp(tokens, prefix, share[..., None])
-
-
-def share_turned_round(q, k, v, prefix_keys, prefix_values):
-    """1 - λ, what the tokens keep, in the place of λ, the prefix's share"""
-    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return 1 - share, tokens, prefix
-
-
-def parts_in_the_wrong_order(q, k, v, prefix_keys, prefix_values):
-    """the prefix's part before the tokens'; asked are share, tokens, prefix"""
-    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, prefix, tokens
-
-
-def all_turned_round(q, k, v, prefix_keys, prefix_values):
-    """prefix and tokens exchanged throughout: 1 - λ, what the tokens keep, for λ,
-    and the prefix's part before the tokens'; asked are λ, tokens, prefix"""
-    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return 1 - share, prefix, tokens
-
-
-def share_of_a_count(q, k, v, prefix_keys, prefix_values):
-    """a share that does not look at the scores, K / (K + n)"""
-    return share_by_counting(q, k, prefix_keys), *right_split(q, k, v, prefix_keys, prefix_values)[1:]
-
-
-def words_not_causal(q, k, v, prefix_keys, prefix_values):
-    """no causal mask: tokens see those yet to come"""
-    return right_split(q, k, v, prefix_keys, prefix_values, causal=False)
-
-
-def plain_mean_of_values(q, k, v, prefix_keys, prefix_values):
-    """the plain mean of the prefix's values; its own softmax weighs them"""
-    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, tokens, prefix_values.mean(-2, keepdim=True).expand(prefix.shape)
-
-
-def whole_in_the_place_of_words(q, k, v, prefix_keys, prefix_values):
-    """the whole output, prefix included, in the place of the tokens' part; that is attention over the tokens alone,
-    the frozen layer's"""
-    share, tokens, prefix = right_split(q, k, v, prefix_keys, prefix_values)
-    return share, torch.lerp(tokens, prefix, share[..., None]), prefix
-
-
-def split_unscaled(q, k, v, prefix_keys, prefix_values):
-    """scores not divided by √d"""
-    return right_split(q, k, v, prefix_keys, prefix_values, scale=1.0)
-
-
-def probe_split(answer, draw):
-    q, k, v = draw(2, 4, 5, 8), draw(2, 4, 5, 8), draw(2, 4, 5, 8)
-    prefix_keys, prefix_values = draw(4, 3, 8), draw(4, 3, 8)
-    names = ("the share (B, H, T)", "the tokens' part (B, H, T, d)", "the prefix's part (B, H, T, d)")
-    pieces = named(names, answer(q, k, v, prefix_keys, prefix_values))
-    yield from pieces
-    share, tokens, prefix = (piece for _, piece in pieces)
-    blend = (1 - share[..., None]) * tokens + share[..., None] * prefix
-    yield "the blend (1 - share) · tokens + share · prefix (B, H, T, d)", blend
+def right_share(q, k, prefix_keys):
+    scale, T, K = q.shape[-1] ** 0.5, q.shape[2], prefix_keys.shape[1]
+    on_prefix, on_tokens = q @ prefix_keys.mT / scale, q @ k.mT / scale
+    on_tokens = on_tokens.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+    return torch.cat((on_prefix, on_tokens), -1).softmax(-1)[..., :K].sum(-1)
+
+
+def right_split(q, k, v, prefix_keys, prefix_values):
+    scale, T = q.shape[-1] ** 0.5, q.shape[2]
+    on_prefix, on_tokens = q @ prefix_keys.mT / scale, q @ k.mT / scale
+    on_tokens = on_tokens.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+    share = torch.sigmoid(on_prefix.logsumexp(-1) - on_tokens.logsumexp(-1))
+    return share, on_tokens.softmax(-1) @ v, on_prefix.softmax(-1) @ prefix_values
+
+
+SCALE, SEEN_AFTER, SUM = "= q.shape[-1] ** 0.5", ".triu(1)", ".softmax(-1)[..., :K].sum(-1)"
+COUNTED = "(1 / (1 + torch.arange(1, T + 1) / on_prefix.shape[-1])).expand(q.shape[:-1])"
+SCORES = (  # of both
+    ("later_words_counted", SEEN_AFTER, ".triu(T)", "no causal mask: token t sees tokens 0 to t, and none yet to come"),
+    ("word_hidden_from_itself", SEEN_AFTER, ".triu()", "the mask one too strict: token t does not see itself; "
+     "torch.triu(1) is hidden"),
+    ("earlier_words_hidden", SEEN_AFTER, ".tril(-1)", "the mask on the wrong side: t sees the tokens from t on; "
+     "torch.triu(1) is hidden"),
+    ("mask_turned_round", SEEN_AFTER, ".tril()", "the mask turned round: hidden are the tokens from t + 1 on, triu(1)"),
+    ("hidden_with_zero", "-torch.inf)", "0)", "hidden tokens given the score 0, which weighs e^0 = 1; theirs is -∞"),
+    ("share_unscaled", SCALE, "= 1.0", "scores not divided by √d"),
+    ("share_by_model_width", SCALE, "= (q.shape[1] * q.shape[-1]) ** 0.5", "scores over √(H·d); the heads' own is √d"),
+    ("share_by_head_width", SCALE, "= q.shape[-1]", "scores divided by d instead of √d"),
+    ("tokens_scores_unscaled", "q @ k.mT / scale", "q @ k.mT", "no √d for the tokens' scores"),
+    ("prefix_scores_unscaled", "q @ prefix_keys.mT / scale", "q @ prefix_keys.mT", "no √d for the prefix's scores"),
+)  # fmt: skip
+SHARE = "torch.cat((on_prefix, on_tokens), -1)" + SUM
+SHARES = catalogue(right_share, (*SCORES,
+    ("hidden_with_minus_100", "-torch.inf)", "-100.0)", "hidden tokens given -100, which is not hidden where scores "
+     "lie hundreds below 0; -∞ is"),
+    ("prefix_under_the_mask", SUM, f".masked_fill(torch.ones(T, K + T, dtype=torch.bool).triu(1), -torch.inf){SUM}",
+     "the causal mask laid over the prefix too; every token sees all of it"),
+    ("softmax_over_queries", "softmax(-1)", "softmax(-2)", "the softmax along the tokens that look, axis -2, not what "
+     "they look at"),
+    ("softmax_of_the_prefix_alone", SUM, "[..., :K].softmax(-1).sum(-1)", "a softmax over the prefix alone always sums "
+     "to 1; it goes over prefix and tokens"),
+    ("two_softmaxes", SHARE,
+     "on_prefix.softmax(-1).sum(-1) / (on_prefix.softmax(-1).sum(-1) + on_tokens.softmax(-1)" ".sum(-1))",
+     "a softmax for each, so that the share is always a half"),
+    ("first_columns_of_the_words", "(on_prefix, on_tokens), -1", "(on_tokens, on_prefix), -1", "the tokens joined "
+     "first: the first K columns are tokens"),
+    ("last_columns", ":K]", "-K:]", "the last K columns, which are tokens; the prefix was joined before them"),
+    ("columns_by_heads", ":K]", ": len(prefix_keys)]", "as many columns as heads; K is prefix_keys.shape[1]"),
+    ("share_of_the_words", "return torch", "return 1 - torch", "the tokens' share, 1 - λ, instead of the prefix's"),
+    ("odds", SHARE, "(on_prefix.logsumexp(-1) - on_tokens.logsumexp(-1)).exp()", "λ / (1 - λ), the prefix's sum over "
+     "the tokens'; a share divides by both"),
+    ("log_odds", SHARE, "on_prefix.logsumexp(-1) - on_tokens.logsumexp(-1)", "the logarithm of λ / (1 - λ), without "
+     "sigmoid"),
+    ("with_an_axis", ".sum(-1)", ".sum(-1, keepdim=True)", "an axis of 1 behind (keepdim); (B, H, T) is asked"),
+    ("columns_by_width", ":K]", ": q.shape[-1]]", "as many columns as features; K is prefix_keys.shape[1]"),
+    ("mean_of_the_weights", ".sum(-1)", ".mean(-1)", "the mean of the prefix's weights, not their sum"),
+    ("largest_weight", ".sum(-1)", ".amax(-1)", "the largest of the prefix's weights instead of their sum"),
+    ("not_summed", ".sum(-1)", "", "the prefix's K weights one by one; their sum is the share"),
+    ("share_by_counting", SHARE, COUNTED, "K / (K + n) for n tokens: right for equal scores only"),
+    ("share_averaged_over_heads", ".sum(-1)", ".sum(-1).mean(1)", "the heads' mean; each has its own share"),
+    ("share_that_overflows", SUM, ".exp()[..., :K].sum(-1) / torch.cat((on_prefix, on_tokens), -1).exp().sum(-1)",
+     "exp of the scores themselves, infinite above 88; softmax takes the largest off first"),
+))  # fmt: skip
+OWN, TOKENS, WEIGHT = "on_prefix.softmax(-1) @ prefix_values", "on_tokens.softmax(-1) @ v", "share[..., None]"
+LSE, PARTS = "torch.sigmoid(on_prefix.logsumexp", f"return share, {TOKENS}, {OWN}"
+WHOLE = f"torch.lerp({TOKENS}, {OWN}, {WEIGHT})"
+SPLITS = catalogue(right_split, (*SCORES,
+    ("parts_weighted_already", PARTS, f"return share, (1 - {WEIGHT}) * ({TOKENS}), {WEIGHT} * ({OWN})", "parts of the "
+     "one softmax, which carry their share already; each has weights that sum to 1"),
+    ("words_weighted_already", TOKENS, f"(1 - {WEIGHT}) * ({TOKENS})", "the tokens' part with 1 - λ in it already; its "
+     "own softmax sums to 1"),
+    ("prefix_weighted_already", OWN, f"{WEIGHT} * ({OWN})", "the prefix's part with λ in it already; its own softmax "
+     "sums to 1"),
+    ("whole_in_the_place_of_prefix", OWN, WHOLE, "the whole output, tokens included, for the prefix's part"),
+    ("whole_in_the_place_of_words", TOKENS, WHOLE, "the whole output, prefix included, for the tokens' part"),
+    ("share_turned_round", "return share", "return 1 - share", "1 - λ, the tokens' share, for λ, the prefix's"),
+    ("parts_in_the_wrong_order", PARTS, f"return share, {OWN}, {TOKENS}", "the prefix's part before the tokens'"),
+    ("all_turned_round", PARTS, f"return 1 - share, {OWN}, {TOKENS}", "prefix and tokens exchanged throughout; asked "
+     "are λ, tokens, prefix"),
+    ("share_of_a_count", "return share", f"return {COUNTED}", "a share that does not look at the scores, K / (K + n)"),
+    ("share_with_an_axis", "return share", f"return {WEIGHT}", "the share with an axis of 1 behind; (B, H, T)"),
+    ("share_is_no_share", LSE, "(on_prefix.logsumexp", "the logarithm of λ / (1 - λ); the sigmoid makes λ of it"),
+    ("odds", LSE, "torch.exp(on_prefix.logsumexp", "λ / (1 - λ), the prefix's sum over the tokens'; a share divides by "
+     "both"),
+    ("tokens_not_causal", TOKENS, "(q @ k.mT / scale).softmax(-1) @ v", "the mask left out of the tokens' part"),
+    ("share_not_causal", " - on_tokens.logsumexp", " - (q @ k.mT / scale).logsumexp", "the mask left out of the share"),
+    ("prefix_masked", OWN,
+     "on_prefix.masked_fill(torch.ones_like(on_prefix).triu(1).bool(), -torch.inf).softmax(" "-1) @ prefix_values",
+     "a causal mask over the prefix, which every token sees whole"),
+    ("share_averaged_over_heads", "return share", "return share.mean(1, keepdim=True).expand_as(share)",
+     "the heads' mean; each has its own share"),
+    ("words_unscaled", TOKENS, f"(scale * {TOKENS[:9]}){TOKENS[9:]}", "no √d in the tokens' own softmax"),
+    ("prefix_unscaled", OWN, f"(scale * {OWN[:9]}){OWN[9:]}", "no √d in the prefix's own softmax"),
+    ("keys_for_values", OWN, OWN.replace("values", "keys"), "the average of the prefix's keys; its values are averaged "
+     ""),
+    ("plain_mean_of_values", OWN, "prefix_values.mean(-2, keepdim=True).expand(q.shape)", "the values' plain mean; a "
+     "softmax weighs them"),
+    ("prefix_not_normalised", OWN, "on_prefix.exp() @ prefix_values", "the prefix's weights not divided by their sum"),
+    ("prefix_softmax_over_queries", OWN, OWN.replace("-1", "-2"), "the prefix's softmax along axis -2, the tokens that "
+     "look"), ("scores_for_weights", OWN, "on_prefix @ prefix_values", "the prefix's scores without their softmax"),
+))  # fmt: skip
+HEADS_SIZES = dict(B=2, T=5, K=3, H=4, d=8), dict(B=3, T=2, K=5, H=1, d=4), dict(B=1, T=1, K=1, H=2, d=6)
+
+
+def inputs_of_share(draw, B, T, K, H, d):
+    return dict(q=draw(B, H, T, d), k=draw(B, H, T, d), prefix_keys=draw(H, K, d))
+
+
+def inputs_of_split(draw, B, T, K, H, d):
+    return dict(zip(("q", "k", "v", "prefix_keys", "prefix_values"), (*draw(3, B, H, T, d), *draw(2, H, K, d))))
+
+
+def whole_gradient(answer, draw, given):
+    """The gradients of all three together: those of one may be 0 in one way of writing, and rounding in another."""
+    given = {name: z.requires_grad_() for name, z in given.items()}
+    whole = torch.cat([z.flatten() for z in answer(*given.values())])
+    for name, found in zip(given, gradients(whole, *given.values())):
+        yield Piece(f"the gradient with respect to {name}", found, kind="gradient", of=name)
+
+
+def large_scores(answer, draw, given):
+    q, k, prefix_keys = (z.detach() for z in given.values())
+    yield Piece("the share where all scores lie hundreds below 0 (B, H, T)", answer(q + 8, k - 8, prefix_keys - 8))
+    yield Piece("the share where all scores are hundreds (B, H, T)", answer(q + 8, k + 8, prefix_keys + 8))
+
+
+# ── a training step ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def right_step(model, optimizer, ids, labels):
+    optimizer.zero_grad()
+    loss = minillama.answer_loss(model, ids, labels)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+LOSS, ZERO = "minillama.answer_loss(model, ids, labels)", "    optimizer.zero_grad()"
+BACK, STEP = "    loss.backward()", "    optimizer.step()"
+BY_HAND = """    for p in filter(lambda p: p.grad is not None, model.parameters()):
+        p.data -= optimizer.param_groups[0]['lr'] * p.grad"""
+STEPS = catalogue(right_step, (
+    ("gradients_accumulated", ZERO + "\n", "", "the gradients never zeroed: backward() adds to the last step's"),
+    ("zeroed_before_the_step", STEP, f"{ZERO}\n{STEP}", "the gradients zeroed between backward() and step()"),
+    ("step_forgotten", STEP + "\n", "", "no optimizer.step() of the optimizer that is given: nothing moves"),
+    ("backward_forgotten", BACK + "\n", "", "no loss.backward(): there is no gradient to step along"),
+    ("step_before_backward", f"{BACK}\n{STEP}", f"{STEP}\n{BACK}", "step() before backward(): the gradients have just "
+     "been zeroed"),
+    ("loss_after_the_step", "return loss.item()", f"return {LOSS}.item()", "the loss computed again after the step; "
+     "asked is the one that the gradients came from"),
+    ("two_steps", STEP, f"{STEP}\n{STEP}", "optimizer.step() more than once; one call is one step"),
+    ("loss_with_its_graph", "return loss.item()", "return loss", "the loss with its graph, which keeps every "
+     "activation in memory; loss.item() is the number"),
+    ("loss_as_a_tensor", "return loss.item()", "return loss.detach()", "the loss as a tensor; loss.item() is a float"),
+    ("loss_on_all_tokens", LOSS, "minillama.answer_loss(model, ids, ids)", "ids for labels: the loss falls on the "
+     "prompt's tokens too; the labels are -100 there"),
+    ("not_shifted", LOSS, "torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten())",
+     "logits and labels at the same place; answer_loss shifts by one"),
+    ("shifted_twice", LOSS, "minillama.answer_loss(model, ids[:, :-1], labels[:, 1:])", "shifted by hand; answer_loss "
+     "does it"),
+    ("loss_summed", LOSS, f"{LOSS} * (labels[:, 1:] >= 0).sum()", "the sum of the losses; answer_loss is their mean"),
+    ("uphill", BACK, "    (-loss).backward()", "the sign turned round: these steps make the loss larger"),
+    ("loss_divided", BACK, "    (loss / len(ids)).backward()", "the loss divided by the batch; it is a mean already"),
+    ("gradients_clipped", STEP, f"    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n{STEP}", "the gradients "
+     "clipped, which `train` does and this step does not"),
+    ("without_gradient", f"loss = {LOSS}", f"loss = {LOSS}.detach()", "a loss without a graph: no detach, no "
+     "torch.no_grad(), and the adapter must be active"),
+    ("item_before_backward", f"loss = {LOSS}", f"loss = {LOSS}.item()", ".item() before backward(): a number has no "
+     "graph"),
+    ("in_eval_mode", ZERO, f"    model.eval()\n{ZERO}", "model.eval() switches dropout off; leave the mode as it is"),
+    ("everything_trains", ZERO, f"    model.requires_grad_(True)\n{ZERO}", "the base's weights get gradients: "
+     "requires_grad stays as it is"),
+    ("moved_by_hand", STEP, BY_HAND, "the weights moved by hand; optimizer.step() does it in its own way"),
+    ("optimizer_made_anew", ZERO,
+     f"    optimizer = type(optimizer)(optimizer.param_groups[0]['params'], lr=0.03)\n{ZERO}", "another optimizer made "
+     "in the step: it forgets the earlier steps"),
+))  # fmt: skip
+SAID = {mistake.name: mistake.sentence for mistake in STEPS} | {
+    "left_in_eval_mode": "the model is left in eval mode; leave the mode as it is",
+    "frozen_moved": "frozen weights of the base have moved",
+    "adapter_frozen": "the adapter's own numbers no longer train",
+}  # fmt: skip
+
+
+def probe_step(answer, draw):
+    for method, B, T in (("llama_adapter", 3, 6), ("lora", 2, 4), ("ia3", 1, 2)):
+        model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 24, 2, 2)), method).train()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(draw(*p.shape) / p.shape[-1] ** 0.5 + (p.dim() == 1))
+        own, seen = adapter_parameters(model), {}
+        base = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
+        # the second and third are given the frozen weights too
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        if method == "llama_adapter":
+            optimizer = torch.optim.AdamW(own.values(), lr=0.03, eps=1e-3)
+
+        def count(name, number=1, seen=seen):
+            seen[name] = seen.get(name, 0) + number
+
+        def entered(layer, inputs, count=count):
+            count("rows", len(inputs[0]))
+            count("eval", not layer.training)
+
+        next(iter(own.values())).register_hook(lambda gradient, count=count: count("backward"))
+        optimizer.register_step_post_hook(lambda *_, seen=seen, count=count: count("early", "backward" not in seen))
+        optimizer.register_step_post_hook(lambda *_, count=count: count("steps"))
+        model.layers[0].register_forward_pre_hook(entered)
+        for step in (1, 2, 3):
+            seen.clear()
+            ids = (draw(B, T).abs() * 40).long() % 31
+            loss = answer(model, optimizer, ids, torch.where(torch.arange(T) < T // 2, -100, ids))
+            tensor = isinstance(loss, torch.Tensor) and loss.numel() == 1
+            if not tensor and not hasattr(loss, "__float__"):
+                raise Wrong("form", f"needed is the loss as a float; it returned {describe(loss)}.")
+            for name, value in {
+                "loss_with_its_graph": tensor and loss.requires_grad, "loss_as_a_tensor": tensor,
+                "in_eval_mode": seen.get("eval", 0) > 0, "left_in_eval_mode": not model.training,
+                "everything_trains": any(p.requires_grad or p.grad is not None for p, _ in base),
+                "frozen_moved": not all(torch.equal(p, before) for p, before in base),
+                "adapter_frozen": not all(p.requires_grad for p in own.values()),
+                "backward_forgotten": "backward" not in seen, "step_forgotten": "steps" not in seen,
+                "two_steps": seen.get("steps", 0) > 1, "step_before_backward": seen.get("early", 0) > 0,
+            }.items():  # fmt: skip
+                yield fact(value, name, f"{SAID[name]}.", f"{name} in step {step}")
+            why = "the model runs twice on the same rows in one step; one pass gives the loss and its gradients."
+            yield Piece("rows", torch.tensor(seen.get("rows", 0)), kind="count", mistake="run_twice", why=why)
+            yield Piece(f"the loss of step {step}", torch.tensor(float(loss.detach() if tensor else loss)))
+            yield from (Piece(f"{name} after step {step}", p) for name, p in own.items())
 
 
 # ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def zero_share(token):
-    """What 5 zero keys take of the softmax of a token that sees this many tokens, itself among them,
-    each with score 0."""
-
-    def truth():
-        q, k = torch.zeros(1, 1, token, 8), torch.zeros(1, 1, token, 8)
-        return right_share(q, k, torch.zeros(1, 5, 8))[0, 0, -1].item()
-
-    return truth
+def zero_share(n):
+    """What 5 zero keys take of the softmax of a token that sees n tokens, itself among them, each with score 0."""
+    return lambda: right_share(*torch.zeros(2, 1, 1, n, 8), torch.zeros(1, 5, 8))[0, 0, -1].item()
 
 
 def zero_prefix_makes():
     """What twenty tokens of zero keys and values do to the output of attention, where ten stood."""
-    torch.manual_seed(0)
-    attention = Attention(16, 2, rope=RoPE(8)).requires_grad_(False)
-    x = torch.randn(1, 6, 16)
-    lengths = (joined(attention, x, torch.arange(6), *torch.zeros(2, 2, K, 8), None).norm() for K in (10, 20))
-    ten, twenty = (length.item() for length in lengths)
-    return "same" if abs(twenty - ten) < 1e-6 * ten else "smaller" if twenty < ten else "larger"
+    attention, x = Attention(16, 2, rope=RoPE(8)).requires_grad_(False), torch.randn(1, 6, 16)
+    layer, places = layer_of(prefix_tuning), torch.arange(6)
+    ten, twenty = (layer(copy(attention), x, places, *torch.zeros(2, 2, K, 8)).norm() for K in (10, 20))
+    return "same" if torch.isclose(twenty, ten) else "smaller" if twenty < ten else "larger"
 
 
 def tokens_after_zeros():
-    """How many different tokens a prefix of five has after five steps,
-    where three began at zero and two from N(0, 1)."""
+    """How many different tokens a prefix of five has after five steps, three begun at zero and two from N(0, 1)."""
     torch.manual_seed(0)
     model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), "prefix_tuning", prefix_length=5)
-    own = list(minillama.adapters.adapter_parameters(model).values())  # (G, K, d) each
-    with torch.no_grad():
-        for p in own:
-            p[:, :3] = 0
-    ids, optimizer = torch.randint(0, 31, (2, 6)), torch.optim.AdamW(own, lr=0.1)
+    own, ids = list(adapter_parameters(model).values()), torch.randint(0, 31, (2, 6))  # (G, K, d) each
+    for p in own:
+        p.data[:, :3] = 0
+    optimizer = torch.optim.AdamW(own, lr=0.1)
     for _ in range(5):
-        model.zero_grad()
-        minillama.answer_loss(model, ids, ids).backward()
-        optimizer.step()
+        right_step(model, optimizer, ids, ids)
     tokens = torch.cat([p.detach().transpose(0, 1).flatten(1) for p in own], 1)  # (K, everything of a token)
-    return len({tuple(row) for row in tokens.mul(1e4).round().tolist()})
+    return len(torch.unique(tokens.mul(1e4).round(), dim=0))
 
+
+PLANTED = (*PROMPTS, *LAYERS[: len(PLANTED_IN_LAYERS)])  # each must fail a test where it stands in the models
+HARMLESS = {"PrefixAtTheWordsPlace": ("gpt2",)}  # whose positions are no part of the keys
 
 EXERCISES = {
     "soft_prompt": Exercise(
         "soft_prompt(embedding, ids, prompt, past=0, active=True) -> (B, K + T, D), "
-        "or (B, T, D) where past > 0 or not active", right_soft_prompt,
-        (*map(embedding_of, PromptEmbedding.__subclasses__()), prompt_at_every_step, prompt_behind_the_words,
-         prompt_over_the_words, prompt_in_its_own_dtype, prompt_as_tokens_of_a_row, and_for_or, rows_cut_from_copies,
-         copies_cut_into_rows), probe_soft_prompt,
+        "or (B, T, D) where past > 0 or not active",
+        prompt_of(prompt_tuning), PROMPTS + PLACES,
+        calls(inputs_of_prompt, "what enters the first layer (B, S, D)", PROMPT_SIZES, float32=("prompt",)),
     ),
-    "turn_back": Exercise(
-        "turn_back(rope, keys) -> (G, K, d)", right_turn_back,
-        (not_turned, turned_by_heads, turned_one_too_far, turned_in_reverse_order, cos_and_sin_exchanged,
-         turned_forwards, turned_to_own_places, turned_from_zero, turned_by_one, neighbours_paired), probe_turn_back,
-    ),
+    "turn_back": Exercise("turn_back(rope, keys) -> (G, K, d)", right_turn_back, TURNS, probe_turn),
     "prefix_attention": Exercise(
-        "prefix_attention(attention, x, positions, keys, values, cache=None) -> (B, T, D)", layer_of(PrefixAttention),
-        (*map(layer_of, PrefixAttention.__subclasses__()), prefix_behind_the_words, keys_turned_forwards,
-         keys_turned_to_own_places, turned_and_moved, values_turned_too, keys_for_values, prefix_left_out,
-         cache_forgotten, words_cached_twice, heads_repeated_in_turn, prefix_in_the_first_call_only,
-         positions_counted_anew, prefix_detached), probe_prefix_attention,
-    ),
-    "prefix_share": Exercise(
-        "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share,
-        (later_words_counted, word_hidden_from_itself, hidden_with_zero, prefix_under_the_mask, share_unscaled,
-         share_by_model_width, share_by_head_width, softmax_over_queries, softmax_of_the_prefix_alone,
-         first_columns_of_the_words, earlier_words_hidden, share_of_the_words, odds, mean_of_the_weights,
-         largest_weight, share_by_counting, share_averaged_over_heads, share_that_overflows), probe_share,
-    ),
-    "split_softmax": Exercise(
-        "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), tokens (B, H, T, d), "
-        "prefix (B, H, T, d)", right_split,
-        (parts_weighted_already, words_weighted_already, prefix_weighted_already, words_unscaled, prefix_unscaled,
-         whole_in_the_place_of_prefix, share_turned_round, parts_in_the_wrong_order, all_turned_round, share_of_a_count,
-         words_not_causal, plain_mean_of_values, whole_in_the_place_of_words, split_unscaled), probe_split,
+        "prefix_attention(attention, x, positions, keys, values, cache=None) -> (B, T, D)", layer_of(prefix_tuning),
+        LAYERS, calls(inputs_of_layer, "the output (B, T, D)", LAYER_SIZES, ("keys", "values"), then=with_a_cache,
+                      once=tuple(f"attention.{name}_proj" for name in "qkvo")),
     ),
     "share_of_ten": Question(
         zero_share(10), "Each of the 15 scores is 0, each weight e^0 / (15 · e^0); five of them are the prefix's.",
         {0: "a score of 0 is not a weight of 0: e^0 is 1, as for every token.",
-         1: "the tokens have score 0 too: nobody is ahead.",
-         0.5: "that is five against five; how many tokens does the tenth see?", 2 / 3: "that is what the tokens keep.",
+         1: "the tokens have score 0 too: nobody is ahead.", 2 / 3: "that is what the tokens keep.",
+         0.5: "that is five against five; how many tokens does the tenth see?",
          5 / 14: "nine tokens stand before the tenth; it sees itself as well.",
          5 / 16: "nine tokens stand before the tenth, and it sees itself: ten in all.",
          1 / 15: "that is one key of the prefix; how many are there?"},
-        nudge="How many scores are in this token's softmax, what weight has each, "
-              "and how many of them are the prefix's?",
+        nudge="How many scores are in this token's softmax, what weight has each, and how many are the prefix's?",
     ),
     "share_of_the_first": Question(
         zero_share(1),
         "The first token sees itself and the five: 5 / (5 + 1). The fewer tokens there are, the more a prefix takes.",
-        {0: "a score of 0 is not a weight of 0: e^0 is 1.",
+        {0: "a score of 0 is not a weight of 0: e^0 is 1.", 1: "the token sees itself too.",
          0.5: "it sees one token and five keys of the prefix, and all six weigh the same.",
          1 / 3: "the tokens behind the first one are hidden from it: it sees itself alone.",
-         1 / 6: "that is what the token keeps for itself.", 1: "the token sees itself too."},
-        nudge="Which tokens does the first one see? How many scores does that make, "
-              "and how many of them are the prefix's?",
+         1 / 6: "that is what the token keeps for itself."},
+        nudge="Which tokens does the first one see? How many scores does that make, and how many are the prefix's?",
     ),
     "longer_zero_prefix": Question(
         zero_prefix_makes,
         "Zero values add nothing, but their keys take: the tokens' part is multiplied by 1 - λ, and λ grows with K.",
         {"same": "the values add nothing; but what do the keys take from the tokens' weights?",
          "larger": "nothing is added, since the values are 0; what happens to the tokens' weights?"},
+        nudge="Write the output as (1 - λ) · tokens + λ · prefix: what is each for K = 10, and for K = 20?",
     ),
     "tokens_after_zeros": Question(
-        tokens_after_zeros,
-        "The three equal tokens get equal gradients and stay equal, one token counted three times; "
+        tokens_after_zeros, "The three equal tokens get equal gradients and stay equal, one token counted three times; "
         "the other two began apart.",
         {5: "what could make the three that began at zero differ? They are equal, and each token weighs them equally.",
          1: "what could make tokens equal that began apart?", 2: "do the two from N(0, 1) begin equal?",
          4: "three began equal: what could make one of them differ from the other two?"},
         nudge="Which tokens begin equal, and what gradients do equal tokens get?",
+    ),
+    "prefix_share": Exercise(
+        "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share, SHARES,
+        calls(inputs_of_share, "the share (B, H, T)", HEADS_SIZES, half=False, then=large_scores),
+    ),
+    "training_step": Exercise(
+        "training_step(model, optimizer, ids, labels) -> the loss as a float", right_step, STEPS, probe_step,
+        changes=(0, 1),
+    ),
+    "split_softmax": Exercise(
+        "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), tokens (B, H, T, d), "
+        "prefix (B, H, T, d)", right_split, SPLITS,
+        calls(inputs_of_split,
+              ("the share (B, H, T)", "the tokens' part (B, H, T, d)", "the prefix's part (B, H, T, d)"),
+              HEADS_SIZES, half=False, gradient=False, then=whole_gradient),
     ),
 }  # fmt: skip

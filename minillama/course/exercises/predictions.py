@@ -1,0 +1,133 @@
+"""Predictions: what will happen, asked before it is run."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import minillama
+
+from .observing import Wrong, describe
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prediction: truth() runs the thing and returns what happens (text, a number or a set of names); `why` explains.
+
+    wrong: what a mistaken answer reveals, {answer: sentence}.  choices: the words an answer can be made of, where it is
+    words; without them, those of truth and `wrong`.  nudge: what to ask back at the second wrong answer, and at a first
+    one for which `wrong` has no sentence.
+    """
+
+    truth: Callable
+    why: str
+    wrong: dict
+    choices: tuple = ()
+    nudge: str = "Go through it once more, a step at a time."
+
+    @functools.cached_property
+    def outcome(self):
+        """What truth() returns, run when it is first asked for."""
+        return self.truth()
+
+
+EARLIER = {}  # the wrong answers to each question so far
+
+
+def judge_prediction(question, answer, earlier):
+    """(passed, mistake, message). A first wrong answer hears what it reveals, a second the nudge, a third the truth."""
+    if answer is None or answer is ...:
+        blank = "not answered yet: put your prediction in the place of the dots, then run the cell again."
+        return False, "blank", blank
+    truth = question.outcome
+    try:
+        answer = in_form(question, truth, answer)
+    except Wrong as wrong:
+        return False, *wrong.args
+    if equal(truth, answer):
+        return True, None, f"right, {show(truth)}. {question.why}"
+    if answer not in earlier:  # the cell run once more is no new answer
+        earlier.append(answer)
+    foreseen = next((sentence for value, sentence in question.wrong.items() if equal(value, answer)), None)
+    if len(earlier) == 1 and foreseen:
+        return False, "prediction", foreseen
+    if len(earlier) > 2:
+        return False, "prediction", f"{foreseen or 'not so.'} Run, it gives: {show(truth)}. {question.why}"
+    more = ""
+    if not isinstance(truth, str | frozenset | bool):
+        more = f"; it is {'more' if truth > answer else 'less'} than {show(answer)}"
+    return False, "prediction", f"{foreseen or f'not so{more}.'} {question.nudge}"
+
+
+def equal(truth, answer):
+    """Whether an answer is the truth; numbers with a fraction to 1.5 %, so that 0.33 is a third."""
+    if isinstance(truth, float) and not isinstance(answer, str | frozenset):
+        return math.isclose(truth, answer, rel_tol=0.015, abs_tol=1e-9)
+    return truth == answer
+
+
+def show(outcome):
+    if isinstance(outcome, frozenset):
+        return ", ".join(sorted(outcome)) or "nothing"
+    return f"{outcome:.4g}" if isinstance(outcome, float) else str(outcome)
+
+
+def in_form(question, truth, answer):
+    """The answer in the truth's form: "0.5" as 0.5, 12.0 as 12, "Smaller" as "smaller", {"gate"} frozen;
+    raises Wrong where it has another one."""
+    said = (truth, *question.wrong) if isinstance(truth, str | frozenset) else ()
+    choices = question.choices or sorted({word for x in said for word in ([x] if isinstance(x, str) else x)})
+    words = ", ".join(map(repr, choices))
+    if isinstance(truth, frozenset):
+        given = {answer} if isinstance(answer, str) else answer
+        if not isinstance(given, set | frozenset | list | tuple) or not all(word in choices for word in given):
+            raise Wrong("form", f"the answer is a set made of {words}, or set() for none of them; yours is {answer!r}.")
+        return frozenset(given)
+    if isinstance(truth, str):
+        given = answer.strip().lower() if isinstance(answer, str) and truth.islower() else answer
+        if not isinstance(given, str) or given not in choices:
+            raise Wrong("form", f"the answer is one of {words}; yours is {answer!r}.")
+        return given
+    if isinstance(truth, bool):
+        if not isinstance(answer, bool):
+            raise Wrong("form", f"the answer is True or False; yours is {answer!r}.")
+        return answer
+    given, whole = answer, isinstance(truth, int)
+    if hasattr(given, "item") and getattr(given, "size", 0) != 0:
+        with contextlib.suppress(ValueError, RuntimeError, TypeError):
+            given = given.item()  # of numpy, or a tensor of one number
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError):
+            given = float(given.replace(",", "").replace("_", ""))
+    if whole and isinstance(given, float) and given.is_integer():
+        given = int(given)
+    if isinstance(given, bool) or not isinstance(given, int if whole else int | float):
+        needed = "whole number" if whole else "number"
+        raise Wrong("form", f"the answer is a {needed}; yours is {answer!r}, {describe(answer)}.")
+    return given
+
+
+def moved(method, steps, prepare=None, names=lambda name: name.rpartition(".")[2], **options):
+    """For a Question: which of a fresh adapter's parameters, by what `names` makes of their names, have moved after
+    `steps` of descent.  prepare: called with {name: parameter} before the first."""
+
+    def truth():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), method, **options)
+            ids, own = torch.randint(0, 31, (2, 6)), minillama.adapters.adapter_parameters(model)
+            if prepare is not None:
+                with torch.no_grad():
+                    prepare(own)
+            before = {name: p.detach().clone() for name, p in own.items()}
+            for _ in range(steps):
+                model.zero_grad()
+                minillama.answer_loss(model, ids, ids).backward()
+                for p in own.values():
+                    p.data -= 0.1 * p.grad
+        return frozenset(names(name) for name, p in own.items() if not torch.equal(p, before[name]))
+
+    return truth

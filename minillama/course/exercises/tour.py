@@ -1,0 +1,90 @@
+"""Lessons 00 and 08: which parameters train, whom an adapter changes, and what a guess costs."""
+
+import math
+
+from torch import nn
+
+import minillama
+
+from .catalogue import catalogue
+from .observing import Exercise, Piece, fact
+from .predictions import Question
+
+
+def right_freeze(model, words):
+    count = 0
+    for name, parameter in model.named_parameters():
+        train = any(word in name.split(".") for word in words)
+        parameter.requires_grad_(train)
+        if train:
+            count += parameter.numel()
+    return count
+
+
+def shared_twice(model, words):
+    """a matrix at two places, as GPT-2's embedding is its head, is counted twice; named_parameters() has it once"""
+    every, _ = dict(model.named_parameters(remove_duplicate=False)), model.requires_grad_(False)
+    return sum(p.requires_grad_(True).numel() for name, p in every.items() if set(words) & set(name.split(".")))
+
+
+FREEZE = catalogue(right_freeze, (
+    ("contains", 'in name.split(".")', "in name", "a word is looked for anywhere in the name, and gate stands in the "
+     "base's mlp.gate_proj.weight too; compare it with the parts between the dots, name.split('.')"),
+    ("last_part", '(".")', '(".")[-1:]', "only a name's last part is looked at; a word may be any of them"),
+    ("every_word", "any(", "all(", "a name has to have every word; one of them is enough"),
+    ("first_word", "in words)", "in words[:1])", "only the first of the words counts"),
+    ("last_word", "in words)", "in words[-1:])", "only the last of the words counts; where a loop over the words sets "
+     "every parameter, each round undoes the one before"),
+    ("inverted", "_(train)", "_(not train)", "the wrong way round: what is named is frozen, and the rest trains"),
+    ("all_frozen", "_(train)", "_(False)", "everything is frozen, what is named too"),
+    ("nothing_frozen", "_(train)", "_(True)", "what is not named still trains: set requires_grad = False on the "
+     "parameter; another spelling, p.data, a copy (state_dict), the module's attribute or no_grad freeze nothing"),
+    ("stays_frozen", "_(train)", "_(parameter.requires_grad and train)", "what is named and was frozen stays frozen"),
+    ("leaves_vectors", "_(train)", "_(train or parameter.dim() < 2)", "vectors (norms, biases) still train"),
+    ("leaves_biases", "_(train)", '_(train or name.endswith("bias"))', "biases that are not named still train"),
+    ("leaves_norms", "_(train)", '_(train or "norm" in name)', "norms that are not named still train"),
+    ("leaves_the_rest", "_(train)", '_(train or "layers" not in name)', "what stands outside the layers still trains"),
+    ("counts_tensors", "parameter.numel()", "1", "tensors are counted, not the numbers in them: add up p.numel()"),
+    ("counts_rows", "parameter.numel()", "len(parameter)", "len(p) is a matrix's number of rows: add up p.numel()"),
+    ("counts_last", "+=", "=", "only the last parameter's numbers are left in the count: `+=` adds up"),
+    ("counts_all", "if train:", "if True:", "all parameters are counted, the frozen ones too"),
+    ("counts_frozen", "if train:", "if not train:", "the frozen numbers are counted instead of those that train"),
+    ("counts_before", ("train = any", "if train:"), ("before, train = parameter.requires_grad, any", "if before:"),
+     "what trained before is counted; freeze first"),
+    ("returns_early", "  return", "      return", "it returns after the first parameter: `return` stands in the loop"),
+    ("counted_per_word", "+= ", '+= len(set(words) & set(name.split("."))) * ', "what two words name counts twice"),
+), shared_twice)  # fmt: skip
+
+
+def probe_freeze(answer, draw):
+    adapted, linear = minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), nn.Linear(5, 3)
+    minillama.adapters.llama_adapter.attach(adapted, prompt_length=3)  # which freezes nothing
+    tied = minillama.GPT2(minillama.GPT2Config(31, 16, 24, 2, 2))
+    for model, words in ((adapted, ["prompt", "gate"]), (adapted, ["down_proj", "norm"]), (linear, ["bias"]),
+                         (linear, []), (tied, ["embed_tokens", "lm_head"]), (tied, ["mlp", "bias"])):  # fmt: skip
+        model.may_train = True
+        count, where = answer(model, words), "" if words[:1] == ["prompt"] else f"for words = {words}"
+        for name, p in model.named_parameters():
+            train = any(word in name.split(".") for word in words)
+            why = ("named_frozen", "is frozen: one") if train else ("others_train", "still trains: none")
+            yield fact(p.requires_grad == train, why[0], f"{name} {why[1]} of {words} is a part of its name.")
+        yield Piece("how many numbers train", count, where)
+
+
+PLANTED, HARMLESS = (), {}
+EXERCISES = {
+    "freeze_all_but": Exercise("freeze_all_but(model, words) -> a whole number", right_freeze, FREEZE, probe_freeze),
+    "languages_changed": Question(  # the lesson's own run shows the truth
+        lambda: frozenset(("en", "fr", "fi")), "Gates and prompts are there for every token, of whatever language.",
+        {frozenset(["fr"]): "it was trained on French; but what in the layer asks for the language of a token?",
+         frozenset(["fr", "fi"]): "English is mastered already, and its tokens pass the open gates none the less.",
+         frozenset(): "that is so at gate 0; training opens the gates."},
+        nudge="Of y + gate · z: which of the two factors is 0 for a text in another language?"),
+    "guess": Question(
+        lambda: math.log(49152), "-ln(1 / 49,152) nats a token; whoever does worse is sure of what is wrong.",
+        {1 / 49152: "that is the probability of the right token; the loss is minus its logarithm.",
+         math.log2(49152): "that is in bits; nats come of the natural logarithm.",
+         -math.log(49152): "the size is right; the loss is minus the logarithm of a number below 1, and so above 0.",
+         math.log10(49152): "that is the decimal logarithm; nats come of the natural one."},
+        nudge="Each token has the probability 1 / 49,152. What is the cross-entropy of one token that has it?"),
+}  # fmt: skip
