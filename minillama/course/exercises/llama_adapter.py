@@ -784,6 +784,15 @@ HARMLESS = {
     "HeadsInTheWrongOrder": ("llama", "gpt2"),
 }  # no bias there; nothing is repeated there
 
+OTHERWISE = (
+    "NoTanh",
+    "gate_averaged",
+    "first_gate_for_all",
+    "not_in_the_dtype_of_x",
+)  # right there, or like another
+ALIKE = tuple(row for row in PREFIX + START_ROWS + OF_PREFIX if row[0] not in OTHERWISE)
+CIRCULATED = catalogue(llama_adapter, CIRCULATING + ALIKE, wrap=circulating)
+
 EXERCISES = {
     "prefix_keys_values": Exercise(
         "prefix_keys_values(attention, prompt) -> keys (G, K, d), values (G, K, d)", right_keys_values, KEYS_VALUES,
@@ -820,9 +829,7 @@ EXERCISES = {
     "adaption_prompt_layer": Exercise(
         "a class: AdaptionPromptLayer(attention, prompt_length), called as layer(x, positions) -> (B, T, D)",
         circulating(llama_adapter),
-        catalogue(llama_adapter, CIRCULATING + tuple(row for row in PREFIX + START_ROWS + OF_PREFIX if row[0] not in
-                                                     ("NoTanh", "gate_averaged", "not_in_the_dtype_of_x")),
-                  wrap=circulating), probe_circulating,
+        CIRCULATED, probe_circulating,
     ),
     "prefix_layer": Exercise(
         "a class: PrefixLayer(width, num_heads, prompt_length), called as layer(x) -> (B, T, D)",

@@ -81,15 +81,19 @@ def in_form(question, truth, answer):
     said = (truth, *question.wrong) if isinstance(truth, str | frozenset) else ()
     choices = question.choices or sorted({word for x in said for word in ([x] if isinstance(x, str) else x)})
     words = ", ".join(map(repr, choices))
-    if isinstance(truth, frozenset):
+    if isinstance(truth, str | frozenset):
         given = {answer} if isinstance(answer, str) else answer
-        if not isinstance(given, set | frozenset | list | tuple) or not all(word in choices for word in given):
+        spelt = {choice.lower(): choice for choice in choices}
+        known = isinstance(given, set | frozenset | list | tuple) and all(
+            isinstance(word, str) and word.strip().lower() in spelt for word in given
+        )
+        given = frozenset(spelt[word.strip().lower()] for word in given) if known else None
+        if isinstance(truth, str):
+            if given is None or len(given) != 1:
+                raise Wrong("form", f"the answer is one of {words}; yours is {answer!r}.")
+            return next(iter(given))
+        if given is None:
             raise Wrong("form", f"the answer is a set made of {words}, or set() for none of them; yours is {answer!r}.")
-        return frozenset(given)
-    if isinstance(truth, str):
-        given = answer.strip().lower() if isinstance(answer, str) and truth.islower() else answer
-        if not isinstance(given, str) or given not in choices:
-            raise Wrong("form", f"the answer is one of {words}; yours is {answer!r}.")
         return given
     if isinstance(truth, bool):
         if not isinstance(answer, bool):

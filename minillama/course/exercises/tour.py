@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import nn
 
 import minillama
@@ -60,10 +61,16 @@ def probe_freeze(answer, draw):
     adapted, linear = minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), nn.Linear(5, 3)
     minillama.adapters.llama_adapter.attach(adapted, prompt_length=3)  # which freezes nothing
     tied = minillama.GPT2(minillama.GPT2Config(31, 16, 24, 2, 2))
+    odd = nn.Sequential(nn.Conv1d(2, 3, 5), nn.BatchNorm1d(3), nn.ModuleDict({"gate": nn.Linear(2, 2)}))
+    odd[2]["gate-proj"], odd.scale, odd.Gate = nn.Linear(3, 2), nn.Parameter(torch.tensor(1.0)), nn.Linear(1, 7)
     for model, words in ((adapted, ["prompt", "gate"]), (adapted, ["down_proj", "norm"]), (linear, ["bias"]),
-                         (linear, []), (tied, ["embed_tokens", "lm_head"]), (tied, ["mlp", "bias"])):  # fmt: skip
+                         (linear, []), (tied, ["embed_tokens", "lm_head"]), (tied, ["mlp", "bias"]),
+                         (tied, ["embed_tokens"]), (odd, ["0"]), (odd, ["1", "scale"]), (odd, ["gate"])):  # fmt: skip
         model.may_train = True
+        names = list(dict(model.named_parameters()))
         count, where = answer(model, words), "" if words[:1] == ["prompt"] else f"for words = {words}"
+        lost = names != list(dict(model.named_parameters()))
+        yield fact(lost, "parameters_lost", "parameters were taken out of the model or put into it: only freeze them.")
         for name, p in model.named_parameters():
             train = any(word in name.split(".") for word in words)
             why = ("named_frozen", "is frozen: one") if train else ("others_train", "still trains: none")
@@ -77,6 +84,9 @@ EXERCISES = {
     "languages_changed": Question(  # the lesson's own run shows the truth
         lambda: frozenset(("en", "fr", "fi")), "Gates and prompts are there for every token, of whatever language.",
         {frozenset(["fr"]): "it was trained on French; but what in the layer asks for the language of a token?",
+         **dict.fromkeys((frozenset(["en"]), frozenset(["fi"]), frozenset(["en", "fi"])),
+                         "French itself is what it was trained on: that changes first of all."),
+         frozenset(["fr", "en"]): "it has never seen Finnish; but what in the layer asks for a token's language?",
          frozenset(["fr", "fi"]): "English is mastered already, and its tokens pass the open gates none the less.",
          frozenset(): "that is so at gate 0; training opens the gates."},
         nudge="Of y + gate · z: which of the two factors is 0 for a text in another language?"),
