@@ -84,6 +84,22 @@ def start_orthogonal(D, m):
     return nn.init.orthogonal_(torch.empty(m, D)), torch.zeros(m), torch.zeros(m, D).T, torch.zeros(D)
 
 
+def start_of_coins(D, m):
+    return (2.0 * torch.randint(0, 2, (m, D)) - 1) * 0.01, torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
+
+
+def start_in_one_buffer(D, m):
+    buffer = torch.zeros(2 * m * D + m + D)
+    down, *zeros = buffer.split((m * D, m, D * m, D))
+    down.normal_(0, 0.01)
+    return down.view(m, D), zeros[0], zeros[1].view(m, D).T, zeros[2]
+
+
+def start_by_seed(D, m):
+    torch.manual_seed(0)
+    return torch.randn(D, m).T.div(D**0.5), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
+
+
 def sequential_in_another_order(sublayer, x, bottleneck):
     y = sublayer(x)
     return bottleneck(y) + y
@@ -138,6 +154,10 @@ def parallel_on_a_copy(sublayer, x, bottleneck, scale):
 def parallel_in_another_order(sublayer, x, bottleneck, scale):
     added = bottleneck(x) * scale
     return added + sublayer(x)
+
+
+def parallel_bottleneck_by_token(sublayer, x, bottleneck, scale):
+    return sublayer(x) + scale * torch.stack([bottleneck(token) for token in x.unbind(1)], 1)
 
 
 def parallel_by_add(sublayer, x, bottleneck, scale):
@@ -233,6 +253,9 @@ ALTERNATIVES = {
         start_at_the_bounds,
         start_xavier,
         start_orthogonal,
+        start_of_coins,
+        start_in_one_buffer,
+        start_by_seed,
     ],
     "adapted_sublayer": [
         sequential_in_another_order,
@@ -245,6 +268,7 @@ ALTERNATIVES = {
     "parallel_sublayer": [
         parallel_in_another_order,
         parallel_by_add,
+        parallel_bottleneck_by_token,
         parallel_row_by_row,
         parallel_with_a_tensor,
         parallel_on_a_copy,

@@ -221,10 +221,27 @@ def mixed_through_every_task(linear, x, scales, rows, side):
     return torch.stack(every)[rows, torch.arange(len(x))]
 
 
+def linear_with_a_factor_on_each_side(linear, x, scale, side):
+    before, after = {"input": (scale, torch.ones(1)), "output": (torch.ones(1), scale)}[side]
+    return linear(x * before.to(x.dtype)) * after.to(x.dtype)
+
+
+def mixed_sorted_and_put_back(linear, x, scales, rows, side):
+    order = rows.argsort()
+    scale, x = scales[rows[order]][:, None].to(x.dtype), x[order]
+    y = linear(x) * scale if side == "output" else linear(x * scale)
+    return y[order.argsort()]
+
+
+def mixed_by_gather(linear, x, scales, rows, side):
+    scale = scales.gather(0, rows[:, None].expand(-1, scales.shape[1])).to(x.dtype).view(len(rows), 1, -1)
+    return linear(x).mul(scale) if side == "output" else linear(x.mul(scale))
+
+
 ALTERNATIVES = {
     "ia3_linear": [
         linear_by_einsum, linear_by_diagonal, linear_by_folding, linear_feature_by_feature, linear_by_wrapping,
-        linear_in_float32,
+        linear_in_float32, linear_with_a_factor_on_each_side,
     ],
     "ia3_start": [
         start_from_the_weight, start_as_a_parameter, start_by_exponential, start_from_a_list, start_by_numpy,
@@ -236,5 +253,6 @@ ALTERNATIVES = {
     ],
     "ia3_mixed": [
         mixed_row_by_row, mixed_by_einsum, mixed_by_groups, mixed_by_index_select, mixed_through_every_task,
+        mixed_sorted_and_put_back, mixed_by_gather,
     ],
 }  # fmt: skip

@@ -46,6 +46,11 @@ def linear_token_by_token(linear, x, A, B, alpha):
     return torch.stack(rows).reshape(*x.shape[:-1], -1)
 
 
+def linear_one_feature_at_a_time(linear, x, A, B, alpha):
+    narrow = x @ A.to(x.dtype).T * (alpha / len(A))
+    return torch.stack([linear(x)[..., i] + narrow @ b.to(x.dtype) for i, b in enumerate(B)], -1)
+
+
 def linear_in_float32(linear, x, A, B, alpha):
     """Numbers folded into A, the path in float32, cast at the end."""
     return linear(x) + ((x.float() @ (A.T * alpha / B.size(1))) @ B.T).to(x.dtype)
@@ -223,7 +228,7 @@ ALTERNATIVES = {
     "lora_start": [start_like_linear, start_gaussian, start_trunc_normal, start_signs],
     "lora_linear": [
         linear_einsum, linear_sum_over_rank, linear_whole_weight, linear_token_by_token, linear_in_float32,
-        linear_stacked,
+        linear_stacked, linear_one_feature_at_a_time,
     ],
     "lora_merge": [merge_in_double, merge_addmm, merge_by_the_unit_vectors, merge_einsum_numpy],
     "lora_merge_conv1d": [conv1d_transposed_twice, conv1d_factors_turned, conv1d_loops, conv1d_addmm],

@@ -74,8 +74,14 @@ def cases(name, plant, but=()):
 
 
 NORMS, ROPES = known("rms_norm"), known("rope")
-IN_HALF = ("squares_in_half_precision", "left_in_float32", "angles_in_half_precision", "rope_left_in_float32")
-NO_MATTER = ("theta_hard_coded", "put_back_by_turns", "halves_swapped")  # to this model, and to a sum over features
+IN_HALF = (
+    *("squares_in_half_precision", "left_in_float32"),
+    *("angles_in_half_precision", "speeds_in_half_precision", "rope_left_in_float32"),
+)
+NO_MATTER = (  # to this model, to a sum over features, and to positions 0, 1, 2 …
+    *("theta_hard_coded", "put_back_by_turns", "halves_swapped"),
+    *("second_half_negated", "positions_sorted", "positions_counted_on"),
+)
 LATER = ("positions_from_one", "own_positions", "positions_from_the_first")  # the same distances
 ONCE = (
     *cases("rms_norm", in_norm, (*IN_HALF, "size_detached")),
@@ -83,7 +89,8 @@ ONCE = (
     *cases("grouped_query_attention", in_attend, ("masked_with_ten",)),  # a share of e⁻¹⁰
     *cases("swiglu", in_mlp),
 )
-SAME_LOGITS = ("kept_unturned", "heads_repeated_in_the_cache", "positions_from_one")  # what they cache is wrong
+# what they cache is wrong
+SAME_LOGITS = ("kept_unturned", "heads_repeated_in_the_cache", "positions_from_one", "new_in_front")
 RIGHT = (
     (in_norm, parts.rms_norm),
     (in_rope, parts.rope),
@@ -188,7 +195,7 @@ def test_a_wrong_split_moves_the_logits(name, ids):
 @pytest.mark.parametrize("name", ("right", *known("answer_labels")))
 def test_wrong_labels_change_the_loss(name):
     """Only the right labels are those of `collate`, and give its loss."""
-    prompt, answer = [77, 5, 9, 5, 8, 5], [50, 5, 0, 10]
+    prompt, answer = [77, 5, 9, 5, 8, 5], [50, 5, 0, 5, 10]
     model, tokenizer = random_model(), minillama.data.ByteTokenizer()
     expected = minillama.data.collate([(prompt, answer)], tokenizer)
     labels = {"right": parts.answer_labels, **known("answer_labels")}[name](prompt, answer)

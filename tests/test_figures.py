@@ -198,7 +198,7 @@ def test_a_gate_is_called_what_it_is():
         gates = plots.training_figure(history(True), "", tanh=tanh).axes[1]
         assert gates.get_ylabel().startswith(f"{name} (")
         heat = plots.attention_figure(torch.rand(2, 3), torch.rand(2, 4), "abcd", ["layer 0", ""], "", tanh=tanh)
-        assert heat.axes[0].get_title(loc="left") == f"{name} · softmax over the prompts"
+        assert heat.axes[0].get_title(loc="left") == f"{name} · softmax"
 
 
 def test_a_png_keeps_the_colours_of_a_heat_map():

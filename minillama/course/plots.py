@@ -232,9 +232,9 @@ def attention_figure(prompts, tokens, characters, rows, title, tanh=True):
             left.imshow(prompts, aspect="auto", cmap="PuOr_r", vmin=-extent, vmax=extent),
             right.imshow(tokens, aspect="auto", cmap="Blues", vmin=0, vmax=1),
         )
-        left.set(title=f"{'tanh(gate)' if tanh else 'gate'} · softmax over the prompts", xlabel="prompt token")
+        left.set(title=f"{'tanh(gate)' if tanh else 'gate'} · softmax", xlabel="prompt token")
         left.set(xticks=range(prompts.shape[1]), xticklabels=range(1, prompts.shape[1] + 1))
-        right.set(title="softmax over the tokens", xlabel="text", xticks=range(len(characters)), xticklabels=characters)
+        right.set(title="softmax", xlabel="text", xticks=range(len(characters)), xticklabels=characters)
         starts = [i for i, label in enumerate(rows) if label]
         middles = [i + 0.5 * (len(rows) / len(starts) - 1) for i in starts]
         left.set(yticks=middles, yticklabels=[rows[i] for i in starts])

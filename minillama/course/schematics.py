@@ -337,7 +337,7 @@ def bottleneck_schematic():
     chain(axes, "right", point(0.45, 1.45), down, curve, up, plus, point(5.85, 1.45))
     arrow(axes, (0.72, 1.45), (0.72, 2.4), (5.15, 2.4), plus.top)
     note(axes, 2.94, 2.53, "skip", ha="center")
-    note(axes, 5.9, 0.52, "up starts at $0$: what is added is $0$, bit for bit", ha="right")
+    note(axes, 5.9, 0.52, "what is added starts at $0$, bit for bit", ha="right")
 
     frame(axes, 6.35, 0.3, 10.75, 2.95, "the parallel form (He et al. 2022)")
     norm = box(axes, 7.25, 1.65, 0.72, 0.5, "norm", "frozen")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import minillama
 
 from ...attention import Attention, RoPE, rotate
+from ...llama import RMSNorm
 from ..papers import smollm2
 from .catalogue import catalogue
 from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, gradients, in_bfloat16
@@ -64,7 +65,8 @@ NORMS = catalogue(rms_norm, (
     ("weight_added", "* weight", "+ weight", "the weight added; it multiplies"),
     ("weight_before_the_norm", (" * weight", "x.float()"), ("", "(x * weight).float()"), "the weight multiplied too "
      "early"),
-    ("mean_over_tokens", "mean(-1", "mean(-2", f"the mean taken over the tokens instead of the features; {ITSELF}"),
+    ("mean_over_tokens", "mean(-1", "mean(-2 if x.dim() > 2 else -1", f"the mean taken over the tokens instead of the "
+     f"features; {ITSELF}"),
     ("mean_over_batch", "mean(-1", "mean(0", f"the mean taken over the batch; {ITSELF}"),
     ("mean_over_everything", "mean(-1, keepdim=True)", "mean()", f"one mean over all tokens and features; {ITSELF}"),
     ("mean_over_a_row", "mean(-1,", "mean((-2, -1),", f"one mean over all tokens of a row; {ITSELF}"),
@@ -84,6 +86,20 @@ NORMS = catalogue(rms_norm, (
     ("multiplied_by_the_root", "x32 / torch", "x32 * torch", "multiplied by the root (or divided by rsqrt); divide"),
     ("squares_in_half_precision", "x.float()", "x", OVERFLOW),
     ("left_in_float32", ".to(x.dtype)", "", "float32 returned for a half-precision input; cast back with .to(x.dtype)"),
+    ("normalised", ROOT, "F.normalize(x32, dim=-1, eps=eps) * x.shape[-1] ** 0.5", "F.normalize, whose eps is a floor"),
+    ("mean_over_batch_and_features", "mean(-1", "mean((0, -1) if x.dim() > 2 else -1", f"one mean for the batch; "
+     f"{ITSELF}"),
+    ("one_less_than_width", MEAN, "x32.pow(2).sum(-1, keepdim=True) / (x.shape[-1] - 1)", "divided by D − 1, not by D"),
+    ("width_hard_coded", MEAN, "x32.pow(2).sum(-1, keepdim=True) / 128", "the width taken as 128, whatever x has"),
+    ("eps_squared", "+ eps", "+ eps**2", "eps squared under the root; it is added as it is given"),
+    ("eps_subtracted", "+ eps", "- eps", "eps subtracted; it is added"),
+    ("eps_at_the_end", (" + eps", " * weight)"), ("", " * weight + eps)"), "eps added at the end, not in the root"),
+    ("eps_added_to_x", (" + eps", "x32.pow"), ("", "(x32 + eps).pow"), "eps added to x, not to the mean square"),
+    ("square_of_the_mean", MEAN, "x32.mean(-1, keepdim=True).pow(2)", "the mean squared; first come the squares"),
+    ("weight_divides", "* weight", "/ weight", "divided by the weight; it multiplies"),
+    ("weight_squared", "* weight", "* weight**2", "multiplied by the weight twice"),
+    ("largest_for_mean", MEAN, "x32.pow(2).amax(-1, keepdim=True)", "the largest square; it is the squares' mean"),
+    ("median_for_mean", MEAN, "x32.pow(2).median(-1, keepdim=True).values", "the squares' median; it is their mean"),
     ("size_detached", ROOT, "x32 / torch.sqrt(mean_square + eps).detach()", "the root mean square taken without "
      "gradient; it is part of the function, and the gradient goes through it"),
 ))  # fmt: skip
@@ -98,11 +114,18 @@ def more_of_rms_norm(answer, draw):
         raise Wrong("shape", f"the output should be a tensor; it is {describe(large)}.")
     lost = not large.isfinite().all() or bool(large.abs().max() < 0.01)
     yield fact(lost, "squares_in_half_precision", f"this equals a known mistake: {OVERFLOW}.")
+    tiny = answer(torch.full((1, 1, 8), 1e-8), torch.ones(8), 0.3).abs().max() > 3e-7
+    yield fact(tiny, "eps_hard_coded", "a tiny x comes out large; eps, which is given, keeps it small.", "a tiny x")
+    for dtype in (torch.bfloat16, torch.float16):
+        x, one = draw(512, 8).index_fill(1, torch.tensor(0), 1.0).to(dtype), torch.ones(8, dtype=dtype)
+        off = answer(x[None], one, 0.3)[0, :, 0] != rms_norm(x, one, 0.3)[:, 0]  # what 1 becomes, to the last digit
+        why = f"this equals a known mistake: {OVERFLOW}."
+        yield fact(off.float().mean() > 0.02, "squares_in_half_precision", why, f"last digits in {dtype}")
 
 
 probe_rms_norm = with_more(
     calls(lambda draw, B, T, D, eps: dict(x=draw(B, T, D) + 0.5, weight=draw(D), eps=eps), "the output (B, T, D)",
-          (dict(B=2, T=5, D=8, eps=0.3), dict(B=3, T=3, D=3, eps=0.05), dict(B=1, T=1, D=6, eps=2.0))),
+          (dict(B=2, T=5, D=8, eps=0.3), dict(B=3, T=3, D=3, eps=0.05), dict(B=1, T=1, D=6, eps=2.0)), again={}),
     more_of_rms_norm,
 )  # fmt: skip
 
@@ -175,6 +198,19 @@ ROPES = catalogue(rope, (
     ("angles_in_half_precision", ("positions[:, None].float()", "* speeds"),
      ("positions[:, None].to(x.dtype)", "* speeds.to(x.dtype)"), "the angles computed in bfloat16, which cannot tell "
      "position 1001 from 1000; compute them in float32"),
+    ("speeds_in_half_precision", "* speeds", "* speeds.to(x.dtype)", "speeds rounded to x's dtype, which far positions "
+     "multiply; keep positions, speeds and angles in float32"),
+    ("power_first", f"-({EXPONENT})", "-2 * torch.arange(d // 2).float() / d", "theta ** -2 * i / d takes the power "
+     "first: brackets, theta ** (-2 * i / d)"),
+    ("slow_pairs_first", "* speeds", "* speeds.flip(0)", "the speeds backwards; pair 0 is the fastest"),
+    ("positions_counted_on", "positions[:", "(positions[0] + torch.arange(len(positions)))[:", "the first position "
+     "counted on; the others are given too, and may have gaps"),
+    ("positions_sorted", "positions[:", "positions.sort().values[:", "positions sorted; each belongs to its own token"),
+    ("d_hard_coded", "float() / d", "float() / 32", "d taken as 32, whatever x has"),
+    ("divided_by_heads", "float() / d", "float() / x.shape[1]", "divided by the number of heads; d is x.shape[-1]"),
+    ("first_half_twice", SECOND, "a * cos - b * sin", "the first half's numbers put into the second too"),
+    ("no_sine_in_the_second", SECOND, "b * cos", "the second half without a·sin; it is b·cos + a·sin"),
+    ("second_half_negated", SECOND, "-(b * cos + a * sin)", "the second half's sign turned; it is b·cos + a·sin"),
     ("rope_left_in_float32", COS_SIN, "cos, sin = angle.cos(), angle.sin()", "float32 returned for a bfloat16 input; "
      "cast cos and sin with .to(x.dtype)"),
 ))  # fmt: skip
@@ -186,7 +222,8 @@ def inputs_of_rope(draw, B, H, T, d, theta, start):
 
 ROPE_SIZES = (
     dict(B=2, H=3, T=5, d=8, theta=100.0, start=2), dict(B=1, H=2, T=4, d=6, theta=20000.0, start=301),
-    dict(B=3, H=4, T=4, d=4, theta=500.0, start=0), dict(B=1, H=1, T=1, d=2, theta=50.0, start=9),
+    dict(B=3, H=4, T=4, d=4, theta=500.0, start=0), dict(B=1, H=2, T=3, d=16, theta=10000.0, start=1200),
+    dict(B=1, H=1, T=1, d=2, theta=50.0, start=9),
 )  # fmt: skip
 
 # ── attention ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -258,7 +295,21 @@ ATTENTIONS = catalogue(grouped_query_attention, SCALES + (
      "the keys repeated as a a a b b b and the values as a b a b a b: repeat both alike"),
     ("keys_alternating", REPEATED, f"v, k = {V_WIDE}, k.repeat(1, q.shape[1] // k.shape[1], 1, 1)",
      "the values repeated as a a a b b b and the keys as a b a b a b: repeat both alike"),
-    ("heads_not_repeated", REPEATED, "k, v = k, v", "key heads not repeated: H query heads cannot meet G key heads"),
+    ("heads_not_repeated", REPEATED, "k, v = k, v", "key heads not repeated, or not H / G times along axis 1: each of "
+     "H query heads must meet one"),
+    ("root_without_brackets", SCALE, "/ q.shape[-1] ** 1 / 2", "/ d ** 1 / 2 divides by 2 d: brackets, d ** (1 / 2)"),
+    ("d_hard_coded", SCALE, "/ 32 ** 0.5", "d taken as 32, whatever q has; it is q.shape[-1]"),
+    ("blind_and_nan_to_zero", ("triu(1)", "weights @ v"), ("triu(0)", "(weights @ v).nan_to_num(0.0)"), BLIND),
+    ("keys_and_values_exchanged", ("q @ k.mT", "weights @ v"), ("q @ v.mT", "weights @ k"), "keys and values swapped"),
+    ("softmax_twice", "softmax(-1)", "softmax(-1).softmax(-1)", "a softmax of the softmax; one is enough"),
+    ("softmax_over_the_table", "softmax(-1)", "flatten(2).softmax(-1).view_as(scores)", "one softmax for all queries"),
+    ("groups_reversed", WIDE, "z.flip(1).repeat_interleave(q.shape[1] // z.shape[1], 1)", "key heads in reverse order"),
+    ("weights_transposed", "weights @ v", "weights.mT @ v", "the weights transposed: row i holds those of query i"),
+    ("query_added", "return", "return q +", "q added to the result; the residual sum is the block's affair"),
+    ("values_masked", ("scores.masked_fill(future, -torch.inf)", "weights @ v"), ("scores", "weights @ v.tril()"),
+     "the mask laid on the values; it belongs to the scores, before the softmax"),
+    ("mask_of_heads", "torch.ones(q.shape[2], q.shape[2])", "torch.ones(q.shape[1], q.shape[1])", "a mask as large as "
+     "there are heads; T is q.shape[2]"),
     ("keys_averaged", "weights @ v", "weights @ k", "the keys averaged where the values should be"),
     ("keys_ask", "q @ k.mT", "k @ q.mT", "the scores turned round: each row belongs to a query, q @ k.mT"),
     ("heads_joined", "weights @ v", "(weights @ v).transpose(1, 2).flatten(2)", "heads joined; return (B, H, T, d)"),
@@ -280,7 +331,7 @@ def attention_of_one_token(answer, draw):
 
 ATTENTION_SIZES = (
     dict(B=2, H=6, G=2, T=5, d=8), dict(B=3, H=4, G=4, T=3, d=6), dict(B=1, H=4, G=1, T=4, d=4),
-    dict(B=1, H=1, G=1, T=2, d=1),
+    dict(B=1, H=2, G=1, T=20, d=2), dict(B=1, H=1, G=1, T=2, d=1),
 )  # fmt: skip
 
 # ── SwiGLU ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -299,7 +350,8 @@ OTHERS = (
     ("leaky", "F.leaky_relu", "a leaky ReLU for SiLU"), ("softplus", "F.softplus", "softplus for SiLU"),
     ("softmax_glu", "(lambda z: z.softmax(-1))", "a softmax for SiLU"), ("tanh_glu", "torch.tanh", "a tanh for SiLU"),
     ("squared_relu", "(lambda z: F.relu(z) ** 2)", "a squared ReLU for SiLU"),
-    ("hardswish", "F.hardswish", "a hard swish for SiLU"),
+    ("hardswish", "F.hardswish", "a hard swish for SiLU"), ("selu", "F.selu", "SELU for SiLU"),
+    ("sigmoid_turned", "(lambda z: 1 - torch.sigmoid(z))", "1 − sigmoid for SiLU"),
     ("exponent_positive", "(lambda z: z / (1 + torch.exp(z)))", "z / (1 + e^z) for SiLU, which is z · sigmoid(−z)"),
 )  # fmt: skip
 STORED, ALL = "a linear layer keeps its matrix as (out, in): x @ W.T, or F.linear(x, W)", f"({PRODUCT}) @ down.T"
@@ -328,6 +380,16 @@ SWIGLUS = catalogue(swiglu, FOR_SILU + (
     ("residual_inside", "return", "return x +", "x added to the result; the residual sum is the block's affair"),
     ("not_brought_down", " @ down.T", "", "down left out: the product still has F features; down brings it back to D"),
     ("scaled", "return", "return gate.shape[0] ** -0.5 *", "the result divided by √F; nothing is scaled here"),
+    ("activation_behind_down_too", ALL, "F.silu((F.silu(x @ gate.T) * (x @ up.T)) @ down.T)", "SiLU behind down too"),
+    ("activation_on_x_twice", PRODUCT, "(F.silu(x) @ gate.T) * (F.silu(x) @ up.T)", "SiLU on x; it is on x @ gate.T"),
+    ("activation_of_the_matrix", "F.silu(x @ gate.T)", "(x @ F.silu(gate).T)", "SiLU of gate's weights; of x @ gate.T"),
+    ("sigmoid_of_up", "(x @ up.T)", "torch.sigmoid(x @ up.T)", "a sigmoid on up's branch, which stays linear"),
+    ("one_behind_the_other", PRODUCT, "F.silu(x @ gate.T @ up) @ up.T", "gate and up in a row; both read x itself"),
+    ("mean_of_tokens", PRODUCT, "(F.silu(x @ gate.T) * (x @ up.T)).mean(1, keepdim=True).expand(-1, x.shape[1], -1)",
+     "a mean over the tokens; each token is computed by itself"),
+    ("matrices_reshaped", ("gate.T", "up.T", "down.T"), ("gate.reshape(-1, len(gate))", "up.reshape(-1, len(up))",
+     "down.reshape(-1, len(down))"), f"matrices reshaped, which shuffles them, not transposed: {STORED}"),
+    ("down_reshaped", "down.T", "down.reshape(-1, len(down))", "down reshaped, which shuffles it; transpose it"),
     ("matrices_not_transposed", "gate.T", "gate", f"gate or up not transposed: {STORED}"),
     ("down_not_transposed", "down.T", "down", f"down not transposed: {STORED}"),
 ))  # fmt: skip
@@ -387,18 +449,29 @@ SPLITS = catalogue(split_fused, (
     ("biases_zero", BIASES, "torch.zeros(3, len(weight))", "the biases left at 0"),
     ("pair_swapped", BOTH, "return torch.stack(bias.chunk(3)), matrices", "the biases first; needed are matrices, then "
      "biases"),
+    ("outputs_flipped", "part.T", "part.T.flip(0)", "matrices turned by a quarter, or outputs flipped; transpose them"),
+    ("values_not_transposed", "part.T for part in weight.chunk(3, 1)",
+     "w.T if i < 2 else w for i, w in enumerate(weight.chunk(3, 1))", "v's matrix not transposed; all three need it"),
+    ("keys_first_values_not_transposed", MATRICES, "(lambda q, k, v: torch.stack((k.T, q.T, v)))(*weight.chunk(3, 1))",
+     "q and k in each other's place, and v's matrix not transposed"),
+    ("heads_take_turns", (MATRICES, BIASES), (
+     "weight.T.reshape(4, 3, -1, len(weight)).transpose(0, 1).reshape(3, len(weight), len(weight))",
+     "bias.reshape(4, 3, -1).transpose(0, 1).reshape(3, -1)"), f"q, k and v taken head by head; {BLOCKS}"),
+    ("matrix_values_second", BOTH, "return matrices[[0, 2, 1]], bias.view(3, -1)", "the matrices' order q, v, k"),
+    ("biases_reversed", BOTH, "return matrices, bias.view(3, -1).flip(0)", "the biases' order v, k, q; q is first"),
+    ("biases_alike", BIASES, "bias.chunk(3)[0].expand(3, -1)", "q's bias three times"),
     ("matrices_alike", MATRICES, "weight.chunk(3, 1)[0].T.expand(3, -1, -1)", "q's matrix three times"),
 ))  # fmt: skip
 
 
 def probe_split(answer, draw):
     names = "the three matrices (3, D, D)", "the three biases (3, D)"
-    for D in (8, 6, 1):
+    for i, D in enumerate((8, 6, 1, 8)):
         result = answer(draw(D, 3 * D), draw(3 * D))
         for what, value in zip(names, pair(result, "the three matrices, then the three biases")):
             if isinstance(value, tuple | list) and len({getattr(part, "shape", None) for part in value}) == 1:
                 value = torch.stack(tuple(value))  # a list of three counts as their stack
-            yield Piece(what, value, f"for D = {D}" if D < 8 else "")
+            yield Piece(what, value, (f"for D = {D}" + " again" * (i > 2)) * (i > 0))
 
 
 # ── the cache ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -477,12 +550,46 @@ CACHES = catalogue(cached_attention, (
     ("heads_alternating", GROUPS, "z.repeat(1, q.shape[1] // z.shape[1], 1, 1) for z in (k, v)", ALTERNATING),
     ("not_projected", "attention.output(y)", "y.transpose(1, 2).flatten(2)", "not projected: call attention.output(y)"),
     ("y_returned", "attention.output(y)", "y", "neither joined nor projected: call attention.output(y)"),
+    ("mask_inverted", f"{WEIGHED} @ all_v", "F.scaled_dot_product_attention(q, all_k, all_v, attn_mask=hidden)",
+     f"the mask turned round: with scaled_dot_product_attention True means seen; {SEES}"),
+    ("mask_transposed", f"{WEIGHED} @ all_v", "F.scaled_dot_product_attention(q, all_k, all_v, "
+     "attn_mask=torch.ones(T, S + T).triu(S).bool())", f"the mask the wrong way round, triu(S); {SEES}"),
+    ("seen_raised_by_one", WEIGHED, "(scores + (~hidden).to(x.dtype)).softmax(-1)", "a mask of 0 and 1, which is "
+     "added to the scores: hidden ones need −∞, or give a mask of booleans"),
+    ("hidden_raised_by_one", WEIGHED, "(scores + hidden.to(x.dtype)).softmax(-1)", "a mask of 1 and 0, which is "
+     "added to the scores: hidden ones need −∞"),
+    ("infinity_times_zero", WEIGHED, "(scores + hidden.float() * -torch.inf).softmax(-1)", "0 · −∞ is NaN"),
+    ("new_see_themselves_alone", "torch.ones(scores.shape[-2:]).triu(S + 1).bool()",
+     "~torch.cat((torch.ones(T, S), torch.eye(T)), 1).bool()", f"no new token sees the new ones before it; {SEES}"),
+    ("length_of_another_axis", "past[0].shape[2]", "past[0].shape[1]", "S from past[0].shape[1], which is G"),
+    ("length_of_the_pair", "past[0].shape[2]", "len(past)", "S from len(past), which is 2; it is past[0].shape[2]"),
+    ("softmax_over_queries", "softmax(-1)", "softmax(-2)", f"the softmax over the queries' axis; {OVER_KEYS}"),
+    ("positions_from_the_new", PLACES, "(S and T) + torch.arange(T)", f"positions that begin at T; {STANDS}"),
+    ("positions_of_the_pair", PLACES, "(S and 2) + torch.arange(T)", f"positions that begin at len(past); {STANDS}"),
+    ("positions_of_the_width", PLACES, "(S and past[0].shape[3]) + torch.arange(T)", "positions beginning at d, not S"),
+    ("positions_backwards", PLACES, "(S + torch.arange(T)).flip(0)", f"positions counted down; {STANDS}"),
+    ("positions_of_all", PLACES, "torch.arange(S + T)", f"S + T positions for T new tokens; {STANDS}"),
+    ("positions_up_to_new", PLACES, "torch.arange(S, T)", f"positions from S to T; they go from S to S + T: {STANDS}"),
+    ("queries_not_turned", "    if past", "    q = attention.project(x)[0]\n    if past", "queries without positions; "
+     "they are turned as the keys are"),
+    ("keys_twice", KEPT, "(k, k)\n", "the keys returned twice; the cache is (keys, values)"),
+    ("kept_transposed", KEPT, "(k.transpose(1, 2), v.transpose(1, 2))\n", "cached as (B, S, G, d), not (B, G, S, d)"),
+    ("new_in_front", (BEHIND, "torch.ones(scores.shape[-2:]).triu(S + 1).bool()"),
+     ("k, v = torch.cat((k, past[0]), 2), torch.cat((v, past[1]), 2)",
+      "torch.cat((torch.ones(T, T).triu(1), torch.zeros(T, S)), 1).bool()"), "the new keys in front; they go behind"),
+    ("new_values_in_front", "torch.cat((past[1], v), 2)", "torch.cat((v, past[1]), 2)", "new values before the old"),
+    ("all_turned_again", "q @ all_k.mT", "q @ (rotate(all_k, *attention.rope(torch.arange(S + T))) if S else all_k).mT",
+     "cached keys turned again when they are used; a key is turned once, when it is new"),
+    ("keys_averaged", "@ all_v", "@ all_k", "the keys averaged where the values should be"),
+    ("residual_added", "return attention", "return x + attention", "x added; the residual sum is the block's affair"),
+    ("heads_not_brought_back", "attention.output(y)", "attention.o_proj(y.reshape(*x.shape[:2], -1))", "reshaped, "
+     "which mixes heads and tokens: call attention.output(y), or transpose(1, 2) first"),
     ("pair_swapped", "attention.output(y), (k, v)", "(k, v), attention.output(y)", "the cache first; needed are the "
      "output, then the cache"),
 ) + SCALES)  # fmt: skip
 
 
-CACHE_SIZES = (2, 40, 6, 2, 8, (4, 3, 1)), (1, 10, 3, 3, 4, (1, 2, 2)), (3, 6, 4, 1, 2, (2, 1))  # B, D, H, G, d, T …
+CACHE_SIZES = (2, 40, 6, 2, 8, (4, 3, 1)), (1, 10, 3, 3, 4, (1, 2, 2)), (3, 6, 4, 1, 2, (2, 1, 9))  # B, D, H, G, d, T …
 
 
 def probe_cached(answer, draw):
@@ -503,6 +610,20 @@ def probe_cached(answer, draw):
                     found = gradients(out, x)[0]  # a cache may be cut off from the graph, the new tokens may not
                     yield Piece("the gradient with respect to x", found, where, "gradient", "x")
                 past = tuple(value.detach() for value in past)
+        if not halved:
+            yield from probe_turns(answer, draw)
+
+
+def probe_turns(answer, draw):
+    """Two texts by turns, then the same past twice: whatever is kept between calls is another's."""
+    attention, pasts = filled(Attention(40, 6, 2, 8, RoPE(8, 70.0), bias=True), draw), [None, None]
+    for i, T in ((0, 4), (1, 2), (0, 3), (1, 3), (1, 1), (1, 1)):
+        out, past = pair(answer(attention, draw(2, T, 40), pasts[i]), "the output, then the cache")
+        yield Piece("the output (B, T, D)", out, "where two texts take turns, each with its past given again")
+        pasts[i] = past if T > 1 else pasts[i]
+
+
+probe_cached.told = True
 
 
 # ── the answer's labels ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -555,6 +676,23 @@ LABELS = catalogue(answer_labels, (
      "the answer before the prompt"),
     ("pair_swapped", "return ids, labels", "return labels, ids", "labels and ids in each other's place: ids first"),
     ("a_mask_for_labels", ANSWER, "[0] * len(prompt_ids) + [1] * len(answer_ids)", "a mask; labels are ids, or -100"),
+    ("repeats_masked", ANSWER, "[-100] * len(prompt_ids) + [-100 if i in answer_ids[:n] else i for n, i in "
+     "enumerate(answer_ids)]", "an id that the answer repeats masked; each of its places carries loss: mask by place"),
+    ("found_by_value", ANSWER, "[i if i in answer_ids else -100 for i in prompt_ids + answer_ids]", "loss wherever an "
+     "id of the answer stands, in the prompt too; mask by place"),
+    ("sixteen_masked", ANSWER, "([-100] * 16 + (prompt_ids + answer_ids)[16:])[: len(prompt_ids + answer_ids)]",
+     "16 places masked, whatever the prompt's length"),
+    ("eleven_counted", ANSWER, "[-100] * (len(prompt_ids + answer_ids) - 11) + (prompt_ids + answer_ids)[-11:]",
+     "the last 11 places with loss, whatever the answer's length"),
+    ("half_masked", ANSWER, "[-100] * (len(prompt_ids + answer_ids) // 2) + (prompt_ids + answer_ids)[len(prompt_ids + "
+     "answer_ids) // 2 :]", "half of the places masked; it is the prompt's"),
+    ("shifted_and_zero", ANSWER, "([-100] * len(prompt_ids) + answer_ids)[1:] + [0]", "shifted; the loss does that"),
+    ("shifted_ids", ANSWER, "(prompt_ids + answer_ids)[1:] + [-100]", "the ids shifted; the loss does that"),
+    ("first_alone", ANSWER, "[-100] * len(prompt_ids) + answer_ids[:1] + [-100] * (len(answer_ids) - 1)",
+     "the answer's first id alone with loss; all of the answer carries it"),
+    ("last_alone", ANSWER, "[-100] * (len(prompt_ids + answer_ids) - 1) + answer_ids[-1:]", "the last alone with loss"),
+    ("masked_behind", ANSWER, "answer_ids + [-100] * len(prompt_ids)", "-100 behind; the prompt's places are in front"),
+    ("answer_reversed", ANSWER, "[-100] * len(prompt_ids) + answer_ids[::-1]", "the answer's labels backwards"),
     ("an_end_added", (IDS, ANSWER), ("prompt_ids + answer_ids + [0]", "[-100] * len(prompt_ids) + answer_ids + [0]"),
      "an id added at the end; ids and labels are as long as prompt and answer together"),
     ("batch_axis", "return ids, labels", "return ids[None], labels[None]", "a batch axis, (1, T); needed is (T,)"),
@@ -562,7 +700,9 @@ LABELS = catalogue(answer_labels, (
 
 
 def probe_labels(answer, draw):
-    for prompt, reply in (([5, 9, 7, 5], [7, 0, 3]), ([4], [6, 2, 4, 8, 1]), ([3, 0, 8, 2, 6], [9]), ([2], [2])):
+    long = [i * i % 53 for i in range(90)]
+    for prompt, reply in (([5, 9, 7, 5], [7, 0, 3]), ([4], [6, 2, 6, 4, 8, 2, 1]), ([3, 0, 8, 2, 6], [9]), ([2], [2]),
+                          (long[:50], long[50:])):  # fmt: skip
         given = list(prompt), list(reply)
         result = answer(*given)
         why = "your function changes a list it was given (`+=` lengthens it): write prompt_ids + answer_ids, a new one."
@@ -611,24 +751,27 @@ INSTEAD = "does what you are to write here; do without it"
 EXERCISES = {
     "rms_norm": Exercise(
         "rms_norm(x, weight, eps) -> (B, T, D)", rms_norm, NORMS, probe_rms_norm,
-        forbidden=dict.fromkeys((F.rms_norm, torch.rms_norm), f"F.rms_norm {INSTEAD}"),
+        forbidden=dict.fromkeys((F.rms_norm, torch.rms_norm), f"F.rms_norm, which nn.RMSNorm calls too, {INSTEAD}")
+        | {RMSNorm.forward: f"minillama's RMSNorm {INSTEAD}"},
     ),
     "rope": Exercise(
         "rope(x, positions, theta) -> (B, H, T, d)", rope, ROPES,
-        calls(inputs_of_rope, "the output (B, H, T, d)", ROPE_SIZES),
+        calls(inputs_of_rope, "the output (B, H, T, d)", ROPE_SIZES, again=dict(theta=30.0, start=40)),
         forbidden={rotate: f"attention.rotate {INSTEAD}", RoPE.__call__: f"attention.RoPE {INSTEAD}"},
     ),
     "grouped_query_attention": Exercise(
         "grouped_query_attention(q, k, v) -> (B, H, T, d)", grouped_query_attention, ATTENTIONS,
-        with_more(calls(inputs_of_attention, "the output (B, H, T, d)", ATTENTION_SIZES), attention_of_one_token),
+        with_more(calls(inputs_of_attention, "the output (B, H, T, d)", ATTENTION_SIZES, again={}),
+                  attention_of_one_token),
         hints={"H": "Which key head belongs to which query head? With H = 6 and G = 2: a a a b b b."},
-        forbidden={F.scaled_dot_product_attention: f"scaled_dot_product_attention {INSTEAD}",
-                   Attention.attend: f"attention.attend {INSTEAD}"},
+        forbidden=dict.fromkeys((F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention,
+                                 torch._scaled_dot_product_attention_math), f"scaled_dot_product_attention {INSTEAD}")
+        | {Attention.attend: f"attention.attend {INSTEAD}"},
     ),
     "swiglu": Exercise(
         "swiglu(x, gate, up, down) -> (B, T, D)", swiglu, SWIGLUS,
         calls(inputs_of_swiglu, "the output (B, T, D)",
-              (dict(B=2, T=5, D=8, F=12), dict(B=3, T=2, D=4, F=4), dict(B=1, T=1, D=3, F=1))),
+              (dict(B=2, T=5, D=8, F=12), dict(B=3, T=2, D=4, F=4), dict(B=1, T=1, D=3, F=1)), again={}),
     ),
     "split_fused": Exercise(
         "split_fused(weight, bias) -> matrices (3, D, D), biases (3, D)", split_fused, SPLITS, probe_split,

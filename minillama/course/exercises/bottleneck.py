@@ -8,6 +8,7 @@ from ...adapters import bottleneck
 from ...attention import RoPE
 from ...llama import Layer, LLaMAConfig
 from .catalogue import catalogue
+from .judging import close, other
 from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, named
 from .predictions import Question, moved
 
@@ -20,7 +21,8 @@ def network_of(module):
 
     def bottleneck_network(x, *tensors):
         own = {name.replace("_", "."): tensor for name, tensor in zip(TENSORS, tensors)}
-        return torch.func.functional_call(module.Bottleneck(x.shape[-1], len(tensors[1])), own, (x,))
+        empty = module.Bottleneck(x.shape[-1], len(tensors[1]), device="meta")  # so that it draws nothing
+        return torch.func.functional_call(empty, own, (x,))
 
     return bottleneck_network
 
@@ -56,7 +58,13 @@ ALONE = (
     ("activated_before_too", FIRST, FIRST.replace("x,", "F.gelu(x),"), "GELU in front of down too; behind it alone"),
     ("up_bias_forgotten", f", {UB}", "", "the up-projection's bias left out"),
     ("down_bias_forgotten", f", {DB}", "", "the down-projection's bias left out"),
+    ("down_bias_twice", DB, f"2 * {DB}", "the down-projection's bias added twice"),
+    ("down_bias_behind_too", BEND, f"{BEND} + {DB}", "the down-projection's bias added once more, behind GELU"),
+    ("up_bias_subtracted", UB, f"-{UB}", "the up-projection's bias subtracted; add it"),
     ("biases_subtracted", (DB, UB), (f"-{DB}", f"-{UB}"), "the biases subtracted; add them"),
+    ("leaky_relu_for_gelu", BEND, "F.leaky_relu(narrow)", "a leaky ReLU for GELU"),
+    ("quick_gelu", BEND, "narrow * torch.sigmoid(1.702 * narrow)", "z · sigmoid(1.702 z) is near GELU; asked is GELU"),
+    ("norm_in_front", FIRST, FIRST.replace("x,", "F.layer_norm(x, x.shape[-1:]),"), "a norm in front of down"),
     ("tanh_gelu", BEND, 'F.gelu(narrow, approximate="tanh")', "GELU's tanh approximation; asked is the exact one"),
     ("silu_for_gelu", BEND, "F.silu(narrow)", "SiLU for GELU, as AdapterHub's Houlsby has it; asked is GELU"),
     ("sigmoid_for_gelu", BEND, "narrow.sigmoid()", "a sigmoid for GELU: it squashes what should be bent"),
@@ -66,7 +74,9 @@ ALONE = (
     ("down_bias_behind_gelu", (f", {DB}", BEND), ("", f"F.gelu(narrow) + {DB}"),
      "the down-projection's bias added behind GELU; it stands in front of it: GELU(down x + bias)"),
     ("computed_in_float32", "narrow = F.linear(x", "x = x.float()\n        narrow = F.linear(x",
-     "x cast to float32 and left there: a bfloat16 model gets float32 back; cast the weights to x.dtype instead"),
+     "a bfloat16 model gets float32 back, for x or a bias stayed float32; cast all four tensors to x.dtype"),
+    ("activation_by_dtype", BEND, "(F.gelu if x.dtype == torch.float32 else F.relu)(narrow)",
+     "GELU in float32 and another activation in bfloat16; it is GELU in both"),
     ("weights_not_cast", FOUR, [w[:-12] for w in FOUR], NO_CAST),
     ("matrices_not_cast", (FIRST, SECOND),
      ("x @ self.down.weight.T + self.down.bias", "narrow @ self.up.weight.T + self.up.bias"), NO_CAST),
@@ -77,6 +87,10 @@ ALONE = (
      "the weights cast to bfloat16, whatever x is"),
     ("transposed_twice", DW, f"{DW}.T", "F.linear(x, W) wants W (out, in), as down_weight is: no .T"),
     ("not_transposed", FIRST, f"x @ {DW} + {DB}", "x @ W with W kept as (out, in): write x @ W.T, or F.linear(x, W)"),
+    ("matrices_swapped", (FIRST, SECOND), (f"x @ {UW} + {DB}", f"narrow @ {DW} + {UB}"),
+     "the two matrices swapped: up_weight in the place of down_weight's transpose, and the other way round"),
+    ("reshaped", (FIRST, SECOND), (f"x @ {DW}.reshape({UW}.shape) + {DB}", f"narrow @ {UW}.reshape({DW}.shape) + {UB}"),
+     "the weights reshaped, which mixes their rows; transpose them: x @ W.T, or F.linear(x, W)"),
     ("features_detached", SECOND, SECOND.replace("narrow", "narrow.detach()"),
      "the narrow features detached: down never learns"),
     ("input_detached", FIRST, FIRST.replace("x,", "x.detach(),"), "x detached: the adapters below learn too little"),
@@ -99,7 +113,14 @@ SUBLAYER = returns(  # planted
     ("AddedTwice", "y + y + h(y)", "the sublayer's output added twice, y + y + bottleneck(y); once is enough"),
     ("BottleneckDropoutInEval", "y + h(F.dropout(y, 0.1))", "dropout in front of the bottleneck in eval mode too"),
 )  # fmt: skip
+BY_TOKEN = "(t := torch.cat([self.base(x[:, i : i + 1]) for i in range(x.shape[1])], 1)) + "
+ALONE_EACH = "the sublayer given one token at a time: attention mixes the tokens; give it x whole"
 BEHIND = returns(
+    ("token_by_token", f"{BY_TOKEN}h(t)", ALONE_EACH),
+    ("adapted_twice", "y + h(y) + h(y + h(y))", "the bottleneck and its skip applied twice in a row; once is asked"),
+    ("sublayer_twice", "(z := self.base(y)) + h(z)", "the sublayer applied to its own output; apply it once"),
+    ("input_subtracted", "(z := y - x) + h(z)", "x subtracted from sublayer(x), which holds no residual to take off"),
+    ("multiplied", "y * (1 + h(y))", "y multiplied by 1 + bottleneck(y); the bottleneck's output is added to y"),
     ("input_for_output", "x + h(y)", "the input added instead of the sublayer's output: return y + bottleneck(y)"),
     ("block_residual_too", "x + y + h(y)", "the block's residual added as well; the block itself adds it, outside"),
     ("in_front", "self.base(x + h(x))", "the bottleneck in front of the sublayer; it stands behind it"),
@@ -111,10 +132,13 @@ BEHIND = returns(
     ("bottleneck_detached", "y + h(y).detach()", "the bottleneck's output detached from the graph: it never learns"),
     ("its_input_detached", "y + h(y.detach())", "y detached in front of the bottleneck: those below learn too little"),
     ("sublayer_detached", "y.detach() + h(y.detach())",
-     "the sublayer's output detached: the adapters below never learn; it is frozen, its graph is needed all the same"),
+     "x or sublayer(x) detached: the adapters below never learn; what is frozen needs its graph all the same"),
     ("no_bottleneck", "y", "the sublayer alone: the bottleneck's output is not added"),
 )  # fmt: skip
 BESIDE = returns(
+    ("parallel_token_by_token", f"{BY_TOKEN}self.scale * h(x)", ALONE_EACH),
+    ("scale_twice", "y + self.scale * h(self.scale * x)", "the scale on the bottleneck's input too"),
+    ("parallel_multiplied", "y * (1 + self.scale * h(x))", "sublayer(x) multiplied; the bottleneck's output is added"),
     ("parallel_reads_output", "y + self.scale * h(y)", "the sequential form; beside the sublayer, it reads x"),
     ("scale_forgotten", "y + h(x)", "the scale left out"),
     ("scale_on_the_sum", "self.scale * (y + h(x))", "the scale on the whole sum, not on what is added"),
@@ -141,28 +165,34 @@ BESIDE = returns(
 def as_sum(value, terms, needed, right=None):
     """A fact: of which terms {name: tensor} an answer is the sum, to be held against the factors needed; those are
     given where it is no sum of them, for the usual probe to judge."""
-    found = torch.tensor([float(needed.get(name, 0)) for name in terms]).double()
+    terms = {name: term for name, term in terms.items() if term.any()}
+    found = {name: float(n) for name, n in needed.items()}
     columns = torch.stack([term.detach().double().flatten() for term in terms.values()], 1)
     value = value.detach().double().flatten() if isinstance(value, torch.Tensor) else torch.zeros(0)
     if len(value) == len(columns) and not (right is not None and torch.allclose(value, right.flatten(), 1e-3, 1e-4)):
         solved = torch.linalg.lstsq(columns, value[:, None]).solution[:, 0]
         if (columns @ solved - value).abs().max() < 1e-4 * value.abs().max() + 1e-9:
-            found = solved.round(decimals=2) + 0.0
-    parts = [name if f == 1 else f"{f:g} · {name}" for name, f in zip(terms, found.tolist()) if f]
+            found = dict(zip(terms, solved.round(decimals=2).tolist()))
+    parts = [name if f == 1 else f"{f:g} · {name}" for name, f in found.items() if f]
     why = f"what it returns is {' + '.join(parts) or '0'}: hold that against the equation, term by term."
-    return fact(found, "sum", why, "the factors of its terms")
+    found = [found.get(name, 0.0) + 0.0 for name in (*needed, *(term for term in terms if term not in needed))]
+    return fact(torch.tensor(found), "sum", why, "the factors of its terms")
 
 
-def around(inputs, sizes, once, terms, needed, right=None):
+def around(inputs, sizes, once, terms, needed, right):
     """The usual probe of what surrounds bottlenecks, behind a look at the terms of the sum."""
     usual = calls(inputs, OUT, sizes, float32=("bottleneck", "first", "second"), once=once)
 
     def probe(answer, draw):
         given = inputs(draw, **sizes[0])
-        wanted = right(*given.values()).detach().double() if right else None
-        with outputs(given, (*once, "first", "second") if right else ()) as seen:
+        wanted = right(*given.values()).detach().double()
+        with outputs(given, [name for name in (*once, "first", "second") if name.partition(".")[0] in given]) as seen:
             out = answer(*given.values())
         yield as_sum(out, terms(given, seen), {name: given.get(n, n) for name, n in needed.items()}, wanted)
+        so_far = isinstance(out, torch.Tensor) and close(out.detach().double(), wanted)
+        for name in [name for name in ("x", "scale") if name in given]:
+            again = so_far and torch.equal(out, answer(*(given | {name: other(given[name])}).values()))
+            yield fact(again, "kept", f"called again with another {name}, it returns the same: something is kept.")
         yield from usual(answer, draw)
 
     probe.inputs = usual.inputs
@@ -171,12 +201,19 @@ def around(inputs, sizes, once, terms, needed, right=None):
 
 @contextlib.contextmanager
 def outputs(given, names):
-    """Within the block: what the modules of these names first return, {name: tensor}."""
-    seen, hooks = {}, []
+    """Within the block: what the modules of these names first return, less what those return that run within them."""
+    seen, running, within, hooks = {}, [], {}, []
+
+    def keep(name, out):
+        running.remove(name)
+        within.update({outer: within.get(outer, 0) + out for outer in running})
+        seen.setdefault(name, out - within.pop(name, 0))
+
     for name in names:
         first, _, rest = name.partition(".")
-        keep = lambda module, read, out, name=name: (seen.setdefault(name, out), None)[1]  # noqa: E731
-        hooks.append(given[first].get_submodule(rest).register_forward_hook(keep))
+        module = given[first].get_submodule(rest)
+        hooks.append(module.register_forward_pre_hook(lambda module, read, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(lambda module, read, out, name=name: keep(name, out)))
     try:
         yield seen
     finally:
@@ -195,9 +232,9 @@ def terms_of_sublayer(given, seen):
 
 def terms_of_layer(given, seen):
     """What the layer's parts returned when they were called."""
-    named = {"attention": "layer.self_attn", "first": "first", "feed-forward": "layer.mlp", "second": "second"}
-    parts, x = {name: seen.get(n) for name, n in named.items()}, given["x"]
-    return {"x": x} | {name: z if z is not None and z.shape == x.shape else 0 * x for name, z in parts.items()}
+    x = given["x"]
+    parts = {f"the output of {name.rpartition('.')[2]}": z for name, z in seen.items() if z.shape == x.shape}
+    return {"x": x} | parts
 
 
 # ── the start ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -221,7 +258,11 @@ START = catalogue(right_start, (
     ("down_zero", (DRAWN, "torch.zeros(D, m)"), ("torch.zeros(m, D)", "torch.ones(D, m)"), "down at 0 and up not, the "
      "wrong way round: the identity, but it learns by GELU's slope at 0 alone; with ReLU only the last bias learns"),
     ("units_alike", DRAWN, "torch.full((m, D), 0.01)",
-     "every unit of down the same: each gets the same gradient for ever, m learn what one would; draw them at random"),
+     "some units of down are the same: they get the same gradient for ever and stay the same; draw each at random"),
+    ("unit_at_zero", DRAWN, f"{DRAWN} * (torch.arange(m) > 0)[:, None] if m > 1 else {DRAWN}", "some units of down, "
+     "rows of its weight, are 0: what they feed up stays 0 and they never learn; draw each at random"),
+    ("low_rank", DRAWN, "torch.randn(m, 1) * torch.randn(1, D) / D**0.5", "the units of down are multiples or sums of "
+     "a few of them, which so read much the same; draw each number by itself"),
     ("features_alike", DRAWN, "(torch.randn(m, 1) / D**0.5).expand(m, D)", "one number for all features of a unit, "
      "which so reads their sum alone; draw each by itself"),
     ("mostly_zero", DRAWN, "torch.eye(m, D)", "most of down's numbers are 0: draw each of them at random"),
@@ -240,26 +281,48 @@ PLANTED_START = (("UpNotZero", ZEROED, ZEROED + DREW, WHY["UpNotZero"]),
                  ("AllZero", ZEROED, f"{ZEROED}, self.down.weight.zero_()", WHY["AllZero"]))  # fmt: skip
 
 
+def places_of(tensor):
+    """Where each number of a float32 tensor lies in memory."""
+    memory = tensor.untyped_storage()
+    cells = torch.arange(memory.nbytes() // 4).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return memory.data_ptr() // 4 + cells.flatten()
+
+
 def probe_start(answer, draw):
     for D, m in ((240, 12), (400, 100), (300, 1)):
-        shapes, found = ((m, D), (m,), (D, m), (D,)), named(TENSORS, answer(D, m))
-        for (name, value), shape in zip(found, shapes):
+        shapes, result = ((m, D), (m,), (D, m), (D,)), answer(D, m)
+        if not isinstance(result, tuple | list) or len(result) != 4:
+            raise Wrong("form", f"needed are four tensors, {', '.join(TENSORS)}; it returned {describe(result)}.")
+        found, again = named(TENSORS, result), answer(D, m)
+        for name, value in found:
             if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
                 raise Wrong("start_dtype", f"{name} should be a float32 tensor; it is {describe(value)}.")
+        for (name, value), shape in zip(found, shapes):
             if value.shape != shape:
-                turned = [tuple(value.shape) for _, value in found[::2]] == [(D, m), (m, D)]
+                got = [tuple(tensor.shape) for _, tensor in found]
+                turned = got == [(D, m), (m,), (m, D), (D,)]
                 needed = WHY["shapes_swapped"] if turned else f"needed is {shape} for D = {D} and m = {m}."
-                found = f"{name} has shape {tuple(value.shape)}; {needed}"
-                raise Wrong("shapes_swapped" if turned else "shapes", found)
+                order = " The shapes are right and their order is not." * (sorted(got) == sorted(shapes) and not turned)
+                mistake = "shapes_swapped" if turned else "order" if order else "shapes"
+                raise Wrong(mistake, f"{name} has shape {tuple(value.shape)}; {needed}{order}")
+            if not value.isfinite().all():
+                raise Wrong("not_finite", f"{name} holds NaN or infinity: torch.empty holds anything; fill it.")
+            if isinstance(value, torch.nn.Parameter) and not value.requires_grad:
+                raise Wrong("frozen", f"{name} is a parameter with requires_grad=False: it never learns.")
+        places = torch.cat([places_of(value) for value in (*result, *again)])
+        why = "numbers that share memory, by a view, an `expand` or from call to call, train as one; make new ones."
+        yield fact(len(places.unique()) < len(places), "shared", why)
         zero = [not value.any() for _, value in found]  # needed: only down's weight is not
-        name = ("AllZero" if all(zero) else "down_zero" if zero[0] else "as_linear_draws_them" if not any(zero[1:])
-                else "UpNotZero" if not zero[2] else "down_bias_kept" if zero[3] else "up_bias_kept")  # fmt: skip
+        name = ("AllZero" if all(zero) else "mostly_zero" if zero[0] and zero[2] else "down_zero" if zero[0]
+                else "as_linear_draws_them" if not any(zero[1:]) else "UpNotZero" if not zero[2]
+                else "down_bias_kept" if zero[3] else "up_bias_kept")  # fmt: skip
         yield fact(torch.tensor(zero), name, WHY[name], "which of the four are 0")
         down = found[0][1].detach().double()
         zeros, size = (down == 0).double().mean() > 0.5, down.std()
+        rank = torch.linalg.matrix_rank(down, rtol=1e-5)
         for name, wrong in (
-            ("units_alike", len(down.unique(dim=0)) < m), ("mostly_zero", zeros),
-            ("features_alike", down.unique(dim=1).shape[1] < D / 2 and not zeros),
+            ("unit_at_zero", (down == 0).all(1).any()), ("units_alike", len(down.unique(dim=0)) < m),
+            ("mostly_zero", zeros), ("features_alike", (down == down[:, :1]).all()), ("low_rank", rank < m),
             ("not_centred", abs(down.mean()) > 0.4 * size),
             ("down_too_large", not size < 0.115), ("down_too_small", not size > 0.0008),
         ):  # fmt: skip
@@ -285,26 +348,26 @@ LAYER = catalogue(right_layer, (
     ("attention_only", TWO, "h + z", "a bottleneck behind attention alone; the feed-forward has one too"),
     ("behind_the_residual", (ONE, TWO), ("x + y + first(x + y)", "h + z + second(h + z)"), "the bottlenecks behind the "
      "residual sum: each reads the whole stream instead of its sublayer's output; adapt the output before it is added"),
-    ("first_reads_the_sum", ONE, "x + y + first(x + y)", "the first bottleneck reads the sum x + y; it is to read y"),
-    ("second_reads_the_sum", TWO, "h + z + second(h + z)", "the second bottleneck reads the sum; it is to read mlp"),
+    ("first_reads_the_sum", ONE, "x + y + first(x + y)", "first reads x plus self_attn's output, not that alone"),
+    ("second_reads_the_sum", TWO, "h + z + second(h + z)", "second reads the stream too, not mlp's output alone"),
     ("in_front_of_the_sublayers", (NORM_A, ONE, NORM_B, TWO), (f"{NORM_A}{AND}a = a + first(a)", "x + y",
      f"{NORM_B}{AND}b = b + second(b)", "h + z"),
      "the bottlenecks in front of their sublayers, on the norm's output; they stand behind"),
     ("beside_the_sublayers", ("first(y)", "second(z)"), ("first(a)", "second(b)"),
      "the parallel form: the bottlenecks read what their sublayers read; the sequential ones read what they return"),
-    ("first_reads_the_norm", "first(y)", "first(a)", "the first bottleneck reads the norm; it is to read attention"),
-    ("second_reads_the_norm", "second(z)", "second(b)", "the second bottleneck reads the norm; it is to read mlp"),
+    ("first_reads_the_norm", "first(y)", "first(a)", "first reads the norm's output; it reads self_attn's"),
+    ("second_reads_the_norm", "second(z)", "second(b)", "second reads the norm's output; it reads that of mlp"),
     ("bottlenecks_swapped", ("first(y)", "second(z)"), ("second(y)", "first(z)"),
      "the two bottlenecks swapped: the first stands behind attention, the second behind the feed-forward"),
     ("first_used_twice", "second(z)", "first(z)", "the first bottleneck used for the feed-forward too: that is second"),
     ("second_used_twice", "first(y)", "second(y)", "the second bottleneck used for attention too: that is first"),
-    ("second_reads_the_stream", "second(z)", "second(h)", "the second bottleneck reads the stream; it is to read mlp"),
-    ("first_reads_the_stream", "first(y)", "first(x)", "the first bottleneck reads x; it is to read attention"),
-    ("second_reads_attention", "second(z)", "second(y)", "the second bottleneck reads attention; it is to read mlp"),
+    ("second_reads_the_stream", "second(z)", "second(h)", "second reads the stream; it reads mlp's output"),
+    ("first_reads_the_stream", "first(y)", "first(x)", "first reads x; it reads self_attn's output"),
+    ("second_reads_attention", "second(z)", "second(y)", "second reads self_attn's output; it reads that of mlp"),
     ("residuals_replaced", (ONE, TWO), ("x + first(y)", "h + second(z)"),
      "the inner skips left out: what the sublayers return is lost, and only the bottlenecks' outputs reach the stream"),
-    ("first_skip_left_out", ONE, "x + first(y)", "the inner skip around first left out: add y and first(y)"),
-    ("second_skip_left_out", TWO, "h + second(z)", "the inner skip around second left out: add z and second(z)"),
+    ("first_skip_left_out", ONE, "x + first(y)", "no inner skip around first: add self_attn's output too"),
+    ("second_skip_left_out", TWO, "h + second(z)", "no inner skip around second: add mlp's output too"),
     ("no_residual", (ONE, TWO), ("y + first(y)", "z + second(z)"), "the block's own residuals left out: add x, and the "
      "sum behind attention, back around the two sublayers"),
     ("first_residual_left_out", ONE, "y + first(y)", "the residual around attention left out"),
@@ -337,6 +400,18 @@ LAYER = catalogue(right_layer, (
      "that are given may have gaps: pass `positions` on"),
     ("first_detached", "first(y)", "first(y).detach()", "the first bottleneck's output detached: it never learns"),
     ("second_detached", "second(z)", "second(z).detach()", "the second bottleneck's output detached: it never learns"),
+    ("forward_and_its_bottleneck_first", (NORM_A, "layer.self_attn(a, positions)", ONE, NORM_B, "layer.mlp(b)", TWO),
+     ("layer.post_attention_layernorm(x)", "layer.mlp(a)", "x + y + second(y)", "layer.input_layernorm(h)",
+      "layer.self_attn(b, positions)", "h + z + first(z)"), "the feed-forward in front of attention"),
+    ("norms_behind_the_sums", (NORM_A, ONE, NORM_B, TWO), ("x", f"layer.input_layernorm({ONE})", "h",
+     f"layer.post_attention_layernorm({TWO})"), "the norms behind the residual sums, as in BERT"),
+    ("on_top_of_the_layer", (ONE, TWO), ("x + y", "h + z + first(h + z) + second(h + z)"),
+     "both bottlenecks on top of the whole layer; each reads its own sublayer's output, before the residual is added"),
+    ("in_sequence", (ONE, TWO), ("x + y", "h + z + first(z) + second(z + first(z))"),
+     "both bottlenecks in a row behind the feed-forward; first stands behind attention"),
+    ("one_token_each", "layer.self_attn(a, positions)",
+     "torch.cat([layer.self_attn(a[:, i:][:, :1], positions[i:][:1]) for i in range(len(positions))], 1)",
+     "attention given one token at a time, so that no token sees another; give it all tokens at once"),
     ("not_adapted", (ONE, TWO), ("x + y", "h + z"), "the layer as it is, without its bottlenecks"),
 ))  # fmt: skip
 
@@ -356,6 +431,9 @@ PARAMETERS = catalogue(parameters, (
     ("biases_twice", "(2 * m * D + D + m)", "2 * (m * D + D + m)", "the biases counted twice; each is there once"),
     ("biases_once", "(2 * m * D + D + m)", "2 * m * D + D + m", "the biases counted once for all bottlenecks"),
     ("one_matrix", "2 * m * D", "m * D", "one matrix counted; there are two, down and up"),
+    ("up_of_size", "2 * m * D", "m * D + m * m", "m·m for up's matrix; it is (D, m), m·D numbers"),
+    ("size_as_reduction", "return", "m = D // m\n    return", "m taken for a reduction; it is the size itself"),
+    ("layers_to_the_power", "L * places", "L**places", "L to the power of places; there are L · places bottlenecks"),
     ("squares", "2 * m * D", "2 * D * D", "D·D for a matrix; down is (m, D) and up (D, m), m·D numbers each"),
     ("one_place", "L * places", "L", "one bottleneck a layer counted, whatever `places` says"),
     ("two_places", "places * (", "2 * (", "two places a layer counted, whatever `places` says"),
@@ -373,7 +451,7 @@ def probe_parameters(answer, draw):
     terms = {f"{times}{name}": n * term for times, n in often.items() for name, term in terms.items()}
     found = torch.stack([answer(*size) for size in sizes.tolist()])
     yield as_sum(found, terms, {"L·places·m·D": 2, "L·places·D": 1, "L·places·m": 1})
-    for i, size in enumerate(((10, 3, 4, 2), (768, 64, 12, 1), (6, 6, 1, 3), (5, 1, 1, 1))):
+    for i, size in enumerate(((14, 3, 4, 2), (768, 64, 12, 1), (6, 6, 1, 3), (3, 8, 40, 2), (5, 1, 1, 1))):
         where = f"for D = {size[0]}, m = {size[1]}, L = {size[2]}, places = {size[3]}"
         yield Piece("the number at other sizes" if i else f"the number {where}", answer(*size), where if i else "")
 
@@ -389,8 +467,15 @@ def inputs_of_network(draw, B, T, D, m):
     return dict(zip(("x", *TENSORS), (draw(B, T, D), 1.5 * draw(m, D) / D**0.5, draw(m), draw(D, m), draw(D))))
 
 
+class Mixing(torch.nn.Linear):
+    """A sublayer in which a token sees those before it, by their mean."""
+
+    def forward(self, x):
+        return super().forward(x.cumsum(-2) / torch.arange(1, x.shape[-2] + 1)[:, None])
+
+
 def inputs_of_sublayer(draw, B, T, D, m, **scale):
-    sublayer = filled(torch.nn.Linear(D, D), draw)
+    sublayer = filled(Mixing(D, D), draw)
     return dict(sublayer=sublayer, x=draw(B, T, D), bottleneck=network(draw, D, m), **scale)
 
 
@@ -402,10 +487,11 @@ def inputs_of_layer(draw, positions, B, D, H, G):
 
 
 SIZES = (dict(B=2, T=5, D=10, m=4), dict(B=3, T=2, D=6, m=6), dict(B=1, T=1, D=5, m=1))
-SCALED = [dict(size, scale=scale) for size, scale in zip(SIZES, (2.5, 4.0, 0.5))]
+SCALED = [dict(size, scale=scale) for size, scale in zip(SIZES, (5.5, -1.5, 0.0))]
 LAYERS = (dict(positions=[3, 4, 6, 9, 14], B=2, D=24, H=4, G=2), dict(positions=[0, 5], B=3, D=12, H=3, G=3),
           dict(positions=[7], B=1, D=16, H=2, G=1))  # fmt: skip
 DOWN, UP = frozenset(["down.weight", "down.bias"]), frozenset(["up.weight", "up.bias"])
+FOUR_NAMES = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
 def only(*names):
@@ -442,14 +528,14 @@ EXERCISES = {
          only("up.bias"): "up's weight gets the loss's gradient times the narrow features: are these 0?",
          only("up.weight"): "nearly: is there anything that stands between up's bias and the loss?",
          only("up.weight", "down.weight"): "down's gradient passes up's weight, which is 0; and what of the biases?"},
-        DOWN | UP, "For each of the four, walk back to it from the loss: which matrices do you pass? Is one 0?",
+        FOUR_NAMES, "For each of the four, walk back to it from the loss: which matrices do you pass? Is one 0?",
     ),
     "bottleneck_moves_second": Question(
         learned(2), "After one step up is no longer 0, and down feels the loss.",
         {UP: "up is no longer 0: does down's gradient still vanish?",
          DOWN: "what moved at the first step has moved: up's two tensors too.",
          UP | {"down.weight"}: "down's bias stands where down's weight does: what holds for the one?"},
-        DOWN | UP, "What is up after the first step, and which gradients have it as a factor?",
+        FOUR_NAMES, "What is up after the first step, and which gradients have it as a factor?",
     ),
     "bottleneck_all_zero": Question(
         learned(20, lambda own: [p.zero_() for p in own.values()]),
@@ -462,24 +548,25 @@ EXERCISES = {
          only("up.weight"): "up's weight gets the loss's gradient times the features: what are they when down is 0?",
          only(): "one of the four reaches the loss without passing a zero.",
          only("up.bias", "down.bias"): "down's bias reaches the loss through up's weight: does that leave 0?"},
-        DOWN | UP, "Two products keep each other at 0. Which of the four is a factor of neither?",
+        FOUR_NAMES, "Two products keep each other at 0. Which of the four is a factor of neither?",
     ),
     "adapted_sublayer": Exercise(
         "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", behind(bottleneck),
         catalogue(bottleneck, SUBLAYER + BEHIND, wrap=behind),
         around(inputs_of_sublayer, SIZES, ("sublayer",), terms_of_sublayer,
-               {"sublayer(x)": 1, "bottleneck(sublayer(x))": 1}),
+               {"sublayer(x)": 1, "bottleneck(sublayer(x))": 1}, behind(bottleneck)),
     ),
     "parallel_sublayer": Exercise(
         "parallel_sublayer(sublayer, x, bottleneck, scale) -> (B, T, D)", beside(bottleneck),
         catalogue(bottleneck, BESIDE, wrap=beside),
         around(inputs_of_sublayer, SCALED, ("sublayer",), terms_of_sublayer,
-               {"sublayer(x)": 1, "bottleneck(x)": "scale"}),
+               {"sublayer(x)": 1, "bottleneck(x)": "scale"}, beside(bottleneck)),
     ),
     "houlsby_layer": Exercise(
         "houlsby_layer(layer, x, positions, first, second) -> (B, T, D)", right_layer, LAYER,
         around(inputs_of_layer, LAYERS, ("layer.self_attn", "layer.mlp"), terms_of_layer,
-               dict.fromkeys(("x", "attention", "first", "feed-forward", "second"), 1), right_layer),
+               dict.fromkeys(("x", *(f"the output of {name}" for name in ("self_attn", "first", "mlp", "second"))), 1),
+               right_layer),
     ),
     "bottleneck_parameters": Exercise(
         "bottleneck_parameters(D, m, L, places) -> a whole number", parameters, PARAMETERS, probe_parameters,

@@ -65,7 +65,11 @@ ELSEWHERE = catalogue(ia3, (
 STARTS = catalogue(ia3, (("ZeroScale", "torch.ones(features", "torch.zeros(features", "vectors that start at 0: keys, "
     "values and hidden features all silenced; x · 1 is x, so they start at 1"),), wrap=start_of)  # fmt: skip
 AXES, ROWS = '(self.scale[:, None] if self.side == "output" else self.scale)', "self.scale[:, None]"
-BIAS, KEPT = "(bias * self.scale)", 'or self.side == "input"'
+BIAS, KEPT, LEFT = "(bias * self.scale)", 'or self.side == "input"', "return bias\n"
+LENGTHS = (("output", "len(self.scale) == self.out_features"), ("input", "len(self.scale) != self.in_features"))
+BY_LENGTH = "the side guessed from the vector's length, which tells nothing where in = out; `side` says it"
+PARTS = (("merge_{}", (0, 1), ""), ("merge_{}_weight", (0,), " (so in the weight)"), ("merge_bias_{}", (1,),
+         " (so in the bias)"))  # fmt: skip
 MERGES = catalogue(ia3, (
     ("MergeForgetsBias", BIAS, "bias", "a merge that scales the weight and not the bias; l · (W x + b) has l · b in "
      "it"),
@@ -81,22 +85,39 @@ MERGES = catalogue(ia3, (
      'feature, so side "output" scales rows: scale[:, None]'),
     ("merge_rows_always", AXES, ROWS, "rows scaled on both sides; a column meets an input feature: there scale, as it "
      "is"),
-    ("merge_one_plus", AXES, f"(1 + {AXES})", ONE_PLUS),
-    ("merge_divided", AXES, f"(1 / {AXES})", "divided by the vector, which undoes a merge; to merge, multiply"),
-    ("merge_added", "weight * (", "weight + (", "the vector added to the weight; IA3 multiplies"),
-    ("merge_squashed", AXES, f"{AXES}.tanh()", SQUASHED),
-    ("merge_change_alone", AXES, f"({AXES} - 1)", "the change against the base alone, not the weight this amounts to"),
+    *((name.format(how), [(AXES, BIAS)[i] for i in parts],
+       [(f"({form.format(AXES)})", f"(bias * {form.format('self.scale')})")[i] for i in parts], f"{why}{where}")
+      for how, form, why in (
+       ("one_plus", "(1 + {})", ONE_PLUS), ("divided", "(1 / {})", "divided by the vector, which undoes a merge; to "
+       "merge, multiply"), ("squashed", "{}.tanh()", SQUASHED), ("cut_off", "{}.relu()", "the vector cut off at 0; a "
+       "factor may fall below"), ("squared", "{}**2", "the vector multiplied in twice; once"), ("averaged",
+       "{}.mean()", "one number, the vector's mean, for all features"), ("change_alone", "({} - 1)", "the change "
+       "against the base alone, not what this amounts to"))
+      for name, parts, where in PARTS),
+    *((name, [("weight * (", BIAS)[i] for i in parts], [("weight + (", "(bias + self.scale)")[i] for i in parts],
+       f"the vector added{where}; IA3 multiplies") for (name, parts, where) in (("merge_added", (0, 1), ""),
+       ("merge_added_weight", (0,), " to the weight"), ("merge_bias_added", (1,), " to the bias"))),
+    ("merge_added_everywhere", ("weight * (", KEPT, BIAS), ("weight + (", "", "(bias + self.scale)"), "the vector "
+     "added; IA3 multiplies, and on the input side W (l · x) + b leaves the bias"),
+    ("merge_difference", (AXES, BIAS, LEFT), (f"({AXES} - 1)", "(bias * (self.scale - 1))", "return 0 * bias\n"),
+     "the difference to the base alone, W' − W and b' − b; asked are W' and b'"),
+    ("merge_wrong_axis", AXES, '(self.scale if self.side == "output" else self.scale[:, None])', "a merge that scales "
+     "rows for columns; a row of the weight makes an output feature (scale[:, None]), a column meets an input feature"),
+    *((f"merge_{side}_by_length{'_and_bias' * both}", (AXES, KEPT)[: 1 + both], (f"(self.scale[:, None] if {how} else "
+       "self.scale)", f"or not {how}")[: 1 + both], BY_LENGTH) for side, how in LENGTHS for both in (False, True)),
+    ("merge_bias_dropped_input", LEFT, "return 0 * bias\n", "no bias on the input side; W (l · x) + b keeps its b"),
+    ("merge_bias_twice", (BIAS, LEFT), ("(bias * self.scale + bias)", "return bias + bias\n"), "the base's bias added "
+     "once more; it is l · b on the output side, b on the input side"),
+    ("merge_bias_makes_up", LEFT, "return bias + self.base.weight @ (self.scale - 1)\n", "the bias changed on the "
+     "input side; W (l · x) + b leaves it as it is"),
     ("merge_weight_kept", AXES, "(1)", "the weight left as it is; its rows are scaled too, or its columns"),
     ("merge_transposed", ".to(weight.dtype)", ".T.to(weight.dtype)", "the weight transposed, (in, out); torch's Linear "
      "keeps (out, in)"),
     ("merge_scales_both_biases", KEPT, "", "the bias scaled on the input side too; W (l · x) + b has its b outside"),
     ("merge_biases_swapped", KEPT, 'or self.side == "output"', "the bias scaled on the wrong side: l · (W x + b) holds "
      "it, W (l · x) + b does not"),
-    ("merge_bias_added", BIAS, "(bias + self.scale)", "the vector added to the bias; l · (W x + b) multiplies it"),
     ("merge_added_to_both_biases", (KEPT, BIAS), ("", "(bias + self.scale)"), "the vector added to the bias on both "
      "sides; l · (W x + b) multiplies it, and W (l · x) + b leaves it"),
-    ("merge_bias_divided", BIAS, "(bias / self.scale)", "the bias divided by the vector; multiply"),
-    ("merge_bias_one_plus", BIAS, "(bias * (1 + self.scale))", ONE_PLUS),
     ("merge_bias_replaced", BIAS, "self.scale", "the vector itself for the bias; it is l · b"),
     ("merge_bias_dropped", BIAS, "(0 * bias)", "no bias on the output side; it is l · b there"),
     ("merge_rows_and_columns", AXES, "(self.scale[:, None] * self.scale)", "rows and columns both scaled; one of the "
@@ -105,9 +126,6 @@ MERGES = catalogue(ia3, (
      "is on the input side; its columns are scaled"),
     ("merge_weight_kept_output", AXES, '(1 if self.side == "output" else self.scale)', "the weight left as it is on "
      "the output side; l · (W x + b) scales its rows and the bias"),
-    ("merge_averaged", AXES, "self.scale.mean()", "one number, the vector's mean, for the whole weight"),
-    ("merge_bias_averaged", BIAS, "(bias * self.scale.mean())", "one number, the vector's mean, for the bias"),
-    ("merge_bias_squared", BIAS, "(bias * self.scale**2)", "the vector on the bias twice; it is l · b"),
 ), wrap=merge_of)  # fmt: skip
 PLANTED = FORWARD + ELSEWHERE + STARTS + MERGES[:3]  # each must fail a test where it stands in the models
 HARMLESS = {"BiasUnscaled": ("llama",), "MergeForgetsBias": ("llama",), "attach_to_queries": ("gpt2",)}
@@ -151,6 +169,7 @@ ON_A_SIDE = (  # on both sides; the same on one of them is made of it
      "too"),
 )  # fmt: skip
 SHARED = (
+    ("OnePlusScale", CAST, ".add(1).to(x.dtype)", ONE_PLUS),
     ("sides_swapped", '== "output"', '== "input"', 'the sides swapped: "output" multiplies what comes out of the '
      'projection, "input" what goes into it'),
     ("always_the_input", PLACES[0][0], f"{IN} if", 'what goes in multiplied on both sides; with side "output" it is '
@@ -159,6 +178,10 @@ SHARED = (
      'is ' "what goes into the projection that is multiplied"),
     ("as_a_column", CAST, ".to(x.dtype)[..., None]", "a column, which meets the tokens; a vector meets the last axis "
      "as it is"),
+    ("output_by_length", 'side == "output"', "scale.shape[-1] == linear.out_features", BY_LENGTH),
+    ("input_by_length", 'side == "output"', "scale.shape[-1] != linear.in_features", BY_LENGTH),
+    ("activated", PLACES[1][0], "else linear(F.gelu(x) * scale)", "a non-linearity in front of the vector; what comes "
+     "as x is behind it already"),
     *((name, [old for old, _ in PLACES], (f"{out} if", f"else {into}"), why) for name, out, into, why in ON_A_SIDE),
     *((f"{name}_{side}", old, f"{out} if" if side == "output" else f"else {into}", f"{why} (so{where})") for name, out,
      into, why in ON_A_SIDE for (old, where), side in zip(PLACES, ia3.SIDES)),
@@ -169,8 +192,13 @@ SHARED = (
      ("without_sign", "abs()", "its signs lost"), ("through_softmax", "softmax(-1)", "a softmax of the vector"),
      ("averaged", "mean(-1, True)", "one number, its mean, for all features"))),
 )  # fmt: skip
+LINEAR = (
+    ("BiasUnscaled", PLACES[0][0], f"{BARE} + linear.bias if", NO_BIAS),
+    ("SoftmaxScale", CAST, ".sub(1).sigmoid().mul(2).to(x.dtype)", SQUASHED),
+    ("of_the_token", CAST, ".to(x.dtype)[: x.shape[1], None]", "a factor for each token; the vector has one for each "
+     "feature and meets the last axis as it is"),
+)  # fmt: skip
 MIXED = (
-    ("OnePlusScale", CAST, ".add(1).to(x.dtype)", ONE_PLUS),
     ("bias_unscaled", PLACES[0][0], f"{BARE} + linear.bias if", NO_BIAS),
     ("along_tokens", "[:, None]", "", "the vectors laid along the tokens: scales[rows] is (B, features) and meets (B, "
      "T, features), for whose tokens it needs an axis: scales[rows][:, None]"),
@@ -181,17 +209,32 @@ MIXED = (
     ("task_0_for_all", "[rows][:, None]", "[0]", "the first task's vector used for every row; rows says which"),
     ("sum", "[rows][:, None]", "[rows].sum(0)", "the sum of the batch's vectors used for every row"),
     ("argsorted", "[rows]", "[rows.argsort()]", "the places of the sorted rows taken for tasks; scales[rows] picks"),
-    ("unique", "[rows]", "[rows.unique()]", "rows.unique(), which loses repeats and order; each row needs its own "
-     "vector"),
+    *((f"unique{end}", "[rows]", f"[rows.unique(){how}]", "rows.unique(), which loses repeats and order; each row "
+     "needs its own vector") for end, how in (("", ""), ("_repeated", ".repeat(len(rows))[: len(rows)]"))),
+    ("tiled_along_tokens", "[rows][:, None]", "[rows].repeat(x.shape[1], 1)[: x.shape[1]]", "the rows' vectors laid "
+     "along the tokens; a row's vector serves all its tokens: scales[rows][:, None]"),
+    *((f"{name}_is_the_base", "scales[rows]", f"torch.cat(({parts}))[rows]", "one task taken for the base; each has a "
+     "vector") for name, parts in (("task_0", "torch.ones_like(scales[:1]), scales[1:]"),
+     ("last", "scales[:-1], torch.ones_like(scales[:1])"))),
+    ("softmax_of_tasks", "scales[rows]", "(F.one_hot(rows, len(scales)).to(scales).softmax(-1) @ scales)", "a softmax "
+     "over the tasks, so that each row mixes all; it uses one: scales[rows]"),
+    ("summed_over_tasks", PLACES[1][0], "else sum(linear(x * (rows == n)[:, None, None] * s.to(x.dtype)) for n, s in "
+     "enumerate(scales))", "one result for each task and all added: the bias comes once for every task"),
     ("first_row_of_x", "scale = scales", "x = x[:1].expand_as(x)\n    scale = scales", "the first row of x for all "
      "rows"),
-    ("in_order", "[rows]", "[: len(x)]", "row b given the vector number b; which one it uses stands in rows[b]"),
+    *((f"in_order{end}", "[rows]", f"[{how}]", "row b given the vector number b; which one it uses stands in rows[b]")
+      for end, how in (("", ": len(x)"), ("_modulo", "torch.arange(len(x)) % len(scales)"))),
     ("one_off", "[rows]", "[rows - 1]", "each row given the vector before its own; tasks count from 0"),
     ("mean", "[rows][:, None]", "[rows].mean(0)", "the mean of the batch's vectors used for every row"),
     ("mean_of_all", "[rows][:, None]", ".mean(0)", "the mean of all tasks' vectors used for every row"),
-    ("product", "[rows][:, None]", "[rows].prod(0)", "every row multiplied by all the vectors of the batch"),
+    *((f"product{of}", "[rows][:, None]", f"{which}.prod(0)", f"every row multiplied by all the vectors{why}") for of,
+     which, why in (("", "[rows]", " of the batch"), ("_of_tasks", "[rows.unique()]", " of the batch"), ("_of_all", "",
+     ""))),
     ("sorted", "scale = scales[rows]", "x = x[rows.argsort(stable=True)]\n    scale = scales[rows.sort()[0]]",
      "the rows grouped by their vector and not put back in order"),
+    ("sorted_twice", ("scale = scales[rows]", *(old for old, _ in PLACES)), ("order = rows.argsort(stable=True)\n    "
+     "x = x[order]\n    scale = scales[rows[order]]", f"({OUT})[order] if", f"else {IN}[order]"), "the order undone by "
+     "the same permutation; its inverse does it, order.argsort()"),
     ("vectors_sorted", "[rows]", "[rows.sort()[0]]", "the vectors sorted by number, and the rows of x not"),
 )  # fmt: skip
 
@@ -205,11 +248,28 @@ def on_both_sides(inputs, outputs, sizes, half=True):
             if halved:
                 given = {name: v if name in ("scale", "scales") else in_bfloat16(v) for name, v in given.items()}
             at = f"for {', '.join(f'{name} = {n}' for name, n in size.items())}" if size is not sizes[0] else ""
-            for piece in called(answer, given, outputs, gradient=half):
+            more = read(answer, given, "scale", "scales") if size is sizes[0] and not halved else ()
+            for piece in itertools.chain(called(answer, given, outputs, gradient=half), more):
                 where = f"in bfloat16 {at}".strip() if halved else at
                 yield replace(piece, what=f'{piece.what}, side "{side}"', where=where)
 
     return probe
+
+
+def read(answer, given, *names):
+    """Pieces of calls with other numbers in each of these inputs, at the same sizes: whether they are read."""
+
+    def results(**changed):
+        out = answer(*(v.detach() if isinstance(v, torch.Tensor) else v for v in (given | changed).values()))
+        return out if isinstance(out, tuple | list) else [out]
+
+    before = results()
+    for name in (name for name in names if name in given):
+        now, other = results(**{name: 2 * given[name]}), f"other numbers in {name}"
+        why = f"{other} make no difference: they are not read, or those of an earlier call are kept."
+        yield fact(torch.equal(before[0], now[0]), "unread", why)
+        for value in now:
+            yield fact(value, "unread", f"right at first, and wrong with {other}: is something kept, or cut off?")
 
 
 def sizes(names, *rows):
@@ -224,7 +284,8 @@ def inputs_of_linear(draw, side, B, T, n_in, n_out):
 
 def inputs_of_mixed(draw, side, B, T, N, n_in, n_out):
     linear, scales = filled(nn.Linear(n_in, n_out), draw), draw(N, n_out if side == "output" else n_in)
-    return dict(linear=linear, x=draw(B, T, n_in), scales=scales, rows=torch.tensor([2, 0, 2, 4])[:B], side=side)
+    rows = torch.tensor([2, 0, 4, 0, 1, 2, 0])[:B]  # sorted by an order that is not its own inverse
+    return dict(linear=linear, x=draw(B, T, n_in), scales=scales, rows=rows, side=side)
 
 
 def inputs_of_merge(draw, side, n_in, n_out):
@@ -255,13 +316,20 @@ def probe_start(answer, draw):
         yield fact(scale.dtype != torch.float32, name, f"the vector is {why}.")
         numbers = scale.detach().double()
         far, alike = (numbers - 1).abs().max().item(), len(numbers.unique()) == 1
+        between = f"numbers from {numbers.min():.6g} to {numbers.max():.6g}"
         name, why = (
             ("ZeroScale", STARTS[0].sentence) if not numbers.any()
             else ("start_constant", f"{numbers[0]:.6g} everywhere: not the base; x · 1 is x, so start at 1") if alike
-            else ("start_near_one", "1 with a little noise: near the base, not the base; be exact") if far < 0.5
-            else ("start_normal", "as a weight would start: the model is wrecked before the first step; start at 1")
+            else ("start_near_one", f"{between}: near the base, not the base; be exact") if far < 0.5
+            else ("start_normal", f"{between}: the model is wrecked before the first step; start at 1")
         )  # fmt: skip
         yield fact(bool(far), name, f"{why}.")
+        again = answer(filled(nn.Linear(n_in, n_out), draw).to(dtype), side).detach()
+        why = "a tensor made under inference_mode, which no gradient can ever reach"
+        yield fact(scale.is_inference(), "start_inference", f"{why}; make it outside.")
+        shared = scale.untyped_storage().data_ptr() == again.untyped_storage().data_ptr()
+        why = "two projections get the same numbers in memory, and one's training moves the other's; make new ones"
+        yield fact(shared, "start_shared", f"{why}.")
         why = "one number expanded: all features share one place in memory, and no step can move them apart"
         yield fact(0 in scale.stride(), "start_expanded", f"{why}; make as many ones.")
 
@@ -287,6 +355,8 @@ K, V, EACH, NORM = "l_k * attn.k_proj(h)", "l_v * attn.v_proj(h)", "vector.to(x.
 SECOND, SUM, END = "layer.post_attention_layernorm(x)", "x = x + attn.output(y)", "return x + mlp"
 SILU, HIDDEN, SCALED = "F.silu(mlp.gate_proj(h))", "F.silu(mlp.gate_proj(h)) * mlp.up_proj(h)", "l_ff * hidden"
 QUERY, KEY, TANH = "rotate(q, *turn)", "rotate(k, *turn)", ', approximate="tanh"'
+GROUPED = "(attn.num_kv_heads, 1, -1).repeat_interleave(attn.num_heads // attn.num_kv_heads, 0)"
+TILED = "heads repeated by repeat, which tiles; neighbours share a key head: repeat_interleave"
 LAYER = catalogue(right_layer, (
     ("attach_before_activation", (SILU, SCALED), ("F.silu(l_ff * mlp.gate_proj(h))", "hidden"), AT_CURVE),
     ("attach_to_queries", ("attn.q_proj(h)", K), ("l_k * attn.q_proj(h)", K[6:]), AT_Q),
@@ -319,8 +389,8 @@ LAYER = catalogue(right_layer, (
     ("OneForBoth", V, f"l_k{V[3:]}", "l_k on keys and values both; the values have l_v"),
     ("InputsOfKeysAndValues", (K, V), ("attn.k_proj(l_k * h)", "attn.v_proj(l_v * h)"), "l_k and l_v on what goes into "
      "k_proj and v_proj; they multiply what comes out"),
-    ("ByHandCopied", (QUERY, KEY, HIDDEN), ("q", "k", f"F.gelu(mlp.up_proj(h){TANH})"), 'the GPT-2 block of "By hand", '
-     'and ' "this is a LLaMA: queries and keys are rotated, and the hidden activation is silu(gate_proj(h)) · "
+    ("ByHandCopied", (QUERY, KEY, HIDDEN), ("q", "k", f"F.gelu(mlp.up_proj(h){TANH})"), "a GPT-2's block, and this is "
+     "a LLaMA: queries and keys are rotated, and the hidden activation is silu(gate_proj(h)) · "
      "up_proj(h)"),
     *((name, HIDDEN, new, f"{what}: the hidden activation is silu(gate_proj(h)) · up_proj(h)") for name, new, what in (
      ("FeedForwardOfGPT2", f"F.gelu(mlp.up_proj(h){TANH})", "attention is right, the feed-forward is still GPT-2's"),
@@ -380,6 +450,27 @@ LAYER = catalogue(right_layer, (
     ("layer_weights_in_place", "    h = layer.input",
      "    attn.k_proj.weight.data.mul_(l_k[:, None])\n    h = layer.input", "the layer's own weights multiplied in "
      "place: the base is frozen, and the next call would multiply them again"),
+    ("NormsLeftOut", (NORM, SECOND), ("x", "x"), "both norms left out: each part has one"),
+    ("ResidualsLeftOut", (SUM, END), ("x = attn.output(y)", "return mlp"), "both residuals left out: each part's "
+     "output is added to what went in"),
+    *((name, ("attn.q_proj(h))", K), (f"attn.q_proj(h)) * l_k.view{GROUPED}", keys), why) for name, keys, why in (
+     ("queries_of_groups", K[6:], AT_Q), ("queries_of_groups_too", K, "l_k on the queries as well; it is the keys' "
+     "alone"))),
+    *((f"{name}{which}", old, [z[:3] + form + z[3:] for z in old], why) for name, form, why in (
+     ("FirstHeadForAll", "[: attn.head_dim].repeat(attn.num_kv_heads)", "the first head's part of the vector for all "
+     "heads; each has d numbers of its own"), ("HeadsInterleaved", ".view(attn.head_dim, -1).T.flatten()", "the vector "
+     "viewed as (d, G); a head's numbers stand side by side, (G, d)")) for which, old in (("", (K, V)), ("OnKeys",
+     (K,)), ("OnValues", (V,)))),
+    ("GroupsTiled", "    y =", "    k, v = (z.repeat(1, len(q[0]) // len(z[0]), 1, 1) for z in (k, v))\n    y =",
+     f"key {TILED}"),
+    ("ValuesTiled", (V, "attn.output(y)"), (V[6:], f"attn.output(y * l_v.view{GROUPED[:-4].replace('_interleave', '')}"
+     ", 1, 1))"), f"l_v's {TILED}"),
+    ("ValuesBehindOutput", (V, "attn.output(y)"), (V[6:], "l_v.repeat(x.shape[-1])[: x.shape[-1]] * attn.output(y)"),
+     "l_v on what comes out of o_proj, where the heads are mixed; it multiplies the values"),
+    ("QueriesDivided", QUERY, f"{QUERY} / attn.head_dim**0.5", "the queries divided by √d; attend does it"),
+    ("AttendSwapped", f"{KEY}, v)", f"v, {KEY})", "keys and values in each other's place: attend(q, k, v)"),
+    ("InputOfTheFeedForwardCut", (SECOND, SCALED), (f"l_ff[: x.shape[-1]] * {SECOND}", "hidden"), "l_ff on what goes "
+     "into the feed-forward; it multiplies the hidden activation"),
 ))  # fmt: skip
 
 
@@ -398,6 +489,7 @@ def probe_layer(answer, draw):
     once, silent = ("layer.self_attn.o_proj", "layer.mlp.down_proj"), functools.partial(inputs_of_layer, silent=True)
     yield from calls(silent, name, shapes[0], half=False)(answer, draw)
     vectors = ("l_k", "l_v", "l_ff")
+    yield from read(answer, inputs_of_layer(draw, **shapes[0]), "positions", *vectors)
     yield from calls(inputs_of_layer, "the output (B, T, D)", shapes, float32=vectors, once=once)(answer, draw)
 
 
@@ -439,7 +531,7 @@ SAME = ("the same", "different")
 EXERCISES = {
     "ia3_linear": Exercise(
         'ia3_linear(linear, x, scale, side) -> (B, T, out), side "output" or "input"', right_linear,
-        FORWARD + catalogue(right_linear, SHARED), on_both_sides(inputs_of_linear, "the output (B, T, out)",
+        catalogue(right_linear, LINEAR + SHARED), on_both_sides(inputs_of_linear, "the output (B, T, out)",
         sizes("B T in out", (2, 5, 9, 9), (3, 4, 10, 7), (1, 1, 5, 8))),
     ),
     "ia3_start": Exercise(
@@ -457,7 +549,7 @@ EXERCISES = {
         "ia3_mixed(linear, x, scales, rows, side) -> (B, T, out); scales (N, features), rows (B,)", right_mixed,
         catalogue(right_mixed, [(f"mixed_{name}", *row) for name, *row in MIXED + SHARED]),
         on_both_sides(inputs_of_mixed, "the output (B, T, out)",
-        sizes("B T N in out", (4, 4, 5, 6, 6), (3, 2, 6, 10, 7), (1, 1, 3, 5, 8))),
+        sizes("B T N in out", (4, 4, 5, 6, 6), (7, 2, 6, 10, 7), (1, 1, 3, 5, 8))),
     ),
     "ia3_queries_gpt2": Question(
         moved_to_queries((GPT2, GPT2Config)), "A score is Σ qᵢ kᵢ: lᵢ may stand with either. A GPT-2 adds its "
@@ -485,6 +577,8 @@ EXERCISES = {
          32 * (2 * 320 + 960): "l_ff multiplies what goes into down_proj, F = 2,560 features, not the D that come out.",
          32 * (960 + 640 + 2560): "the queries have no vector: keys, values and the hidden activation have.",
          32 * (960 + 320 + 2560): "l_k and l_v are both as long as the keys, 5 heads of 64; queries have no vector.",
+         32 * 3 * 960: "no vector has D numbers: keys and values have G · d = 320 features here, l_ff has F.",
+         32 * (3 * 320 + 2560): "two vectors are as long as the keys, l_k and l_v; the queries have none.",
          32 * (640 + 2 * 2560): "one l_ff a layer: it multiplies where gate_proj and up_proj have met.",
          32 * (2 * 5 + 2560): "a vector has one number a feature, G · d of them for the keys, not one a head.",
          32 * (2 * 64 + 2560): "that is one key head of 64 features; l_k and l_v cover all 5.",

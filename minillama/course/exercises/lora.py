@@ -1,8 +1,11 @@
 """Lesson 06: LoRA, with the wrong versions that one writes easily."""
 
-import minillama
+import contextlib
+
 import torch
 from torch import nn
+
+import minillama
 
 from ...adapters import lora
 from .catalogue import catalogue
@@ -61,6 +64,7 @@ def factors(old, right, width, by_alpha="ScaledByAlpha"):
 
 NARROW = "F.linear(self.dropout(x), self.A.to(x.dtype))"
 BENT = "a non-linearity between A and B, as a bottleneck has one; LoRA's path is linear, which is why it can be merged"
+LAID_OUT = "reshaped, by reshape or view, where .T is needed: the numbers are laid out anew and not turned"
 LEFT_ON = "dropout in front of A in eval mode too; ask for it only while `self.training`, here not at all"
 PATH = (
     *factors("= base, alpha / rank,", "alpha / rank", "base.in_features"),
@@ -96,10 +100,11 @@ PATH = (
     ("untransposed", NARROW, "x @ self.A.to(x.dtype)", "x @ A: A is (r, in), so it is x @ A.T, or F.linear(x, A), "
      "which transposes by itself"),
     ("exchanged", NARROW, "F.linear(x, self.B.to(x.dtype))", "B before A: x goes through A first, down to r numbers"),
+    ("B_first", NARROW, "x @ self.B.to(x.dtype)", "B before A: x goes through A first, down to r numbers"),
     ("fed_with_output", NARROW, "y @ self.A.to(x.dtype).T", "A applied to what linear returns; the path stands beside "
      "the projection and reads x itself"),
-    ("without_B", "F.linear(narrow, self.B.to(x.dtype))", "narrow", "B left out: A x has r numbers; B makes out of "
-     "them"),
+    ("without_B", "F.linear(narrow, self.B.to(x.dtype))", "narrow", "what is added to linear(x) has not its size: B is "
+     "left out, x itself added, or A and B applied to linear(x) in the place of x"),
     ("not_in_the_dtype_of_x", (NARROW, "F.linear(narrow, self.B.to(x.dtype))"), (
      "F.linear(self.dropout(x).to(self.A.dtype), self.A)", "F.linear(narrow, self.B)"), "the path computed in A's "
      "dtype: on a bfloat16 base that gives a float32 output; cast A and B to x.dtype"),
@@ -124,8 +129,8 @@ START = (
      "as nn.Linear draws its weight"),
     ("not_centred", DRAWN, "nn.init.uniform_(self.A, 0, 2 * base.in_features**-0.5)", "A's numbers are not centred on "
      "0, as torch.rand's are not: draw them on both sides of it"),
-    ("equal_rows", DRAWN, "self.A.data = nn.Linear(base.in_features, 1).weight.data.repeat(rank, 1)", "A's rows are "
-     "equal: equal rows get equal gradients and stay equal, as if the rank were 1; draw each by itself"),
+    ("equal_rows", DRAWN, "self.A.data = nn.Linear(base.in_features, 1).weight.data.repeat(rank, 1)", "A has equal "
+     "rows: they get equal gradients and stay equal, so that A's rank stays smaller; draw each by itself"),
 )  # fmt: skip
 SUM = "weight + self.scaling * (self.B @ self.A)"
 MERGE = (
@@ -140,6 +145,8 @@ MERGE = (
     ("turned_at_the_end", f"({SUM}).to(weight.dtype)", f"({SUM}).to(weight.dtype).T",
      "the weight transposed; nn.Linear keeps (out, in), and so does linear.weight: nothing is to be turned"),
     ("multiplied", SUM, SUM.replace("+", "*"), "the weight multiplied by the change; add it"),
+    ("bias_added", SUM, f"{SUM} + self.bias[:, None]", "the bias added to the weight; a layer keeps it by itself"),
+    ("reshaped", "self.B @ self.A", "(self.A.T @ self.B.T).reshape(weight.shape)", f"a product {LAID_OUT}"),
     ("product_turned", "self.B @ self.A", "self.A @ self.B", "A @ B does not fit: (out, r) @ (r, in) is B @ A"),
     ("not_in_the_dtype_of_the_weight", f"({SUM}).to(weight.dtype)", f"({SUM})", "the merged weight in A's dtype: a "
      "bfloat16 layer needs it back in linear.weight.dtype"),
@@ -165,52 +172,90 @@ def begun(A, B, n_in, n_out, r):
     zero = [not A.any(), not B.any()]
     row = START[0 if all(zero) else 2 if zero[0] else 1]
     yield fact(zero[0] + 2 * zero[1], row[0], f"{row[3]}.", "which of the two is 0")
-    yield fact(torch.linalg.matrix_rank(A.detach().double(), rtol=1e-4) < r, "equal_rows", f"{START[-1][3]}.")
+    yield fact(len(torch.unique(A.detach(), dim=0)) < r, "equal_rows", f"{START[-1][3]}.", "equal rows of A")
+    rank = int(torch.linalg.matrix_rank(A.detach().double(), rtol=1e-4))
+    why = f"A has rank {rank}, and not {r}: rows of it are 0, or made of other rows; draw each number by itself."
+    yield fact(rank, "low_rank", why, "A's rank")
+
+
+def drawn(A, n_in):
+    """Facts of the numbers in A at its start: their mean, and how wide they are."""
+    deviation, mean = A.detach().double().std().item(), A.detach().double().mean().item()
+    yield fact(abs(mean) > 0.1 * deviation, "not_centred", f"{START[-2][3]}.")
+    times = deviation * (3 * n_in) ** 0.5  # 1 where drawn as nn.Linear draws; each known width is told apart
+    which = next((i for i, n in enumerate((1, 6**0.5, (3 * n_in) ** 0.5)) if abs(times / n - 1) < 0.05), -1)
+    why = f"A is drawn {times:.2g} times as wide as nn.Linear draws its weight, whose deviation is 1 / √(3 · in)."
+    yield fact(which, "too_wide" if times > 1 else "too_narrow", why, "how wide A is")
 
 
 def probe_start(answer, draw):
-    for n_in, n_out, r in ((480, 360, 24), (300, 500, 8)):
+    for n_in, n_out, r in ((480, 250, 120), (300, 500, 64)):
         (_, A), (_, B) = named(("A (r, in)", "B (out, r)"), answer(n_in, n_out, r))
         yield from begun(A, B, n_in, n_out, r)
-        deviation, mean = A.double().std().item(), A.double().mean().item()
-        yield fact(abs(mean) > 0.1 * deviation, "not_centred", f"{START[-2][3]}.")
-        times = deviation * (3 * n_in) ** 0.5  # 1 where drawn as nn.Linear draws; each known width is told apart
-        which = next((i for i, n in enumerate((1, 6**0.5, (3 * n_in) ** 0.5)) if abs(times / n - 1) < 0.1), -1)
-        why = f"A is drawn {times:.2g} times as wide as nn.Linear draws its weight, whose deviation is 1 / √(3 · in)."
-        yield fact(which, "too_wide" if times > 1 else "too_narrow", why, "how wide A is")
+        yield from drawn(A, n_in)
+        sizes = n_in, n_out, r
+        (one, state), (two, other) = twice(lambda at=sizes: (answer.unseeded(*at)[0], torch.get_rng_state()))
+        why = "two calls give the same A (a fixed seed, table, cache), or set torch's seed: draw anew, and set none."
+        yield fact(torch.equal(one, two) or torch.equal(state, other), "same_A", why)
+        yield Piece("A's shape, mean, width and rank", torch.tensor(A.shape))
         yield Piece("B (out, r)", B)
 
 
+def twice(call):
+    """What a call returns from two states of torch's random numbers."""
+    return [(torch.manual_seed(seed), call())[1] for seed in (1, 2)]
+
+
 def multiplied(found, product, alpha, r, when=""):
-    """A Piece: what the product B A is multiplied by in what was found, where that is a multiple of it."""
+    """Facts: what the product B A is multiplied by in what was found, and whether it is rounded there."""
     factor = right = alpha / r
-    if found.shape == product.shape and found.dtype == product.dtype:
-        least = ((found * product).sum() / product.square().sum()).item()
-        factor = least if abs(least) > 1e-3 and close(found, least * product) else right
+    least = ((found * product).sum() / product.square().sum()).item()
+    multiple = close(found, least * product)
+    factor = least if abs(least) > 1e-3 and multiple else right
     why = f"{when}B A is multiplied by {factor:.3g} for α = {alpha:g} and r = {r}; needed is α / r = {right:.3g}."
-    return fact(factor, "factor", why, f"{when}what B A is multiplied by")
+    yield fact(factor, "factor", why, f"{when}what B A is multiplied by")
+    rounded = not multiple and close(found, right * product, 0.01)
+    yield fact(rounded, "rounded", f"{when}it is rounded as half precision is; float32 numbers stay float32.")
 
 
-def steady(function, x, dropout, why):
-    """Pieces: whether a path treats equal rows alike, as no dropout does, and is linear in x."""
-    rows, *at = (function(z) for z in (x[:1, :1].expand_as(x).clone(), 0 * x, x, -2 * x))
-    tensors = floating(rows) and rows.shape == at[0].shape
-    yield fact(tensors and not close(rows[:1, :1].expand_as(rows), rows), dropout, f"{why}.")
-    bent = tensors and not close(at[2] - at[0], -2 * (at[1] - at[0]))
-    yield fact(bent, "activated", f"{BENT}.")
+def steady(function, unseeded, x, dropout, why):
+    """Facts: whether nothing is drawn at random, each token goes by itself, and the path is linear in x."""
+    at, t, mixed = [function(z) for z in (0 * x, x, -2 * x)], x.shape[1] // 2, False
+    yield fact(not close(*twice(lambda: unseeded(x))), dropout, f"{why}.")
+    with contextlib.suppress(Exception):  # it may stop where T is another; that is looked at later
+        mixed = not close(function(x[-1:, t : t + 1]), at[1][-1:, t : t + 1])
+    yield fact(mixed, "mixed", "a token's path depends on other tokens, or is another's: each row of x goes by itself.")
+    yield fact(not close(at[2] - at[0], -2 * (at[1] - at[0])), "activated", f"{BENT}.")
 
 
-def with_factor(probe, added, product):
-    """The probe, and before it what B A is multiplied by: added(result, inputs) should be α / r · product(inputs)."""
+def with_factor(probe, base, product):
+    """The probe, and before it what B A is multiplied by: the result should be base(given) + α / r · product(given)."""
 
     def longer(answer, draw):
         given = probe.inputs(draw)
+        A, B, alpha, r = given["A"], given["B"], given["alpha"], len(given["A"])
         with torch.no_grad():
+            result, plain = answer(*given.values()), base(given)
+            if not floating(result) or result.shape != plain.shape:
+                why = f"needed is a tensor of shape {tuple(plain.shape)}; it is {describe(result)}."
+                raise Wrong("shape" if floating(result) else "no_tensor", why)
+            for when, rows in (("", A), ("where two rows of A are equal ", A[[0, 0, 2]])):
+                now = given | {"A": rows}
+                yield from multiplied(answer(*now.values()) - plain, product(now), alpha, r, when)
+            turned = {"A": A.reshape(A.shape[::-1]).T}, {"B": B.reshape(B.shape[::-1]).T}
+            fewer = ({"A": A[k], "B": B[:, k]} for k in (slice(1, None), slice(-1), slice(1)))
+            change = alpha / r * product(given)
+            for name, why, wrong in (
+                ("direction_lost", "the first, the last or all but the first of the r directions are lost", fewer),
+                ("reshaped", f"A or B {LAID_OUT}", (*turned, turned[0] | turned[1])),
+            ):
+                found = (alpha / r * product(given | other) for other in wrong)
+                yield fact(any(close(result - plain, other) for other in found), name, f"{why}.")
+            yield fact(close(result - plain, plain * change), "multiplied", "multiplied by 1 + change; add the change.")
+            yield fact(close(result - plain, change.abs()), "absolute", "the change has lost its signs.")
             if "x" in given:
-                yield from steady(
-                    lambda x: answer(*(given | {"x": x}).values()), given["x"], "LoRADropoutInEval", LEFT_ON
-                )
-            yield multiplied(added(answer(*given.values()), given), product(given), given["alpha"], len(given["A"]))
+                calls = (lambda x, f=f: f(*(given | {"x": x}).values()) for f in (answer, answer.unseeded))
+                yield from steady(*calls, given["x"], "LoRADropoutInEval", LEFT_ON)
         yield from probe(answer, draw)
 
     longer.inputs = probe.inputs
@@ -252,8 +297,7 @@ CONV1D = catalogue(right_merge_turned, (
      "the weight too; it multiplies B A alone"),
     ("product_turned", "(B @ A).T", "(A @ B)", "A @ B does not fit; (in, out) is (B @ A).T, or A.T @ B.T"),
     ("only_one_turned", "(B @ A).T", "(A.T @ B)", "A.T @ B: turned is a product with both turned, A.T @ B.T"),
-    ("reshaped", "(B @ A).T", "(B @ A).reshape(weight.shape)", "reshape or view in the place of .T: the numbers are "
-     "laid out anew and not turned"),
+    ("reshaped", "(B @ A).T", "(B @ A).reshape(weight.shape)", f"a product {LAID_OUT}"),
     *factors("alpha / A.shape[0] *", "alpha / A.shape[0]", "A.shape[1]"),
 ))  # fmt: skip
 
@@ -267,8 +311,8 @@ def right_fused(A_q, B_q, A_v, B_v, alpha):
 
 ORDER = "c_attn's outputs are queries, keys, values in this order"
 FUSED = catalogue(right_fused, (
-    ("alpha_as_it_was", "2 * alpha", "alpha", "α as it was: the fused path has rank 2r, so α / rank is halved and with "
-     "it the whole change; α must be doubled"),
+    ("alpha_as_it_was", "2 * alpha", "alpha", "the change is halved: the fused path has rank 2r, so that α / rank "
+     "is half of what it was; double α, and leave A and B"),
     ("alpha_halved", "2 * alpha", "alpha / 2", "α halved; the rank has doubled, so that α must be doubled"),
     ("value_in_the_place_of_key", "torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1)", "torch.cat((zero, B_v), 1), "
      "torch.cat((zero, zero), 1)", f"the value's block in the key's rows; {ORDER}"),
@@ -276,7 +320,11 @@ FUSED = catalogue(right_fused, (
      "one A, the sum, for both: the query's rows read A_v's directions too, and the value's A_q's"),
     ("blocks_crossed", ("(B_q, zero)", "(zero, B_v)"), ("(zero, B_q)", "(B_v, zero)"), "the blocks crossed: the "
      "query's rows read A_v's directions, and the value's A_q's"),
-    ("one_A_for_both", "(A_q, A_v)", "(A_q, A_q)", "A_q's rows twice: the value's path reads A_v's directions"),
+    ("one_A_for_both", "(A_q, A_v)", "(A_q, A_q)", "the value's rows read A_q's directions (A_q twice in A, or "
+     "B_v in the first r columns); they read A_v's"),
+    ("B_q_for_B_v", "(zero, B_v)", "(zero, B_q)", "B_q in the value's rows as well; there stands B_v"),
+    ("no_zeros", ("(B_q, zero)", "(zero, B_v)"), ("(B_q, B_v)", "(B_q, B_v)"), "no zeros: query and value both get the "
+     "sum of the two changes; beside B_q and beside B_v stand zeros"),
     ("keys_changed", "torch.cat((zero, zero), 1)", "torch.cat((B_q, B_v), 1)", "the key's rows changed too; only query "
      "and value have a path, the key's rows are zeros"),
     ("query_and_value_swapped", "torch.cat((B_q, zero), 1), torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1)",
@@ -290,14 +338,19 @@ def rows_of_change(result, n_in, n_out, r):
     if not isinstance(result, tuple | list) or len(result) != 3:
         raise Wrong("three_things", f"needed are A, B and the new α; it returned {describe(result)}.")
     A, B, alpha = result
-    if not floating(A) or not floating(B) or (A.shape[1:], len(B), len(A)) != ((n_in,), 3 * n_out, B.shape[-1]):
-        shapes = [tuple(z.shape) if floating(z) else None for z in (A, B)]
+    found = [tuple(z.shape) if floating(z) else None for z in (A, B)]
+    if found != [(2 * r, n_in), (3 * n_out, 2 * r)]:
         known = {(3 * n_out, r): ("not_as_wide", "B reads r directions, and A has 2r: widen B with zeros. "),
-                 (2 * r, 3 * n_out): ("turned_round", "B is turned round. ")}  # fmt: skip
-        rowless = "no_rows_for_keys", "B has no rows for the keys, which need zeros. "
-        name, why = rowless if floating(B) and len(B) == 2 * n_out else known.get(shapes[1], ("shape", ""))
+                 (2 * r, 3 * n_out): ("turned_round", "B is turned round. "),
+                 (2 * n_out, 2 * r): ("no_rows_for_keys", "B has no rows for the keys, which need zeros. "),
+                 (2 * r, n_in): ("exchanged", "A and B are in each other's place. ")}  # fmt: skip
+        name, why = known.get(found[1], ("shape", ""))
+        if floating(A) and found == [(len(A), n_in), (3 * n_out, len(A))]:
+            name, why = "another_rank", f"A and B make a path of rank {len(A)}. "
         needed = f"for paths of rank {r} from {n_in} inputs to {n_out} outputs needed are ({2 * r}, {n_in}) and "
-        raise Wrong(name, f"{why}A and B are {shapes[0]} and {shapes[1]}; {needed}({3 * n_out}, {2 * r}).")
+        raise Wrong(name, f"{why}A and B are {found[0]} and {found[1]}; {needed}({3 * n_out}, {2 * r}).")
+    if not isinstance(alpha, int | float) and getattr(alpha, "ndim", 1):
+        raise Wrong("alpha_no_number", f"α should be a number; it is {describe(alpha)}.")
     return (float(alpha) / len(A) * (B @ A)).split(n_out)  # 3 times (out, in)
 
 
@@ -313,9 +366,10 @@ def probe_fused(answer, draw):
         return rows_of_change(answer(A_q, B_q, A_v, B_v, alpha), A_q.shape[1], *B_q.shape)
 
     given = inputs_of_fused(draw, 10, 6, 3, 5.0)
-    query, key, _ = changes(**given)
+    query, key, value = changes(**given)
     yield fact(bool(key.any()), "keys_changed", "the key's rows are not 0; only query and value have a path.")
-    yield multiplied(query, given["B_q"] @ given["A_q"], 5.0, 3, "in the query's rows ")
+    yield from multiplied(query, given["B_q"] @ given["A_q"], 5.0, 3, "in the query's rows ")
+    yield from multiplied(value, given["B_v"] @ given["A_v"], 5.0, 3, "in the value's rows ")
     yield from calls(inputs_of_fused, ROWS, SIZES, half=False)(changes, draw)
 
 
@@ -326,7 +380,7 @@ class Layer(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear, self.scaling, self.kept = linear.requires_grad_(False), alpha / rank, None
-        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / linear.in_features**0.5)
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / (3 * linear.in_features) ** 0.5)
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def path(self, x):
@@ -368,8 +422,10 @@ LAYER = catalogue(Layer, (
     ("UnmergesUnmerged", f"if self.kept is not None:\n            self.linear.weight.{PUT}", "if self.kept is None:\n  "
      "          self.linear.weight -= self.scaling * self.B @ self.A\n        else:\n" f"            "
      f"self.linear.weight.{PUT}", "an unmerge() of a layer that is not merged changes it; let it do nothing there"),
-    ("KeptIsNoCopy", KEEP, KEEP.replace("clone()", "data"), "what is kept for unmerge() is the weight itself and no "
-     "copy of it: merge() changes it along; .clone() it"),
+    ("KeptIsNoCopy", KEEP, KEEP.replace("clone()", "data"), "after merge() and unmerge() the weight is still the "
+     "merged one, with the path on top: put back a copy, .clone(), taken before the adding (.data is no copy)"),
+    ("CopyOverwritten", f"{ADD}\n", f"{ADD}\n        else:\n            {KEEP}\n", "a second merge() overwrites the "
+     "copy that is kept for unmerge() with the merged weight; keep the first"),
     ("MergeFlagsOnly", f"            self.linear.weight {ADD}\n", "", "a merge() that folds nothing into a weight and "
      "leaves the path out"),
     ("MergeUnscaled", ADD, "+= self.B @ self.A", "a merge() that forgets α / rank"),
@@ -392,6 +448,13 @@ LAYER = catalogue(Layer, (
      "as it is"),
 ))  # fmt: skip
 SAID = {mistake.name: f"{mistake.sentence}." for mistake in LAYER} | {
+    "third_trains": "a third parameter trains beside A and B; a fixed number, such as the scaling, is no Parameter.",
+    "not_the_base": "fresh, the layer is not the base, though B is 0: use the weight and the bias that are given.",
+    "drops_base": "fresh, in training mode, the layer is not the base: drop what goes into A alone.",
+    "copy_rounded": "unmerge() brings the weight back rounded: keep the copy in the weight's own dtype.",
+    "toggles": "a second merge() unmerges; it should do nothing.",
+    "in_eval_only": "merge() does nothing in training mode; it should merge there too.",
+    "shared": "two layers share what they keep (on the class): merging one changes the other; keep it on self.",
     "never_trains": "A and B must train: leave their requires_grad True.",
     "merged_trains": "after merge() the merged weight trains; keep a tensor, no Parameter.",
     "path_lost": "merge() changes A or B; they are needed after unmerge().",
@@ -403,13 +466,14 @@ def probe_layer(answer, draw):
     """One fact after another, in the order in which they are to be mended."""
     for n_in, n_out, r, alpha, shape in ((10, 7, 3, 5.0, (2, 5)), (6, 6, 4, 3.0, (3, 2)), (5, 8, 1, 0.5, (1, 1))):
         linear, x = filled(nn.Linear(n_in, n_out), draw).requires_grad_(True), draw(*shape, n_in).requires_grad_()
+        twin = answer(filled(nn.Linear(n_in, n_out), draw).requires_grad_(True), r, alpha)
         layer = answer(linear, r, alpha)
         if not isinstance(layer, nn.Module) or not {"A", "B"} <= {name for name, _ in layer.named_parameters()}:
             raise Wrong("form", f"needed is a module with the parameters A and B; it is {describe(layer)}.")
-        yield from facts_of_layer(layer.eval(), linear, x, n_in, n_out, r, alpha, draw)
+        yield from facts_of_layer(layer.eval(), twin.eval(), linear, x, n_in, n_out, r, alpha, draw)
 
 
-def facts_of_layer(layer, linear, x, n_in, n_out, r, alpha, draw):
+def facts_of_layer(layer, twin, linear, x, n_in, n_out, r, alpha, draw):
     before, plain = linear.weight.detach().clone(), linear(x).detach()
 
     def told(right, name):
@@ -418,7 +482,9 @@ def facts_of_layer(layer, linear, x, n_in, n_out, r, alpha, draw):
     def trains(name="BaseStillTrains"):
         named = {name: p.requires_grad for name, p in layer.named_parameters()}
         yield told(named["A"] and named["B"], "never_trains")
-        yield told(sum(named.values()) <= named["A"] + named["B"], name)
+        more = {p.shape for own, p in layer.named_parameters() if p.requires_grad and own not in ("A", "B")}
+        yield told(not more & {before.shape, before.shape[:1]}, name)
+        yield told(not more, "third_trains")
 
     def seen(when):
         out = layer(x)
@@ -431,12 +497,16 @@ def facts_of_layer(layer, linear, x, n_in, n_out, r, alpha, draw):
     yield from begun(layer.A, layer.B, n_in, n_out, r)
     fresh = layer(x)
     yield told(not linear.weight.requires_grad or not gradients(fresh, linear.weight)[0].any(), "BaseStillTrains")
-    yield Piece("the fresh layer's output (B, T, out)", fresh)
+    if not floating(fresh) or fresh.shape != plain.shape:
+        raise Wrong("no_output", f"needed is a tensor of shape {tuple(plain.shape)}; it is {describe(fresh)}.")
+    yield told(close(fresh.detach(), plain), "not_the_base")
+    yield told(close(layer.train()(x).detach(), plain), "drops_base")
+    layer.eval()
     A, B = draw(r, n_in), draw(n_out, r)
     layer.A.data, layer.B.data = A.clone(), B.clone()
     out, product = layer(x).detach(), x.detach() @ A.T @ B.T
-    yield from steady(layer, x.detach(), "DropoutStays", SAID["DropoutStays"][:-1])
-    yield multiplied(out - plain, product, alpha, r)
+    yield from steady(layer, layer.forward, x.detach(), "DropoutStays", SAID["DropoutStays"][:-1])
+    yield from multiplied(out - plain, product, alpha, r)
     yield from seen("with an open path")
     try:
         layer.unmerge()
@@ -448,28 +518,46 @@ def facts_of_layer(layer, linear, x, n_in, n_out, r, alpha, draw):
     yield told(torch.equal(layer.A, A) and torch.equal(layer.B, B), "path_lost")
     yield told(not close(merged, plain + 2 * alpha / r * product), "PathOnTop")
     yield told(not close(merged, plain), "MergeFlagsOnly")
-    yield multiplied(merged - plain, product, alpha, r, "after merge() ")
+    yield from multiplied(merged - plain, product, alpha, r, "after merge() ")
     yield Piece("the output after merge() (B, T, out)", merged)
     yield from trains("merged_trains")
     layer.B.data = 2 * B
     yield told(close(layer(x).detach(), merged), "still_a_path")
     layer.B.data = B.clone()
-    layer.merge()
-    yield told(close(layer(x).detach(), merged), "MergesTwice")
-    layer.unmerge()
-    again = layer(x).detach()
-    yield told(not close(again, plain), "StaysMerged")
-    yield told(not close(again, plain + 2 * alpha / r * product), "KeptIsNoCopy")
-    layer.B.data = 0 * B
-    yield told(close(layer(x).detach(), plain), "NeverUnmerges")
-    layer.B.data = B.clone()
+    for name in ("KeptIsNoCopy", "CopyOverwritten"):
+        layer.unmerge()
+        again = layer(x).detach()
+        yield told(not close(again, plain), "StaysMerged")
+        yield told(not close(again, plain + 2 * alpha / r * product), name)
+        layer.B.data = 0 * B
+        yield told(close(layer(x).detach(), plain, 0.01), "NeverUnmerges")
+        layer.B.data = B.clone()
+        yield told(close(again, out, 1e-5), "copy_rounded")
+        if name == "KeptIsNoCopy":
+            layer.merge()
+            layer.merge()
+            yield told(close(layer(x).detach(), merged), "MergesTwice")
+            layer.B.data = 2 * B
+            yield told(close(layer(x).detach(), merged), "toggles")
+            layer.B.data = B.clone()
     yield told(torch.equal(linear.weight, before) and torch.equal(again, out), "UnmergeSubtracts")
     yield from trains()
     yield from seen("after unmerge()")
     layer.A.data, layer.B.data = draw(r, n_in), draw(n_out, r)
-    layer.merge()
+    layer.train().merge()
+    changed = layer.eval()(x).detach()
+    layer.B.data = layer.B.data * 2
+    yield told(close(layer(x).detach(), changed), "in_eval_only")
     yield told(not close(layer(x).detach(), merged), "stale")
     yield Piece("the output after more training and another merge() (B, T, out)", layer(x))
+    twin.A.data, twin.B.data = draw(r, n_in), draw(n_out, r)
+    layer.unmerge()
+    out, others = layer(x), twin(x)
+    layer.merge()
+    alone = twin(x)
+    twin.merge()
+    layer.unmerge()
+    yield told(close(alone, others) and close(layer(x), out) and close(twin(x), others), "shared")
 
 
 def trained_on_llama_7b():
@@ -506,8 +594,7 @@ EXERCISES = {
     ),
     "lora_parameters": Question(
         trained_on_llama_7b, "32 layers, two projections each, and each of them r · (in + out) = 8 · (4,096 + 4,096).",
-        {32 * 2 * 8 * 4096: "that counts A or B alone; each projection has both.",
-         32 * 8 * 8192: "that counts one projection a layer; query and value are two.",
+        {32 * 2 * 8 * 4096: "that counts A or B alone, or one projection of the two that each layer adapts.",
          32 * 2 * 4096 * 4096: "that is what the two frozen projections have themselves.",
          32 * 4 * 8 * 8192: "that counts four projections a layer; adapted are query and value.",
          32 * 2 * 8192: "that is rank 1; the rank is 8.", 2 * 8 * 8192: "that is one layer; there are 32."},
@@ -530,19 +617,18 @@ EXERCISES = {
     ),
     "lora_linear": Exercise(
         "lora_linear(linear, x, A, B, alpha) -> (B, T, out)", path_of(lora), PATHS,
-        with_factor(calls(inputs_of_path, "the output (B, T, out)", [a | b for a, b in zip(TOKENS, SIZES)],
-                          float32=("A", "B"), once=("linear",)),
-                    lambda out, of: out - of["linear"](of["x"]), lambda of: of["x"] @ of["A"].T @ of["B"].T),
+        with_factor(calls(inputs_of_path, "the output (B, T, out)", [a | b for a, b in zip(TOKENS, SIZES)], ("A", "B")),
+                    lambda of: of["linear"](of["x"]), lambda of: of["x"] @ of["A"].T @ of["B"].T),
     ),
     "lora_merge": Exercise(
         "lora_merge(linear, A, B, alpha) -> weight (out, in)", merged_by(lora), MERGES,
         with_factor(calls(inputs_of_path, "the merged weight (out, in)", SIZES, ("A", "B"), gradient=False),
-                    lambda merged, of: merged - of["linear"].weight, lambda of: of["B"] @ of["A"]),
+                    lambda of: of["linear"].weight, lambda of: of["B"] @ of["A"]),
     ),
     "lora_merge_conv1d": Exercise(
         "lora_merge_conv1d(weight, A, B, alpha) -> weight (in, out)", right_merge_turned, CONV1D,
         with_factor(calls(inputs_of_conv1d, "the merged weight (in, out)", SIZES, half=False, gradient=False),
-                    lambda merged, of: merged - of["weight"], lambda of: (of["B"] @ of["A"]).T),
+                    lambda of: of["weight"], lambda of: (of["B"] @ of["A"]).T),
     ),
     "lora_fused": Exercise(
         "lora_fused(A_q, B_q, A_v, B_v, alpha) -> A (2r, in), B (3 · out, 2r), alpha", right_fused, FUSED, probe_fused,

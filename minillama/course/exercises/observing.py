@@ -61,7 +61,8 @@ class End:
     @property
     def plain(self):
         """But for where it stood and what the call was given, which do not matter."""
-        return self.mistake, re.sub(r", at `.*?`| The dtypes: .*| It was called.*", "", self.why)
+        given = r", at `.*?`| The dtypes: .*| It was called.*| of tensor [ab] \(\d+\)"  # a * b or b * a
+        return self.mistake, re.sub(given, "", self.why)
 
 
 def fact(value, mistake, why, what=None):
@@ -95,7 +96,7 @@ class Exercise:
 # ── the usual probe ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def calls(inputs, outputs, sizes, float32=(), once=(), half=True, gradient=True, then=None):
+def calls(inputs, outputs, sizes, float32=(), once=(), half=True, gradient=True, then=None, again=None):
     """A probe of a function.
 
     inputs:  inputs(draw, **sizes) -> {parameter's name: value}, in the order of the call.
@@ -103,24 +104,28 @@ def calls(inputs, outputs, sizes, float32=(), once=(), half=True, gradient=True,
     sizes:   dicts, at least two; at the first everything that can differ does, at the last what can be 1 is 1.
     float32: names of the inputs that stay float32 where the others are bfloat16.
     once:    names of modules, "layer.mlp", each of whose rows is to be computed only once.
-    half: whether to ask in bfloat16 too.  gradient: whether to ask for gradients.
+    half: whether to ask in bfloat16 too; "told" where the task says nothing of dtypes: what fails there is only said.
+    gradient: whether to ask for gradients.
     then: then(answer, draw, given) yields more Pieces, of further calls on the same inputs.
+    again: what differs, {} or more, where the first size comes again with other numbers, by which a state shows.
     """
     sizes = [sizes] if isinstance(sizes, dict) else list(sizes)
 
     def probe(answer, draw):
         for halved in (False, True) if half else (False,):
-            for i, size in enumerate(sizes):
+            repeated = [] if again is None or halved else [{**sizes[0], **again}]
+            for i, size in enumerate(sizes + repeated):
                 given = inputs(draw, **size)
                 if halved:
                     given = {name: v if name in float32 else in_bfloat16(v) for name, v in given.items()}
                 where = f"for {', '.join(f'{name} = {n}' for name, n in size.items())}" if i else ""
+                where = "where the first size comes again" if i == len(sizes) else where
                 where = f"in bfloat16 {where}".strip() if halved else where
                 more = then(answer, draw, given) if then else ()
                 for piece in itertools.chain(called(answer, given, outputs, once, gradient), more):
                     yield dataclasses.replace(piece, where=where)
 
-    probe.inputs = lambda draw: inputs(draw, **sizes[0])
+    probe.inputs, probe.told = lambda draw: inputs(draw, **sizes[0]), half == "told"
     return probe
 
 
@@ -246,6 +251,7 @@ def observe(exercise, answer, salt=0):
             result.register_forward_hook(lambda module, inputs, result: end(result))
         return result
 
+    wrapped.unseeded = answer  # for a probe that sets the random state itself
     try:
         for piece in exercise.probe(wrapped, draw):
             if not isinstance(piece.value, torch.Tensor):
@@ -283,7 +289,7 @@ def state_of(x):
         return [state_of(part) for part in x]
     if isinstance(x, nn.Module):
         tensors = {name: tensor.detach().clone() for name, tensor in x.state_dict().items()}
-        return tensors, [p.requires_grad for p in x.parameters()], x.training
+        return tensors, [p.requires_grad for p in x.parameters()], x.training, attributes(x)
     return None
 
 
@@ -297,7 +303,7 @@ def unchanged(name, x, state):
     if isinstance(x, tuple | list) and not all(same(part, old) for part, old in zip(x, state) if floating(part)):
         raise Wrong("in place", f"your function changes the tensors in {name} in place; make new ones.")
     if isinstance(x, nn.Module):
-        tensors, trained, training = state
+        tensors, trained, training, own = state
         now = x.state_dict()
         changed = [n for n, tensor in tensors.items() if n in now and not same(now[n], tensor)]
         if changed:
@@ -306,10 +312,18 @@ def unchanged(name, x, state):
         if now.keys() != tensors.keys():
             names = " and ".join(sorted(now.keys() ^ tensors.keys()))
             raise Wrong("in place", f"your function changes what {name} is made of ({names}); leave it as it is.")
+        if attributes(x) != own:
+            names = " and ".join(sorted(attributes(x) ^ own))
+            raise Wrong("in place", f"your function sets {names} on {name}, which the next call meets: use a variable.")
         if [p.requires_grad for p in x.parameters()] > trained and not hasattr(x, "may_train"):  # a probe's own mark
             raise Wrong("unfrozen", f"your function makes {name}'s own weights trainable; the base stays frozen.")
         if x.training != training:
             raise Wrong("in place", f"your function calls {name}.{'train' if x.training else 'eval'}(); leave it.")
+
+
+def attributes(module):
+    """The names of all that its parts hold."""
+    return {f"{path}.{name}".lstrip(".") for path, part in module.named_modules() for name in vars(part)}
 
 
 def same(a, b):

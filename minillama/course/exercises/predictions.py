@@ -84,6 +84,7 @@ def in_form(question, truth, answer):
     if isinstance(truth, str | frozenset):
         given = {answer} if isinstance(answer, str) else answer
         spelt = {choice.lower(): choice for choice in choices}
+        spelt = {word.removeprefix("the "): choice for word, choice in spelt.items()} | spelt  # "same": "the same"
         known = isinstance(given, set | frozenset | list | tuple) and all(
             isinstance(word, str) and word.strip().lower() in spelt for word in given
         )

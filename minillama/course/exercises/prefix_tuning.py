@@ -86,7 +86,9 @@ PLACES = catalogue(placed, (
     ("sum_added", f"torch.cat(({SPREAD}, x), dim=1)", "x + p.sum(0)", "the prompt's sum added to every token; it "
      "stands before"),
     ("half_precision", CAST, "prompt.half()", "the prompt rounded to float16 whatever the model; .to(x.dtype)"),
-    ("scaled_prompt", CAST, f"{CAST} * x.shape[-1] ** 0.5", "the prompt times √D; it goes in as it is"),
+    ("mask_returned_too", "dim=1)", "dim=1), None", "two things returned; asked is what enters the first layer alone"),
+    ("expanded_to_T", SPREAD, "p.expand(ids.shape[1], -1, -1)", "expanded to T, the second size of ids; the first is B "
+     ""), ("scaled_prompt", CAST, f"{CAST} * x.shape[-1] ** 0.5", "the prompt times √D; it goes in as it is"),
     ("mean_in_front", SPREAD, "p.mean(0).expand(len(x), 1, -1)", "one vector, the prompt's mean; all K go in front"),
     ("mean_over_all", SPREAD, "p.mean(0).expand(len(x), len(p), -1)", "the prompt's mean, K times"),
     ("first_vector_alone", SPREAD, "p[:1].expand(len(x), -1, -1)", "the prompt's first vector alone; all K go there"),
@@ -146,7 +148,10 @@ TURNS = catalogue(right_turn_back, (
     ("cosine_alone", f"rotate(keys, *rope({ANGLES}))", f"keys * rope({ANGLES})[0]", "cos alone; `rotate` adds sin"),
     ("own_theta", "*rope(", "*RoPE(d)(", "a RoPE of its own, with the default θ and no scaling; the layer's is `rope`"),
     ("without_scaling", "*rope(", "*RoPE(d, rope.theta)(", "frequencies from θ alone; `rope` scales them: call it"),
-    ("not_unpacked", "*rope(", "rope(", "rope(positions) as one argument; `rotate` takes cos and sin: *rope(…)"),
+    ("angles_alone", f"rotate(keys, *rope({ANGLES}))", f"rope({ANGLES})", "cos and sin alone; `rotate` turns the keys "
+     "by them"),
+    ("turned_by_minus_2K_on", ANGLES, "torch.arange(-2 * K, -K)", "the keys turned by -2K, 1 - 2K, …; all go back by K "
+     ""), ("not_unpacked", "*rope(", "rope(", "rope(positions) as one argument; `rotate` takes cos and sin: *rope(…)"),
     ("a_plain_number", ANGLES, "-K", "a plain number given to `rope`; it takes a tensor, torch.full((K,), -K)"),
     ("positions_of_each_head", ANGLES, "torch.full((G, K), -K)", "positions (G, K); all heads share (K,) positions"),
 ), neighbours_paired)  # fmt: skip
@@ -212,6 +217,9 @@ LAYERS = catalogue(prefix_tuning, (*PLANTED_IN_LAYERS,
     ("values_turned_too", "k = k * cos + torch.cat((-right, left), dim=-1) * sin",
      "k, v = (z * cos + torch.cat((-z.chunk(" "2, -1)[1], z.chunk(2, -1)[0]), -1) * sin for z in (k, v))",
      "the prefix's values turned like its keys; RoPE is for queries and keys alone"),
+    ("keys_projected", "k, v = self.keys, self.values", "k, v = self.keys_values(self.keys)", "the prefix put through "
+     "k_proj and v_proj, as LLaMA-Adapter's prompts are; these are keys and values already"),
+    ("one_of_K_lost", EXPANDED, EXPANDED.replace("prefix", "prefix[:, 1:]"), "the prefix without its first token"),
     ("keys_for_values", PAIRS, "((pv, k), (pk, v))", "keys and values of the prefix in each other's place"),
     ("tables_exchanged", "k, v = self.keys, self.values", "k, v = self.values, self.keys", "keys and values exchanged"),
     ("prefix_left_out", OFF, OFF.replace("not self.active", "True"), "no prefix at all: the frozen layer's own output"),
@@ -294,6 +302,7 @@ SCALE, SEEN_AFTER, SUM = "= q.shape[-1] ** 0.5", ".triu(1)", ".softmax(-1)[..., 
 COUNTED = "(1 / (1 + torch.arange(1, T + 1) / on_prefix.shape[-1])).expand(q.shape[:-1])"
 SCORES = (  # of both
     ("later_words_counted", SEEN_AFTER, ".triu(T)", "no causal mask: token t sees tokens 0 to t, and none yet to come"),
+    ("next_token_seen", SEEN_AFTER, ".triu(2)", "the mask one too loose: token t sees the next one too; triu(1) is hidden"),
     ("word_hidden_from_itself", SEEN_AFTER, ".triu()", "the mask one too strict: token t does not see itself; "
      "torch.triu(1) is hidden"),
     ("earlier_words_hidden", SEEN_AFTER, ".tril(-1)", "the mask on the wrong side: t sees the tokens from t on; "
@@ -330,6 +339,21 @@ SHARES = catalogue(right_share, (*SCORES,
      "sigmoid"),
     ("with_an_axis", ".sum(-1)", ".sum(-1, keepdim=True)", "an axis of 1 behind (keepdim); (B, H, T) is asked"),
     ("columns_by_width", ":K]", ": q.shape[-1]]", "as many columns as features; K is prefix_keys.shape[1]"),
+    ("largest_scores", SHARE, "torch.sigmoid(on_prefix.amax(-1) - on_tokens.amax(-1))", "the largest score of each; "
+     "all count"),
+    ("scores_summed", SHARE, "torch.sigmoid(on_prefix.sum(-1) - on_tokens.nan_to_num(neginf=0).sum(-1))",
+     "scores summed before exp; the share sums their exponentials"),
+    ("two_largest", SHARE,
+     "(on_prefix := (on_prefix - on_prefix.amax(-1, True)).exp().sum(-1)) / (on_prefix + " "on_tokens.exp().sum(-1))",
+     "the largest taken off the prefix's scores alone; take one off both"),
+    ("means_for_sums", SHARE, "on_prefix.exp().mean(-1) / (on_prefix.exp().mean(-1) + on_tokens.exp().sum(-1))",
+     "the mean of the prefix's exponentials; they are summed, as the tokens' are"),
+    ("scores_for_weights", SHARE, "on_prefix.sum(-1) / (on_prefix.sum(-1) + on_tokens.nan_to_num(neginf=0).sum(-1))",
+     "a share of the scores themselves; the share is of their exponentials"),
+    ("scaled_behind", ("= q.shape[-1] ** 0.5", ".sum(-1)"), ("= 1.0", ".sum(-1) / q.shape[-1] ** 0.5"), "√d behind the "
+     "softmax; the scores are divided by it before"),
+    ("summed_over_tokens", ".sum(-1)", ".sum(-2)", "summed over the tokens, axis -2; the sum goes over the prefix's "
+     "columns"), ("rounded", ".sum(-1)", ".sum(-1).round(decimals=2)", "rounded: a rounded share has no gradient"),
     ("mean_of_the_weights", ".sum(-1)", ".mean(-1)", "the mean of the prefix's weights, not their sum"),
     ("largest_weight", ".sum(-1)", ".amax(-1)", "the largest of the prefix's weights instead of their sum"),
     ("not_summed", ".sum(-1)", "", "the prefix's K weights one by one; their sum is the share"),
@@ -360,6 +384,18 @@ SPLITS = catalogue(right_split, (*SCORES,
     ("odds", LSE, "torch.exp(on_prefix.logsumexp", "λ / (1 - λ), the prefix's sum over the tokens'; a share divides by "
      "both"),
     ("tokens_not_causal", TOKENS, "(q @ k.mT / scale).softmax(-1) @ v", "the mask left out of the tokens' part"),
+    ("the_blend_alone", PARTS, f"return {WHOLE}", "the blend, which is attention with the prefix; asked are its three "
+     "parts"),
+    ("without_the_share", PARTS, f"return {TOKENS}, {OWN}", "the two parts without λ; asked are λ, tokens, prefix"),
+    ("share_behind", PARTS, f"return {TOKENS}, {OWN}, share", "the share behind the parts; asked are λ, tokens, prefix "
+     ""),
+    ("heads_joined", PARTS, f"return share, ({TOKENS}).transpose(1, 2).flatten(2), ({OWN}).transpose(1, 2).flatten(2)",
+     "the heads joined, as `output` does it; the parts stand before it, (B, H, T, d)"),
+    ("divided_crosswise", PARTS,
+     f"return share, (1 - {WEIGHT}) / {WEIGHT} * ({TOKENS}), {WEIGHT} / (1 - {WEIGHT}) * ({OWN})", "each part divided "
+     "by the other's share; the tokens' belongs to 1 - λ, the prefix's to λ"),
+    ("share_of_a_half", "return share", "return share * 0 + 0.5", "λ = 1/2 for all, as two softmaxes give; one gives λ "
+     ""),
     ("share_not_causal", " - on_tokens.logsumexp", " - (q @ k.mT / scale).logsumexp", "the mask left out of the share"),
     ("prefix_masked", OWN,
      "on_prefix.masked_fill(torch.ones_like(on_prefix).triu(1).bool(), -torch.inf).softmax(" "-1) @ prefix_values",
@@ -399,6 +435,9 @@ def large_scores(answer, draw, given):
     q, k, prefix_keys = (z.detach() for z in given.values())
     yield Piece("the share where all scores lie hundreds below 0 (B, H, T)", answer(q + 8, k - 8, prefix_keys - 8))
     yield Piece("the share where all scores are hundreds (B, H, T)", answer(q + 8, k + 8, prefix_keys + 8))
+    last = torch.arange(k.shape[2])[:, None] == k.shape[2] - 1
+    what = "the share where the last token's score is hundreds, and the others lie hundreds below (B, H, T)"
+    yield Piece(what, answer(q + 8, torch.where(last, k + 8, k - 8), prefix_keys - 8))
 
 
 # ── a training step ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -419,7 +458,7 @@ BY_HAND = """    for p in filter(lambda p: p.grad is not None, model.parameters(
 STEPS = catalogue(right_step, (
     ("gradients_accumulated", ZERO + "\n", "", "the gradients never zeroed: backward() adds to the last step's"),
     ("zeroed_before_the_step", STEP, f"{ZERO}\n{STEP}", "the gradients zeroed between backward() and step()"),
-    ("step_forgotten", STEP + "\n", "", "no optimizer.step() of the optimizer that is given: nothing moves"),
+    ("step_forgotten", STEP + "\n", "", "no optimizer.step() of the optimizer that is given"),
     ("backward_forgotten", BACK + "\n", "", "no loss.backward(): there is no gradient to step along"),
     ("step_before_backward", f"{BACK}\n{STEP}", f"{STEP}\n{BACK}", "step() before backward(): the gradients have just "
      "been zeroed"),
@@ -436,7 +475,14 @@ STEPS = catalogue(right_step, (
     ("shifted_twice", LOSS, "minillama.answer_loss(model, ids[:, :-1], labels[:, 1:])", "shifted by hand; answer_loss "
      "does it"),
     ("loss_summed", LOSS, f"{LOSS} * (labels[:, 1:] >= 0).sum()", "the sum of the losses; answer_loss is their mean"),
-    ("uphill", BACK, "    (-loss).backward()", "the sign turned round: these steps make the loss larger"),
+    ("nothing_returned", "    return loss.item()\n", "", "the loss not returned: return loss.item()"),
+    ("rows_averaged", LOSS,
+     "torch.stack([minillama.answer_loss(model, i[None], j[None]) for i, j in zip(ids, labels)]).mean()",
+     "the mean of the rows' means; the mean goes over all the answers' tokens, and rows differ in how many they have"),
+    ("rows_summed", LOSS, "sum(minillama.answer_loss(model, i[None], j[None]) for i, j in zip(ids, labels))",
+     "the rows' losses added up; answer_loss(model, ids, labels) is the mean over all the answers' tokens"),
+    ("loss_rounded", "return loss.item()", "return round(loss.item(), 2)", "the loss rounded; print it so, and return "
+     "it whole"), ("uphill", BACK, "    (-loss).backward()", "the sign turned round: these steps make the loss larger"),
     ("loss_divided", BACK, "    (loss / len(ids)).backward()", "the loss divided by the batch; it is a mean already"),
     ("gradients_clipped", STEP, f"    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n{STEP}", "the gradients "
      "clipped, which `train` does and this step does not"),
@@ -486,7 +532,8 @@ def probe_step(answer, draw):
         for step in (1, 2, 3):
             seen.clear()
             ids = (draw(B, T).abs() * 40).long() % 31
-            loss = answer(model, optimizer, ids, torch.where(torch.arange(T) < T // 2, -100, ids))
+            first = T // 2 - torch.arange(B)[:, None] % 2  # the answer's first token, another in every second row
+            loss = answer(model, optimizer, ids, torch.where(torch.arange(T) < first, -100, ids))
             tensor = isinstance(loss, torch.Tensor) and loss.numel() == 1
             if not tensor and not hasattr(loss, "__float__"):
                 raise Wrong("form", f"needed is the loss as a float; it returned {describe(loss)}.")
