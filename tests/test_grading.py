@@ -58,7 +58,9 @@ def test_hostile_notebooks_cost_nobody_else_anything(tmp_path, capsys):
     write(folder / "cleo.ipynb", RIGHT.replace("1.0", "2"), "check('lora_merge', ...)  # a blank left below")
     for name, source in HOSTILE.items():
         cell = f"from minillama.course import check\nFOLDER = {str(folder)!r}\n{source}"
-        write(folder / f"x {name}.ipynb", cell if "check(" in source else f"{cell}\ncheck('lora_merge', None)", QUESTION)
+        write(
+            folder / f"x {name}.ipynb", cell if "check(" in source else f"{cell}\ncheck('lora_merge', None)", QUESTION
+        )
     (folder / "x cut.ipynb").write_text('{"cells": [', encoding="utf-8")
     (folder / "x deep.ipynb").write_text("[" * 100_000, encoding="utf-8")
     assert main(["grade", str(folder), "--out", str(out), "--seconds", "4", "--memory", "2"]) == 0
@@ -115,9 +117,10 @@ def test_what_looks_like_a_formula_is_none_in_a_spreadsheet(tmp_path):
     row = dict(zip(grading.COLUMNS, ("=cmd()", "lora_merge", False, "value", "-1 <b>")))
     grading.write_csv([row], tmp_path / "grades.csv")
     grading.write_page([row], tmp_path / "grades.html")
-    assert "'=cmd()" in (tmp_path / "grades.csv").read_text() and "<b>" not in (tmp_path / "grades.html").read_text().split(
-        "value</b>"
-    )[1].split("<ul>")[0]
+    assert (
+        "'=cmd()" in (tmp_path / "grades.csv").read_text()
+        and "<b>" not in (tmp_path / "grades.html").read_text().split("value</b>")[1].split("<ul>")[0]
+    )
 
 
 def test_a_folder_without_notebooks_is_a_sentence(tmp_path, capsys):

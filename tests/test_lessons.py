@@ -105,7 +105,9 @@ def test_blanks_say_so_and_each_has_its_solution_below(path):
     notebook = STORED[path]
     assert_asked(notebook)
     code = {i: cell for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and asked(cell.source)}
-    assert sum(map(len, (asked(cell.source) for cell in code.values()))) >= (1 if path.name[:2] in ("00", "07", "08") else 4)
+    assert sum(map(len, (asked(cell.source) for cell in code.values()))) >= (
+        1 if path.name[:2] in ("00", "07", "08") else 4
+    )
     solved = [name for _, source in solutions(notebook) for name in asked(source)]
     assert solved == [name for cell in code.values() for name in asked(cell.source)]
     for i, _ in solutions(notebook):

@@ -57,7 +57,11 @@ def grade(folder, seconds=LIMITS["seconds"], memory=LIMITS["memory"], progress=l
     lessons = collections.defaultdict(list)
     for name, asked in exercises().items():
         lessons[lesson_of(name)].append(name)
-    called = {path: dict.fromkeys(name for _, name, _ in calls_of(cells)) for path, cells in read.items() if type(cells) is list}
+    called = {
+        path: dict.fromkeys(name for _, name, _ in calls_of(cells))
+        for path, cells in read.items()
+        if type(cells) is list
+    }
     tasks = [(path, name) for path in called for name in called[path]]
     work = [{"cells": read[path], "name": name} for path, name in tasks]
     verdicts = dict(zip(tasks, progress(marked(work, seconds, memory, folder), len(tasks))))
@@ -345,7 +349,9 @@ def write_csv(rows, path):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         # a cell that begins like a formula would be one in a spreadsheet
-        writer.writerows({k: f"'{v}" if str(v).startswith(("=", "+", "-", "@")) else v for k, v in row.items()} for row in rows)
+        writer.writerows(
+            {k: f"'{v}" if str(v).startswith(("=", "+", "-", "@")) else v for k, v in row.items()} for row in rows
+        )
 
 
 def most_wrong(rows):

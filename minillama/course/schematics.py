@@ -194,7 +194,7 @@ def llama_adapter_schematic():
     inside, two softmaxes and a gate."""
     axes = sheet(11, 5.2, "LLaMA-Adapter: zero-init gated prefix attention", ("frozen", "trained", "gate"))
     frame(axes, 0.25, 2.14, 3.35, 4.4, "the top $N$ of $L$ layers")
-    names = ("token embeddings", "layer 1", "layer $L-N$", "layer $L-N+1$", "layer $L-1$", "layer $L$")
+    names = ("token embeddings", "layer 0", "layer $L-N-1$", "layer $L-N$", "layer $L-2$", "layer $L-1$")
     heights = (0.48, 1.03, 1.84, 2.45, 3.26, 3.8)
     stack = [box(axes, 2.45, y, 1.45, 0.36, name, "frozen") for name, y in zip(names, heights)]
     for part in (stack[:2], stack[2:4], [*stack[4:], point(2.45, 4.62)]):

@@ -14,8 +14,10 @@ import difflib
 import functools
 import inspect
 import linecache
+import re
 import textwrap
 import types
+from pathlib import Path
 
 
 class Mistake:
@@ -84,12 +86,34 @@ def source_of(thing):
     return textwrap.dedent(inspect.getsource(thing))
 
 
+def tables(topic):
+    """{title: rows} of the tables in the Markdown file beside a topic's module."""
+    found = {}
+    for line in Path(topic).with_suffix(".md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            rows = found[line[3:]] = []
+        elif line.startswith("| ") and not line.startswith("| name |"):
+            name, old, new, sentence = line.removeprefix("| ").removesuffix(" |").split(" | ")
+            rows.append((name, edits_of(old), edits_of(new), plain(sentence)))
+    return {title: tuple(rows) for title, rows in found.items()}
+
+
+def edits_of(cell):
+    """The edits in a table's cell, code under one another; "nothing" is an empty one."""
+    return tuple("" if edit == "nothing" else plain(edit[1:-1]) for edit in cell.split("<br>"))
+
+
+def plain(text):
+    r"""A cell's text without its escapes: \n a line break, \p a bar, \q a backtick, \\ a backslash."""
+    return re.sub(r"\\(.)", lambda found: {"n": "\n", "p": "|", "q": "`"}.get(found[1], found[1]), text)
+
+
 def catalogue(edited, rows, *functions, wrap=None):
     """Mistakes of a table of rows (name, old, new, sentence) applied to the source of `edited`, and of functions or
     classes, for what an edit cannot make: their names and the first paragraph of their docstrings."""
     mistakes = []
     for name, old, new, sentence in rows:
-        edits = [(old, new)] if isinstance(old, str) else zip(old, new)
+        edits = [(old, new)] if isinstance(old, str) else list(zip(old, new, strict=True))
         mistakes.append(Mistake(name, sentence, edited, edits, wrap))
     for function in functions:
         sentence = " ".join(function.__doc__.split("\n\n")[0].split())

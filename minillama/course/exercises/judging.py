@@ -37,7 +37,11 @@ def judge(exercise, answer):
             asked = next(i for i, piece in enumerate(right) if piece.half)
         if alike(seen[:asked], right[:asked]) and not unstable(exercise, answer, seen[:asked], right):
             for function in used.found:
-                return False, "shortcut", f"the numbers are right, and the point is missed: {exercise.forbidden[function]}."
+                return (
+                    False,
+                    "shortcut",
+                    f"the numbers are right, and the point is missed: {exercise.forbidden[function]}.",
+                )
             values = dict.fromkeys(piece.what for piece in right if piece.kind == "value")
             note = "" if alike(seen, right) else " (In bfloat16 it fails: there, cast what is float32, .to(x.dtype).)"
             return True, None, f"right. Equal to the reference: {', '.join(values)}.{note}" if values else "right."
@@ -207,9 +211,15 @@ def detached(exercise, answer, seen, right):
     cause = ".detach(), .data, .item(), no_grad, numpy (no gradient goes through it), or a new tensor made of it"
     if cut:
         names = " and ".join(dict.fromkeys(cut))
-        return "detached", f"the values are right, and no gradient reaches {names}: cut off by {cause}; it never learns."
+        return (
+            "detached",
+            f"the values are right, and no gradient reaches {names}: cut off by {cause}; it never learns.",
+        )
     if part:
-        return "detached", f"the values are right, and {part[0]}'s gradient is not: a part of its way is cut off, by {cause}."
+        return (
+            "detached",
+            f"the values are right, and {part[0]}'s gradient is not: a part of its way is cut off, by {cause}.",
+        )
 
 
 def not_cast(exercise, answer, seen, right):
@@ -221,7 +231,10 @@ def not_cast(exercise, answer, seen, right):
     if wrong and wrong[0][0].value.dtype != wrong[0][1].value.dtype:
         a, b = wrong[0]
         needed = f"is {a.value.dtype}; needed is {b.value.dtype}"
-        return "not_cast", f"right in float32; but {a} {needed}: cast what is float32 to the dtype of what it meets, .to(x.dtype)."
+        return (
+            "not_cast",
+            f"right in float32; but {a} {needed}: cast what is float32 to the dtype of what it meets, .to(x.dtype).",
+        )
     if not wrong and end_of(seen) and right[min(len(seen), len(right)) - 1].half:
         return "not_cast", (
             f"right in float32; in bfloat16 {end_of(seen).why} Cast what is float32 to the dtype of what it meets, "
@@ -238,7 +251,10 @@ def one_size(exercise, answer, seen, right):
     where = first.where if first else right[len(seen) - 1].where if end and len(seen) <= len(right) else ""
     if where.startswith("for ") and (first or end.mistake == "error"):
         how = f"{first.what} is wrong" if first else end.why.removesuffix(".")
-        return "one_size", f"right at the first sizes; but {where} {how}: does something hold for those first sizes only?"
+        return (
+            "one_size",
+            f"right at the first sizes; but {where} {how}: does something hold for those first sizes only?",
+        )
 
 
 def unread(exercise, answer, seen, right):

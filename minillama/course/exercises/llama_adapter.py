@@ -214,6 +214,11 @@ def opening("""), "the prompts' softmax taken along the heads instead of along t
      ("self.prompt", "opening(self.gate, self.tanh)"), "prompt or gate not cast: a bfloat16 base cannot multiply "
       "float32 "
      "numbers; write prompt.to(x.dtype) and torch.tanh(gate).to(x.dtype)"),
+    ("opened_gates_averaged", "torch.tanh(gate) if tanh else gate", "torch.tanh(gate).mean()",
+     "one number for all heads, the mean of tanh(g); each head has its own gate"),
+    ("term_joined_wrongly", 'return y + self.term(q, cache) if self.active and self.join == "before" else y',
+     "return y + self.term(q).reshape(len(q), q.shape[2], q.shape[1], -1).transpose(1, 2) if self.active else y",
+     "the term's heads joined by a reshape alone, which mixes tokens and heads: transpose(1, 2), then flatten(2)"),
 )  # fmt: skip
 
 SCALED, MERGED = "return self.scale.to(y.dtype) * y if", "(bias * self.scale if self.order"
@@ -311,6 +316,12 @@ KEYS_VALUES = catalogue(right_keys_values, (
     ("values_first", MOVED, "v.transpose(0, 1), k.transpose(0, 1)", "the values returned first; keys come first"),
     ("moved_too_far", MOVED, "k.permute(1, 2, 0), v.permute(1, 2, 0)", "keys and values as (G, d, K); needed is (G, "
      "K, d)"),
+    ("keys_only_cut_wrongly", "return k.transpose(0, 1)", "return k.reshape(-1, len(k), k.shape[2])",
+     "the keys' features viewed as (G, K, d) at once, which mixes tokens and heads: (K, G, d), then transpose"),
+    ("width_over_heads", "attention.num_kv_heads, attention.head_dim", "-1, attention.width // attention.num_heads",
+     "the head width taken as D / H; heads may be wider or narrower: it is attention.head_dim"),
+    ("cut_among_queries", "attention.num_kv_heads, attention.head_dim", "attention.num_heads, -1",
+     "keys and values cut into H heads; they have G, attention.num_kv_heads"),
     ("heads_of_queries", "num_kv_heads", "num_heads", "H heads for keys and values; there are G, "
      "attention.num_kv_heads"),
 ))  # fmt: skip
@@ -321,7 +332,8 @@ def attention_of(draw, H, G, d, D):
     return filled(Attention(D, H, G, d, RoPE(d), bias=True), draw)
 
 
-KEYS_SIZES = (dict(K=3, H=6, G=2, d=8, D=40), dict(K=5, H=4, G=4, d=6, D=20), dict(K=1, H=2, G=1, d=4, D=8))
+# G · d can be cut by D / H and by H as well, so that a wrong cut is seen in the shape
+KEYS_SIZES = (dict(K=7, H=6, G=3, d=8, D=18), dict(K=5, H=4, G=4, d=6, D=12), dict(K=1, H=2, G=1, d=4, D=8))
 
 
 def uniform_prompt(K, D, H):
@@ -357,6 +369,10 @@ def probe_start(answer, draw):
                             (closed, empty), ("OpenGate", START_ROWS[1][3]))  # fmt: skip
         yield said(closed + 2 * empty, mistake, f"{why}.")
         yield from drawn(prompt)
+        made = [(torch.manual_seed(seed), answer.unseeded(K, D, H)[0], torch.get_rng_state()) for seed in (1, 2)]
+        alike = any(torch.equal(one, other) for one, other in list(zip(*made))[1:])
+        why = "two calls give the same prompt (a fixed seed, a cache), or set torch's seed: draw anew, and set none."
+        yield said(alike, "same_prompt", why)
 
 
 def drawn(prompt):
@@ -384,6 +400,13 @@ def drawn(prompt):
         yield said(float(near), f"{what.split()[-1]}_of_prompt", why)
 
 
+def learns(out, gate):
+    """Pieces: whether a gate at 0, of which `out` was made, gets a gradient."""
+    why = "at gate 0 no gradient reaches the gate, so that it never opens: is the term left out there, or the gate "
+    why += "detached? 0 times the term must be added too, for through that product the gate gets its gradient."
+    yield said(bool(gradients(out, gate)[0].any()), "closed_for_good", why)
+
+
 # ── the layer ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 PREFIX_SIZES = tuple({"B": B, "T": T} | size for (B, T), size in zip(((2, 5), (3, 2), (1, 1)), KEYS_SIZES))
@@ -406,7 +429,10 @@ def probe_prefix(answer, draw):
             answer(attention, x, positions, prompt, gate)
             changed = answer(attention, x, positions, prompt + 1, gate)
             yield Piece("the output (B, T, D)", changed, "after the prompt has changed")
-            yield Piece("the output (B, T, D)", answer(attention, x, positions, prompt, gate * 0), "at gate 0")
+            closed = (gate * 0).requires_grad_(True)
+            shut = answer(attention, x, positions, prompt, closed)
+            yield Piece("the output (B, T, D)", shut, "at gate 0")
+            yield from learns(shut, closed)
             again = True
         yield piece
 
@@ -444,6 +470,15 @@ CIRCULATING = (
      "self.tokens = torch.arange(len(self.prompt))\n        return super().train(mode)\n",
      "the ids of the prompt tokens in a plain tensor, which stays behind when the module moves to another device; "
      "register_buffer takes it along, and you need none"),
+    ("never_projected", ('return y + self.term(q, cache) if self.active and self.join == "before" else y',
+     'self.active and self.join != "before"', '(self.output(term) if self.join == "after" else term.transpose(1, 2)'
+     '.flatten(2))'), ("return y", "self.active", "term.transpose(1, 2).flatten(2)"),
+     "the term never projected: it is H · d wide, the output D; add it before attention.output"),
+    ("bias_gated_in", ('return y + self.term(q, cache) if self.active and self.join == "before" else y',
+     'self.active and self.join != "before"', '(self.output(term) if self.join == "after" else term.transpose(1, 2)'
+     '.flatten(2))'), ("return y", "self.active",
+     "self.gate * self.output(prefix_attention(q, *self.prefix(x.dtype)))"),
+     "gate · output(term): the projection's bias comes in a second time, gated; add gate · term before the projection"),
 )  # fmt: skip
 
 
@@ -464,7 +499,9 @@ def probe_circulating(answer, draw):
         yield said(bool(gate.any()), "OpenGate", f"{START_ROWS[1][3]}.")
         yield from drawn(prompt) if not i else ()
         yield from trains(own)
-        yield Piece("the fresh module's output: the base's (B, T, D)", module(x, positions), where)
+        fresh = module(x, positions)
+        yield Piece("the fresh module's output: the base's (B, T, D)", fresh, where)
+        yield from learns(fresh, gate)
         yield from frozen(attention)
         prompt.data, gate.data = draw(*prompt.shape), draw(*gate.shape)
         yield from opened(module, {"prompt": prompt, "gate": gate}, where, x, positions)
@@ -561,6 +598,16 @@ FLOW = catalogue(llama_adapter, (
      "a prompt that starts at 0 behind a gate at 0: neither ever gets a gradient"),
     ("PromptDetached", OF_PROMPT, "project(self.prompt.detach())", "the prompt cut off from the graph, so that it "
      "never learns"),
+    ("QueryAndKey", "_, k, v = self.project(self.prompt)", "k, v, _ = self.project(self.prompt)",
+     "the prompt's query and key taken for its key and value: c_attn holds query, key, value in this order"),
+    ("HeadsInnermost", "(3, self.num_heads, -1)).transpose(-4, -2)", "(3, -1, self.num_heads)).mT.transpose(-4, -2)",
+     "the features cut as (d, H) instead of (H, d): the features of one head lie side by side"),
+    ("NotItself", "attn_mask=attention_mask, is_causal=attention_mask is None",
+     "attn_mask=torch.ones(q.shape[2], q.shape[2]).tril(-1).bool()",
+     "the causal mask one off: a token sees itself too"),
+    ("NotItselfButTheFirst", "attn_mask=attention_mask, is_causal=attention_mask is None",
+     "attn_mask=torch.ones(q.shape[2], q.shape[2]).tril(-1).index_fill(0, torch.tensor(0), 1).bool()",
+     "the causal mask one off: a token sees itself too"),
     ("NotCausal", CAUSAL, "is_causal=False", "no causal mask between the tokens: each sees those behind it"),
 ), wrap=flowing)  # fmt: skip
 
@@ -586,7 +633,9 @@ def probe_flow(answer, draw):
         x = draw(B, T, D)
         yield from opened(module.eval(), own, where, x)
         own["gate"].data = own["gate"].data * 0
-        yield Piece("the output at gate 0 (B, T, D)", module(x), where)
+        shut = module(x)
+        yield Piece("the output at gate 0 (B, T, D)", shut, where)
+        yield from learns(shut, own["gate"])
 
 
 # ── LLaMA-Adapter V2 ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -634,7 +683,12 @@ NORM = catalogue(llama_adapter_v2, V2_NORM + (
     ("copy_stays_frozen", ".requires_grad_(True)", "", "a copy as frozen as the original: call requires_grad_(True) "
      "on it"),
     ("AlwaysTrained", "if not self.active:\n            return self.base(x)\n        numbers", "numbers",
-     "`active` not looked at: with it False the frozen norm is to answer"),
+     "`active` not looked at, or in __init__ only: with it False the frozen norm is to answer; read it in forward"),
+    ("inactive_returns_x", "return self.base(x)\n        numbers", "return x\n        numbers",
+     "with `active` False x itself returned; it is the frozen norm that answers then"),
+    ("ones_for_the_weights", "copy.deepcopy(base).float().requires_grad_(True)",
+     "copy.deepcopy(base).float().requires_grad_(True)\n        [p.data.fill_(n == 'weight') for n, p in "
+     "self.trained.named_parameters()]", "a fresh norm, its weight 1; a copy starts with the frozen norm's numbers"),
     ("default_eps", "copy.deepcopy(base)", "(lambda z: z.load_state_dict(base.state_dict()) and z)(nn.LayerNorm(len("
      "base.weight)))", "the weights copied and the norm's own eps left behind; copy.deepcopy(norm) takes all along"),
     ("one_behind_the_other", "numbers, (x,)", "numbers, (self.base(x),)", "the copy behind the norm; it stands in "
@@ -673,7 +727,10 @@ def probe_norm(answer, draw):
             q.data = draw(*q.shape)
         yield from opened(module, own, where, x)
         module.active = False
-        yield Piece("the output with `active` False: the base's (B, T, D)", module(x), where)
+        out = module(x)
+        yield Piece("the output with `active` False: the base's (B, T, D)", out, where)
+        why = "with `active` False no gradient reaches x, and the layers below get none: drop the no_grad or detach."
+        yield said(bool(gradients(out, x)[0].any()), "inactive_cut_off", why)
         yield said(
             torch.equal(norm(x), before), "norm_changed", "the frozen norm itself has changed; leave it as it is."
         )
@@ -716,6 +773,12 @@ ATTACH = catalogue(right_attach, (
      "be stored, "
      "layer.self_attn = …"),
     ("not_returned", "return model", "", "the model is not returned"),
+    ("frozen_in_the_loop", ("    model.requires_grad_(False)\n", "in model.layers:\n"),
+     ("", "in model.layers:\n        model.requires_grad_(False)\n"), "the model frozen anew for each layer, with the "
+     "wrappers made so far: only the last one trains; freeze once, before the loop"),
+    ("biases_train", "    model.requires_grad_(False)\n",
+     "    for n, p in model.named_parameters():\n        p.requires_grad_(n.endswith('bias'))\n",
+     "the biases still train; every weight of the base is frozen"),
 ))  # fmt: skip
 
 
@@ -732,7 +795,8 @@ class Louder(nn.Module):
 
 def probe_attach(answer, draw):
     for L, kind in (3, lambda base: llama_adapter.AdaptedAttention(base, 3)), (1, Louder):
-        model = filled(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 24, L, 4, 2)), draw).requires_grad_(True)
+        config = minillama.LLaMAConfig(31, 16, 24, L, 4, 2, attention_bias=True, mlp_bias=True)
+        model = filled(minillama.LLaMA(config), draw).requires_grad_(True)
         ids, inside, names, made = torch.arange(8).view(2, 4), [], dict(model.named_parameters()), []
         attentions, logits = [layer.self_attn for layer in model.layers], model(ids).detach()
 
@@ -787,6 +851,7 @@ HARMLESS = {
 OTHERWISE = (
     "NoTanh",
     "gate_averaged",
+    "opened_gates_averaged",
     "first_gate_for_all",
     "not_in_the_dtype_of_x",
 )  # right there, or like another

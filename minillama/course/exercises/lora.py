@@ -8,10 +8,12 @@ from torch import nn
 import minillama
 
 from ...adapters import lora
-from .catalogue import catalogue
+from .catalogue import catalogue, tables
 from .judging import close
 from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, floating, gradients, named
 from .predictions import Question, moved
+
+TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
 # ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
 
@@ -48,113 +50,14 @@ def start_of(module):
     return lora_start
 
 
-def factors(old, right, width, by_alpha="ScaledByAlpha"):
-    """Rows that put another factor in the place of α / r, in `old` as `right`; width: the number of features there."""
-    r = right.removeprefix("alpha / ")
-    return tuple(
-        (name, old, old.replace(right, new), why) for name, new, why in (
-            (by_alpha, "alpha", "α instead of α / r; r is the number of A's rows"),
-            ("ScaledByRoot", f"alpha / {r}**0.5", "α / √r, which is another method (rsLoRA); here it is α / r"),
-            ("divided_by_width", f"alpha / {width}",
-             "α divided by the number of features; the rank is A.shape[0], or B.shape[1]"),
-            ("rank_over_alpha", f"{r} / alpha", "the factor turned round, r / α; it is α / r"),
-        )
-    )  # fmt: skip
-
-
-NARROW = "F.linear(self.dropout(x), self.A.to(x.dtype))"
 BENT = "a non-linearity between A and B, as a bottleneck has one; LoRA's path is linear, which is why it can be merged"
 LAID_OUT = "reshaped, by reshape or view, where .T is needed: the numbers are laid out anew and not turned"
 LEFT_ON = "dropout in front of A in eval mode too; ask for it only while `self.training`, here not at all"
-PATH = (
-    *factors("= base, alpha / rank,", "alpha / rank", "base.in_features"),
-    ("unscaled", "self.B.to(x.dtype)) * self.scaling", "self.B.to(x.dtype))", "the factor α / r left out"),
-    ("ReadsOutput", NARROW, "F.linear(F.pad(y, (0, max(0, self.in_features - self.out_features)))[..., : "
-     "self.in_features], self.A.to(x.dtype))", "the path fed with the projection's output; it stands beside the "
-     "projection and reads the same x"),
-    ("LoRADropoutInEval", "F.linear(self.dropout(x)", "F.linear(F.dropout(x, 0.1)", LEFT_ON),
-    ("DetachedA", "self.A.to(x.dtype))", "self.A.detach().to(x.dtype))", "A detached from the graph (detach, .data or "
-     "no_grad): only B ever learns"),
-    ("detached_B", "self.B.to(x.dtype))", "self.B.detach().to(x.dtype))", "B detached from the graph (detach, .data or "
-     "no_grad): at its start B is 0, and then nothing ever learns"),
-    ("path_alone", "return y + F.linear(narrow", "return F.linear(narrow", "the path alone, without the frozen "
-     "projection it is added to"),
-    ("path_subtracted", "return y + F", "return y - F", "the path subtracted instead of added"),
-    ("sum_scaled", "return y + F.linear(narrow, self.B.to(x.dtype))", "return (y + F.linear(narrow, "
-     "self.B.to(x.dtype)))", "α / r on the whole sum; it multiplies the path alone"),
-    ("relu", NARROW, f"F.relu({NARROW})", f"a ReLU is {BENT}"),
-    ("activated", NARROW, f"F.gelu({NARROW})", BENT),
-    # from here on what makes no difference in the models, or breaks them
-    ("bias_scaled", "return y + F.linear(narrow, self.B.to(x.dtype))", "return self.base(x) + F.linear(narrow, "
-     "self.B.to(x.dtype), self.bias)", "the projection's bias once more, and multiplied by α / r; linear(x) holds it "
-     "already"),
-    ("bias_twice", "return y + F", "return y + self.base.bias + F", "the projection's bias added twice: linear(x) "
-     "holds it already"),
-    ("bias_dropped", "y = self.base(x)\n        if", "y = F.linear(x, self.base.weight)\n        if", "the "
-     "projection's bias left out: call linear(x), which adds it"),
-    ("path_on_detached_x", "F.linear(self.dropout(x), ", "F.linear(self.dropout(x.detach()), ", "x detached in front "
-     "of the path: the layers below learn nothing through it"),
-    ("base_detached", "y = self.base(x)\n        if", "y = self.base(x).detach()\n        if", "the projection's "
-     "product cut from the graph (no_grad or detach): its weight is frozen, but the gradient still goes through it to "
-     "x"),
-    ("untransposed", NARROW, "x @ self.A.to(x.dtype)", "x @ A: A is (r, in), so it is x @ A.T, or F.linear(x, A), "
-     "which transposes by itself"),
-    ("exchanged", NARROW, "F.linear(x, self.B.to(x.dtype))", "B before A: x goes through A first, down to r numbers"),
-    ("B_first", NARROW, "x @ self.B.to(x.dtype)", "B before A: x goes through A first, down to r numbers"),
-    ("fed_with_output", NARROW, "y @ self.A.to(x.dtype).T", "A applied to what linear returns; the path stands beside "
-     "the projection and reads x itself"),
-    ("without_B", "F.linear(narrow, self.B.to(x.dtype))", "narrow", "what is added to linear(x) has not its size: B is "
-     "left out, x itself added, or A and B applied to linear(x) in the place of x"),
-    ("not_in_the_dtype_of_x", (NARROW, "F.linear(narrow, self.B.to(x.dtype))"), (
-     "F.linear(self.dropout(x).to(self.A.dtype), self.A)", "F.linear(narrow, self.B)"), "the path computed in A's "
-     "dtype: on a bfloat16 base that gives a float32 output; cast A and B to x.dtype"),
-    ("without_a_cast", ("self.A.to(x.dtype))", "self.B.to(x.dtype))"), ("self.A)", "self.B)"), "A and B not cast: a "
-     "bfloat16 x and a float32 A cannot be multiplied; write A.to(x.dtype) and B.to(x.dtype)"),
-)  # fmt: skip
-DRAWN = "nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))"
-ZEROS = "torch.zeros(base.out_features, rank, device=device)"
-START = (
-    ("BothZero", DRAWN, "nn.init.zeros_(self.A)", "A and B both at 0: the identity, but neither ever gets a gradient; "
-     "A is drawn at random"),
-    ("BothRandom", ZEROS, "0.02 * torch.randn(base.out_features, rank)", "B is not 0: the model is not the base at the "
-     "start, however small B is; A is random and B is 0"),
-    ("WrongOneZero", (DRAWN, ZEROS), ("nn.init.zeros_(self.A)", "torch.randn(base.out_features, rank)"), "A at 0 and B "
-     "not: the identity, but not the paper's start, which is A random and B at 0"),
-    ("turned_round", ("empty(rank, base.in_features", "zeros(base.out_features, rank"), ("empty(base.in_features, rank",
-     "zeros(rank, base.out_features"), "A and B turned round; A has a row for each direction it reads, (r, in), and B "
-     "a column for each, (out, r)"),
-    ("deviation_of_one", DRAWN, "nn.init.normal_(self.A)", "A from N(0, 1): √(3 · in) times as wide as nn.Linear draws "
-     "it, so that the first steps are too long"),
-    ("kaiming_without_a", DRAWN, "nn.init.kaiming_uniform_(self.A)", "kaiming_uniform_ without a=√5: √6 times as wide "
-     "as nn.Linear draws its weight"),
-    ("not_centred", DRAWN, "nn.init.uniform_(self.A, 0, 2 * base.in_features**-0.5)", "A's numbers are not centred on "
-     "0, as torch.rand's are not: draw them on both sides of it"),
-    ("equal_rows", DRAWN, "self.A.data = nn.Linear(base.in_features, 1).weight.data.repeat(rank, 1)", "A has equal "
-     "rows: they get equal gradients and stay equal, so that A's rank stays smaller; draw each by itself"),
-)  # fmt: skip
-SUM = "weight + self.scaling * (self.B @ self.A)"
-MERGE = (
-    ("MergeUnscaled", SUM, "weight + self.B @ self.A", "a merge that forgets α / r"),
-    ("change_alone", SUM, "self.scaling * (self.B @ self.A)", "the change (α / r) B A alone, without the weight it is "
-     "added to"),
-    ("wrong_order", "self.B @ self.A", "self.A.T @ self.B.T", "Aᵀ Bᵀ, the product turned round; only where in = out "
-     "does it fit at all: (out, r) @ (r, in) is B @ A"),
-    ("change_subtracted", SUM, SUM.replace("+", "-"), "the change subtracted, which undoes a merge; to merge, add"),
-    ("sum_scaled", SUM, "self.scaling * (weight + self.B @ self.A)", "α / r on the weight too; it multiplies B A "
-     "alone"),
-    ("turned_at_the_end", f"({SUM}).to(weight.dtype)", f"({SUM}).to(weight.dtype).T",
-     "the weight transposed; nn.Linear keeps (out, in), and so does linear.weight: nothing is to be turned"),
-    ("multiplied", SUM, SUM.replace("+", "*"), "the weight multiplied by the change; add it"),
-    ("bias_added", SUM, f"{SUM} + self.bias[:, None]", "the bias added to the weight; a layer keeps it by itself"),
-    ("reshaped", "self.B @ self.A", "(self.A.T @ self.B.T).reshape(weight.shape)", f"a product {LAID_OUT}"),
-    ("product_turned", "self.B @ self.A", "self.A @ self.B", "A @ B does not fit: (out, r) @ (r, in) is B @ A"),
-    ("not_in_the_dtype_of_the_weight", f"({SUM}).to(weight.dtype)", f"({SUM})", "the merged weight in A's dtype: a "
-     "bfloat16 layer needs it back in linear.weight.dtype"),
-)  # fmt: skip
+START = TABLES["start"]
 
-PATHS = catalogue(lora, PATH, wrap=path_of)
+PATHS = catalogue(lora, TABLES["paths"], wrap=path_of)
 STARTS = catalogue(lora, START, wrap=start_of)
-MERGES = catalogue(lora, MERGE + PATH[:4], wrap=merged_by)
+MERGES = catalogue(lora, TABLES["merges"], wrap=merged_by)
 PLANTED = PATHS[:14] + STARTS[:3] + MERGES[:5]  # each must fail a test in the models
 HARMLESS = {}  # {mistake's name: kinds of model where it makes no difference}
 
@@ -285,21 +188,7 @@ def right_merge_turned(weight, A, B, alpha):
     return weight + alpha / A.shape[0] * (B @ A).T
 
 
-CONV1D = catalogue(right_merge_turned, (
-    ("not_turned", "(B @ A).T", "(B @ A)", "B A added as it is, (out, in), to a weight that is stored (in, out): only "
-     "where in = out does it fit at all, and then it is wrong"),
-    ("turned_and_returned", "weight + alpha / A.shape[0] * (B @ A).T", "weight.T + alpha / A.shape[0] * (B @ A)", "the "
-     "merged weight returned as (out, in), which nn.Linear would want; a Conv1D wants it back as (in, out)"),
-    ("turned_unscaled", "alpha / A.shape[0] * ", "", "turned rightly, and α / r forgotten"),
-    ("turned_alone", "weight + alpha", "alpha", "the change alone, without the weight it is added to"),
-    ("turned_subtracted", "weight + alpha", "weight - alpha", "the change subtracted, which undoes a merge; add it"),
-    ("sum_scaled", "weight + alpha / A.shape[0] * (B @ A).T", "alpha / A.shape[0] * (weight + (B @ A).T)", "α / r on "
-     "the weight too; it multiplies B A alone"),
-    ("product_turned", "(B @ A).T", "(A @ B)", "A @ B does not fit; (in, out) is (B @ A).T, or A.T @ B.T"),
-    ("only_one_turned", "(B @ A).T", "(A.T @ B)", "A.T @ B: turned is a product with both turned, A.T @ B.T"),
-    ("reshaped", "(B @ A).T", "(B @ A).reshape(weight.shape)", f"a product {LAID_OUT}"),
-    *factors("alpha / A.shape[0] *", "alpha / A.shape[0]", "A.shape[1]"),
-))  # fmt: skip
+CONV1D = catalogue(right_merge_turned, TABLES["conv1d_all"])
 
 
 def right_fused(A_q, B_q, A_v, B_v, alpha):
@@ -309,28 +198,7 @@ def right_fused(A_q, B_q, A_v, B_v, alpha):
     return A, B, 2 * alpha
 
 
-ORDER = "c_attn's outputs are queries, keys, values in this order"
-FUSED = catalogue(right_fused, (
-    ("alpha_as_it_was", "2 * alpha", "alpha", "the change is halved: the fused path has rank 2r, so that α / rank "
-     "is half of what it was; double α, and leave A and B"),
-    ("alpha_halved", "2 * alpha", "alpha / 2", "α halved; the rank has doubled, so that α must be doubled"),
-    ("value_in_the_place_of_key", "torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1)", "torch.cat((zero, B_v), 1), "
-     "torch.cat((zero, zero), 1)", f"the value's block in the key's rows; {ORDER}"),
-    ("both_read_both", ("(B_q, zero)", "(zero, B_v)"), ("(B_q, B_q)", "(B_v, B_v)"), "no zeros beside the blocks, or "
-     "one A, the sum, for both: the query's rows read A_v's directions too, and the value's A_q's"),
-    ("blocks_crossed", ("(B_q, zero)", "(zero, B_v)"), ("(zero, B_q)", "(B_v, zero)"), "the blocks crossed: the "
-     "query's rows read A_v's directions, and the value's A_q's"),
-    ("one_A_for_both", "(A_q, A_v)", "(A_q, A_q)", "the value's rows read A_q's directions (A_q twice in A, or "
-     "B_v in the first r columns); they read A_v's"),
-    ("B_q_for_B_v", "(zero, B_v)", "(zero, B_q)", "B_q in the value's rows as well; there stands B_v"),
-    ("no_zeros", ("(B_q, zero)", "(zero, B_v)"), ("(B_q, B_v)", "(B_q, B_v)"), "no zeros: query and value both get the "
-     "sum of the two changes; beside B_q and beside B_v stand zeros"),
-    ("keys_changed", "torch.cat((zero, zero), 1)", "torch.cat((B_q, B_v), 1)", "the key's rows changed too; only query "
-     "and value have a path, the key's rows are zeros"),
-    ("query_and_value_swapped", "torch.cat((B_q, zero), 1), torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1)",
-     "torch.cat((zero, B_v), 1), torch.cat((zero, zero), 1), torch.cat((B_q, zero), 1)", f"the value's path in the "
-     f"query's rows and the query's in the value's; {ORDER}"),
-))  # fmt: skip
+FUSED = catalogue(right_fused, TABLES["fused"])
 
 
 def rows_of_change(result, n_in, n_out, r):
@@ -402,51 +270,7 @@ class Layer(nn.Module):
             self.kept = None
 
 
-KEEP, ADD, PUT = "self.kept = self.linear.weight.clone()", "+= self.scaling * self.B @ self.A", "copy_(self.kept)"
-LAYER = catalogue(Layer, (
-    *factors("alpha / rank", "alpha / rank", "linear.in_features", "PathTimesAlpha"),
-    ("PathUnscaled", " * self.scaling\n", "\n", "α / rank left out of the path"),
-    ("BaseStillTrains", "linear.requires_grad_(False)", "linear.requires_grad_(True)", "the base's weight and bias "
-     "still train: requires_grad_(False) freezes them"),
-    ("RandomB", "torch.zeros(linear", "0.02 * torch.randn(linear", "B random at the start: the fresh layer is not the "
-     "base's; B starts at 0"),
-    ("DropoutStays", "return x @ self.A.T", "return nn.functional.dropout(x, 0.1) @ self.A.T", "dropout in eval mode "
-     "too; ask for it only while `self.training`"),
-    ("PathOnTop", "self.linear(x) if self.kept is not None else self.linear(x) + self.path(x)", "self.linear(x) + "
-     "self.path(x)", "the path added on top of the merged weight, so that it counts twice"),
-    ("MergesTwice", f"if self.kept is None:\n            {KEEP}", f"if True:\n            {KEEP} if self.kept is None "
-     f"else self.kept", "a second merge() that adds the path a second time; remember whether it is merged"),
-    ("UnmergeSubtracts", f"self.linear.weight.{PUT}", "self.linear.weight -= self.scaling * self.B @ self.A", "an "
-     "unmerge() that subtracts what was added: (w + d) - d is not w in floating point; keep a copy of the weight, or "
-     "leave it alone"),
-    ("UnmergesUnmerged", f"if self.kept is not None:\n            self.linear.weight.{PUT}", "if self.kept is None:\n  "
-     "          self.linear.weight -= self.scaling * self.B @ self.A\n        else:\n" f"            "
-     f"self.linear.weight.{PUT}", "an unmerge() of a layer that is not merged changes it; let it do nothing there"),
-    ("KeptIsNoCopy", KEEP, KEEP.replace("clone()", "data"), "after merge() and unmerge() the weight is still the "
-     "merged one, with the path on top: put back a copy, .clone(), taken before the adding (.data is no copy)"),
-    ("CopyOverwritten", f"{ADD}\n", f"{ADD}\n        else:\n            {KEEP}\n", "a second merge() overwrites the "
-     "copy that is kept for unmerge() with the merged weight; keep the first"),
-    ("MergeFlagsOnly", f"            self.linear.weight {ADD}\n", "", "a merge() that folds nothing into a weight and "
-     "leaves the path out"),
-    ("MergeUnscaled", ADD, "+= self.B @ self.A", "a merge() that forgets α / rank"),
-    ("NeverUnmerges", f"self.linear.weight.{PUT}\n            self.kept = None", "pass", "an unmerge() that leaves the "
-     "merged weight in use"),
-    ("change_alone", f"self.linear.weight {ADD}", "self.linear.weight.copy_(self.scaling * self.B @ self.A)", "a "
-     "merge() to the change alone, without the weight it is added to"),
-    ("sum_scaled", "else self.linear(x) + self.path(x)", "else (self.linear(x) + x @ self.A.T @ self.B.T) * "
-     "self.scaling", "α / rank on the whole sum; it multiplies the path alone"),
-    ("StaysMerged", "            self.kept = None\n", "", "a layer that still calls itself merged after unmerge()"),
-    ("MergeForgotten", f"{KEEP}\n", "pass\n", "a merge() that adds the path to the weight and does not remember it: "
-     "the path then counts twice, and nothing can be unmerged"),
-    ("merged_without_bias", "return self.linear(x) if", "return x @ self.linear.weight.T if", "the merged layer leaves "
-     "out the projection's bias"),
-    ("PathDetached", "x @ self.A.T", "x @ self.A.detach().T", "A detached from the graph: it never learns"),
-    ("AllDetached", "x @ self.A.T @ self.B.T", "(x @ self.A.T @ self.B.T).detach()", "the path detached from the "
-     "graph: neither A nor B ever learns"),
-    ("still_a_path", ("self.linear(x) if self.kept is not None else ", f"            self.linear.weight {ADD}\n"), ("",
-     ""), "a merge() that only sets a flag: the layer still computes with A and B; fold B A into one weight that stays "
-     "as it is"),
-))  # fmt: skip
+LAYER = catalogue(Layer, TABLES["layer_all"])
 SAID = {mistake.name: f"{mistake.sentence}." for mistake in LAYER} | {
     "third_trains": "a third parameter trains beside A and B; a fixed number, such as the scaling, is no Parameter.",
     "not_the_base": "fresh, the layer is not the base, though B is 0: use the weight and the bias that are given.",

@@ -483,4 +483,3 @@ def planted(module, name, mistake):
         yield
     finally:
         setattr(module, name, right)
-

@@ -7,9 +7,11 @@ from torch import nn
 
 import minillama
 
-from .catalogue import catalogue
+from .catalogue import catalogue, tables
 from .observing import Exercise, Piece, fact
 from .predictions import Question
+
+TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
 
 def right_freeze(model, words):
@@ -28,33 +30,7 @@ def shared_twice(model, words):
     return sum(p.requires_grad_(True).numel() for name, p in every.items() if set(words) & set(name.split(".")))
 
 
-FREEZE = catalogue(right_freeze, (
-    ("contains", 'in name.split(".")', "in name", "a word is looked for anywhere in the name, and gate stands in the "
-     "base's mlp.gate_proj.weight too; compare it with the parts between the dots, name.split('.')"),
-    ("last_part", '(".")', '(".")[-1:]', "only a name's last part is looked at; a word may be any of them"),
-    ("every_word", "any(", "all(", "a name has to have every word; one of them is enough"),
-    ("first_word", "in words)", "in words[:1])", "only the first of the words counts"),
-    ("last_word", "in words)", "in words[-1:])", "only the last of the words counts; where a loop over the words sets "
-     "every parameter, each round undoes the one before"),
-    ("inverted", "_(train)", "_(not train)", "the wrong way round: what is named is frozen, and the rest trains"),
-    ("all_frozen", "_(train)", "_(False)", "everything is frozen, what is named too"),
-    ("nothing_frozen", "_(train)", "_(True)", "what is not named still trains: set requires_grad = False on the "
-     "parameter; another spelling, p.data, a copy (state_dict), the module's attribute or no_grad freeze nothing"),
-    ("stays_frozen", "_(train)", "_(parameter.requires_grad and train)", "what is named and was frozen stays frozen"),
-    ("leaves_vectors", "_(train)", "_(train or parameter.dim() < 2)", "vectors (norms, biases) still train"),
-    ("leaves_biases", "_(train)", '_(train or name.endswith("bias"))', "biases that are not named still train"),
-    ("leaves_norms", "_(train)", '_(train or "norm" in name)', "norms that are not named still train"),
-    ("leaves_the_rest", "_(train)", '_(train or "layers" not in name)', "what stands outside the layers still trains"),
-    ("counts_tensors", "parameter.numel()", "1", "tensors are counted, not the numbers in them: add up p.numel()"),
-    ("counts_rows", "parameter.numel()", "len(parameter)", "len(p) is a matrix's number of rows: add up p.numel()"),
-    ("counts_last", "+=", "=", "only the last parameter's numbers are left in the count: `+=` adds up"),
-    ("counts_all", "if train:", "if True:", "all parameters are counted, the frozen ones too"),
-    ("counts_frozen", "if train:", "if not train:", "the frozen numbers are counted instead of those that train"),
-    ("counts_before", ("train = any", "if train:"), ("before, train = parameter.requires_grad, any", "if before:"),
-     "what trained before is counted; freeze first"),
-    ("returns_early", "  return", "      return", "it returns after the first parameter: `return` stands in the loop"),
-    ("counted_per_word", "+= ", '+= len(set(words) & set(name.split("."))) * ', "what two words name counts twice"),
-), shared_twice)  # fmt: skip
+FREEZE = catalogue(right_freeze, TABLES["freeze"], shared_twice)
 
 
 def probe_freeze(answer, draw):
