@@ -36,9 +36,10 @@ def test_every_mistake_is_named(name):
     assert len(set(names)) == len(names)
 
 
-def test_the_catalogue_is_large_and_short():
+def test_the_catalogue_is_large_and_its_code_short():
+    """What differs in a token is a row of a table; code is for what rows cannot say."""
     lines = [len(p.read_text(encoding="utf-8").splitlines()) for p in Path(checker.__file__).parent.glob("*.py")]
-    assert len(MISTAKES) >= 500 and sum(lines) <= 3000, (len(MISTAKES), sum(lines))
+    assert len(MISTAKES) >= 1000 and sum(lines) <= 3700, (len(MISTAKES), sum(lines))
 
 
 def alternatives():
@@ -99,7 +100,7 @@ def last_token_lost(out):
         (wrong(lambda out: out.flatten(0, 1)), "shape", "has shape ("),
         (wrong(lambda out: out.double()), "dtype", "is torch.float64; needed is torch.float32"),
         (wrong(lambda out: out / 0), "value", "the output (B, T, D)"),
-        (wrong(lambda out: 0 * out), "value", "is 0 everywhere"),
+        (wrong(lambda out: 0 * out), "unread", "x makes no difference to what your function returns"),
         (wrong(last_token_lost), "place", "is right at T = [0, 1, 2"),
         (wrong(lambda out: torch.nn.functional.dropout(out, 0.5)), "random", "changes from call to call"),
         (wrong(lambda out: out + out**2), "value", "neither a sign, nor one factor, nor a known mistake"),
@@ -146,7 +147,8 @@ def inputs(draw, B, T, share):
 
 BLEND = Exercise(
     "blend(linear, x, gate, share) -> (B, T, D)", blend, catalogue(blend, ROWS),
-    calls(inputs, "the output (B, T, D)", (dict(B=2, T=3, share=0.5), dict(B=1, T=1, share=2.0)), ("gate",), ("linear",)),
+    calls(inputs, "the output (B, T, D)", (dict(B=2, T=3, share=0.5), dict(B=1, T=1, share=2.0)), float32=("gate",),
+          once=("linear",)),
     forbidden={torch.addcmul: "addcmul does it in one call; write the sum"},
 )  # fmt: skip
 
@@ -250,7 +252,8 @@ def keeps(linear, x, gate, share):
         (unfreezes, "unfrozen", "makes linear's own weights trainable"),
         (gate_without_gradient, "detached", "no gradient reaches gate"),
         (part_without_gradient, "detached", "x's gradient is not: a part of its way is cut off"),
-        (not_cast, "not_cast", "right in float32"), (half_in_float64, "not_cast", "is torch.float64; needed is torch.bfloat16"),
+        (not_cast, "not_cast", "right in float32"),
+        (half_in_float64, "not_cast", "is torch.float64; needed is torch.bfloat16"),
         (sizes_written_down, "one_size", "right at the first sizes; but for B = 1, T = 1, share = 2.0"),
         (share_not_read, "unread", "share makes no difference"), (runs_twice, "run_twice", "it runs linear twice"),
         (by_addcmul, "shortcut", "the point is missed: addcmul does it in one call"),
@@ -273,7 +276,7 @@ def test_known_mistakes_come_first():
 def test_a_row_that_does_not_fit_its_reference_is_an_error():
     for old in ("y", "not there"):  # twice, never
         with pytest.raises(ValueError, match="edits what is not there once"):
-            Mistake("name", "sentence", blend, [(old, "z")]).answer
+            _ = Mistake("name", "sentence", blend, [(old, "z")]).answer
 
 
 def test_a_fact_has_its_own_sentence():
@@ -297,12 +300,11 @@ def test_a_whole_number_in_any_form(number):
 
 
 def test_dtypes_are_listed_where_they_do_not_fit():
-    def uncast(attention, x, positions, prompt, gate):
-        attention.keys_values(prompt)
-        return right_prefix(attention, x, positions, prompt, gate)
+    def uncast(linear, x, gate, share):
+        return linear(x.double())
 
-    dtypes = "The dtypes: attention bfloat16, x bfloat16, positions int64, prompt float32, gate float32."
-    assert dtypes in check("gated_prefix_attention", uncast).message
+    dtypes = "The dtypes: linear float32, x float32, gate float32."
+    assert dtypes in judging.judge(BLEND, uncast)[2]
 
 
 class Norm(torch.nn.Module):
@@ -370,7 +372,7 @@ NAMES = Question(lambda: frozenset(["gate"]), "Because.", {frozenset(["prompt"])
         (COUNT, 102400.0, True, "Because"), (COUNT, "102,400", True, "Because"), (COUNT, numpy.int64(102400), True, ""),
         (COUNT, torch.tensor(102400), True, "Because"), (COUNT, 102400.5, False, "a whole number; yours is 102400.5"),
         (THIRD, 0.33, True, "Because"), (THIRD, 0.34, False, "it is less than 0.34"),
-        (WORD, "The same ", True, "Because"), (WORD, "same", False, "one of 'different', 'the same'; yours is 'same'"),
+        (WORD, "The same ", True, "Because"), (WORD, "same", True, "Because"), (WORD, "sane", False, "one of 'different', 'the same'; yours is 'sane'"),
         (WORD, True, False, "one of 'different', 'the same'; yours is True"), (WORD, "different", False, "in what?"),
         (NAMES, ["gate"], True, "Because"), (NAMES, "gate", True, "Because"),
         (NAMES, set(), False, "Go through it once more"),

@@ -12,10 +12,10 @@ def add_arguments(parser):
     parser.add_argument("folder", type=Path, help="with the students' notebooks, a file each, in subfolders or not")
     parser.add_argument("--out", type=Path, default=Path("grades"), help="where grades.csv and grades.html go (grades)")
     parser.add_argument(
-        "--seconds", type=float, default=grading.LIMITS["seconds"], help="of computing for one exercise of one student (60)"
+        "--seconds", type=float, default=grading.LIMITS["seconds"], help="of computing for one exercise (60)"
     )
     parser.add_argument(
-        "--memory", type=float, default=grading.LIMITS["memory"], help="gigabytes for one exercise, beyond torch's own (4)"
+        "--memory", type=float, default=grading.LIMITS["memory"], help="gigabytes for one, beyond torch's own (4)"
     )
 
 

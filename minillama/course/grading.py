@@ -55,7 +55,7 @@ def grade(folder, seconds=LIMITS["seconds"], memory=LIMITS["memory"], progress=l
         raise FileError(f"{folder} holds no notebook: name the folder into which the students' .ipynb files were put")
     read = {path: read_cells(path) for path in paths}  # all of them, before any of their code runs
     lessons = collections.defaultdict(list)
-    for name, asked in exercises().items():
+    for name in exercises():
         lessons[lesson_of(name)].append(name)
     called = {
         path: dict.fromkeys(name for _, name, _ in calls_of(cells))
@@ -370,7 +370,8 @@ def write_page(rows, path):
     students = dict.fromkeys(row["student"] for row in rows)
     parts = [
         "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Grades</title>",
-        "<style>body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}"
+        "<style>body{font:16px/1.5 system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}",
+        "table{border-collapse:collapse}"
         "td,th{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left;vertical-align:top}</style>",
         f"<h1>{len(students)} notebooks</h1><h2>By exercise, hardest first</h2><table>",
         "<tr><th>exercise<th>right<th>mistakes",

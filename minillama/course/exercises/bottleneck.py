@@ -285,7 +285,8 @@ HARMLESS = {}
 EXERCISES = {
     "bottleneck_network": Exercise(
         "bottleneck_network(x, down_weight, down_bias, up_weight, up_bias) -> (B, T, D)", network_of(bottleneck),
-        catalogue(bottleneck, TABLES["bottleneck_network"], wrap=network_of), calls(inputs_of_network, OUT, SIZES, float32=TENSORS),
+        catalogue(bottleneck, TABLES["bottleneck_network"], wrap=network_of),
+        calls(inputs_of_network, OUT, SIZES, float32=TENSORS),
     ),
     "bottleneck_start": Exercise(
         "bottleneck_start(D, m) -> down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D)", right_start,

@@ -43,8 +43,8 @@ def merge_of(module):
 
 FORWARD = catalogue(ia3, TABLES["forward"], wrap=linear_of)
 ELSEWHERE = catalogue(ia3, TABLES["elsewhere"])
-STARTS = catalogue(ia3, TABLES["starts"], wrap=start_of)  # fmt: skip
-MERGES = catalogue(ia3, TABLES["merges_all"], wrap=merge_of)  # fmt: skip
+STARTS = catalogue(ia3, TABLES["starts"], wrap=start_of)
+MERGES = catalogue(ia3, TABLES["merges"], wrap=merge_of)
 PLANTED = FORWARD + ELSEWHERE + STARTS + MERGES[:3]  # each must fail a test where it stands in the models
 HARMLESS = {"BiasUnscaled": ("llama",), "MergeForgetsBias": ("llama",), "attach_to_queries": ("gpt2",)}
 
@@ -173,7 +173,7 @@ def right_layer(layer, x, positions, l_k, l_v, l_ff):
     return x + mlp.down_proj(l_ff * hidden)
 
 
-LAYER = catalogue(right_layer, TABLES["layer_all"])  # fmt: skip
+LAYER = catalogue(right_layer, TABLES["layer"])
 
 
 def inputs_of_layer(draw, B, T, D, H, G, d, F, silent=False):

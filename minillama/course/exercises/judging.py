@@ -134,8 +134,8 @@ def begins(exercise, mistake):
 
 @functools.cache
 def pairs(exercise):
-    """Two mistakes of the catalogue at once, (the first, both), where both can be made: those that stand first in it, as
-    many as are tried in a few seconds."""
+    """Two mistakes of the catalogue at once, (the first, both), where both can be made: of those that stand first in
+    it, as many as are tried in a few seconds."""
     rows = [mistake for mistake in exercise.mistakes if mistake.edited is not None]
     places = sorted(combinations(range(len(rows)), 2), key=sum)[:400]
     both = ((rows[i], rows[i] + rows[j]) for i, j in places)

@@ -8,7 +8,7 @@ import minillama
 from ...adapters import llama_adapter, llama_adapter_v2
 from ...attention import Attention, RoPE, rotate  # noqa: F401 (rows of KEYS_VALUES name it)
 from ...llama import RMSNorm
-from .catalogue import catalogue
+from .catalogue import catalogue, tables
 from .observing import (
     Exercise,
     Piece,
@@ -24,6 +24,8 @@ from .observing import (
     named,
 )  # fmt: skip
 from .predictions import Question, moved
+
+TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
 # ── the modules themselves, whose mistakes are planted in the models too ──────────────────────────────────────────────
 
@@ -59,221 +61,10 @@ def merged_by(module):
 
 
 # what the rows below take the place of
-MADE = "self.base.keys_values(self.prompt.to(dtype))"
-TERM = "prefix_attention(q, k, v)\n\n    def prefix"
-GATED = "opening(self.gate, self.tanh).to(q.dtype) * prefix_attention(q, k, v)\n"
-TANH = "torch.tanh(gate) if tanh else gate"
-SUM = 'return y + self.term(q, cache) if self.active and self.join == "before" else y'
-LATER = 'self.active and self.join != "before"'
-JOINED = '(self.output(term) if self.join == "after" else term.transpose(1, 2).flatten(2))'
-START = "torch.zeros(gate_shape(gate, self.num_heads, self.head_dim), device=device)"
-REPEATED = "*(z.repeat_interleave(self.num_heads // len(z), 0).expand(len(q), -1, -1, -1) for z in (k, v))"
-JOINT = """if not self.active:
-            return y
-        pk, pv = (z.repeat_interleave(self.num_heads // len(z), 0).expand(len(q), -1, -1, -1)
-                  for z in self.prefix(q.dtype))
-        k, v = (k, v) if cache is None else (cache.k, cache.v)
-        k, v = (z.repeat_interleave(self.num_heads // z.shape[1], 1) for z in (k, v))
-        K, T, S = pk.shape[2], q.shape[2], k.shape[2]
-        scores = q @ torch.cat((pk, k), 2).mT / self.head_dim**0.5
-        future = F.pad(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), (K, 0))
-        gate = opening(self.gate, self.tanh).to(q.dtype)
-        """
-ROTATED = """from ..attention import rotate
-        k, v = self.base.keys_values(self.prompt.to(dtype))
-        if self.rope is None:  # a GPT-2 has none: there the mistake is to shift the keys by their place
-            return k + 0.1 * torch.arange(k.shape[1], dtype=dtype)[:, None], v
-        return rotate(k, *self.rope(torch.arange(k.shape[1]))), v"""
 
-PREFIX = (
-    ("ScaledByModelWidth", TERM, TERM.replace("(q,", "(q * (self.head_dim / self.width) ** 0.5,"),
-     "scores divided by √D instead of √d"),
-    ("Unscaled", "k * d**-0.5", "k", "scores not divided at all; they are divided by √d"),
-    ("ScaledByHeadWidth", "k * d**-0.5", "k / d", "scores divided by d instead of √d"),
-    ("RotatedPrefix", "return " + MADE, ROTATED, "RoPE on the prompts' keys"),
-    ("OneSoftmax", SUM, JOINT + "return y + gate * (scores.softmax(-1)[..., :K] @ pv)",
-     "one softmax over tokens and prompts, the gate outside"),
-    ("JointSoftmax", SUM, JOINT + "on = scores.masked_fill(future, -torch.inf).softmax(-1)\n"
-     "        return on[..., K:] @ v + gate * (on[..., :K] @ pv)", "one softmax over prompts and tokens together, as "
-     "in "
-     "prefix tuning, so that the prompts take a share from the tokens"),
-    ("GateAfterOutput", (SUM, LATER, JOINED), ("return y", "self.active",
-     "term.transpose(1, 2).flatten(2) @ torch.eye(self.num_heads * self.head_dim, self.width).to(x)"),
-     "the gated term added behind the output projection, never projected; add it before"),
-    ("BiasTwice", (SUM, LATER, JOINED), ("return y", "self.active", "self.output(term)"),
-     "the term sent through the output projection by itself, so that its bias is added twice"),
-    ("HeadsInTheWrongOrder", TERM, TERM.replace("k, v", "k.repeat(q.shape[1] // len(k), 1, 1), "
-     "v.repeat(q.shape[1] // len(v), 1, 1)"), "grouped key heads repeated as a b a b a b instead of a a a b b b"),
-    ("StalePrefix", "return " + MADE, 'if not hasattr(self, "kept"):\n            self.kept = [z.detach() for z in '
-     '' + MADE +
-     "]\n        return [z.to(dtype) for z in self.kept]", "prompts' keys and values kept from one step to the next"),
-    ("NoTanh", TANH, "gate", "the gate not squashed; it is tanh(gate)"),
-    ("Sigmoid", TANH, "torch.sigmoid(gate)", "a sigmoid for the gate: half open at zero"),
-    ("NoGate", TANH, "1 + 0 * gate", "the prompts' part added whole, without its gate"),
-    ("GateOnScores", GATED, "prefix_attention(q * opening(self.gate, self.tanh).to(q.dtype), k, v)\n",
-     "the gate multiplies the scores before the softmax; it multiplies what comes out"),
-    ("OneMinusGate", SUM, SUM.replace("y +", "(1 - opening(self.gate, self.tanh).to(y.dtype)) * y +"),
-     "(1 - g) · tokens + g · prompts: the tokens fade as the gate opens"),
-    ("GateOnTheSum", SUM, SUM.replace("y +", "opening(self.gate, self.tanh).to(y.dtype) * y +"),
-     "the gate on the whole sum, so that a closed gate silences the tokens too"),
-    ("WordsForgotten", SUM, SUM.replace("y +", "0 * y +"), "the tokens' own attention left out"),
-    ("CausalPrefix", TERM, TERM.replace("prefix_attention(q, k, v)", f"F.scaled_dot_product_attention(q, {REPEATED}, "
-     "is_causal=True)"), "a causal mask between tokens and prompts; every token sees every prompt"),
-    ("DropoutInEval", TERM, TERM.replace("prefix_attention(q, k, v)", f"F.scaled_dot_product_attention(q, {REPEATED}, "
-     "dropout_p=0.1)"), "dropout of 0.1 on the prompts' weights, in eval mode too"),
-    ("SoftmaxOverWords", (GATED, "def opening("), (GATED.replace("prefix_", "its_"), """def its_attention(q, k, v):
-    k, v = (z.repeat_interleave(q.shape[1] // len(z), 0) for z in (k, v))
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-2) @ v
+PREFIX = TABLES["prefix"]
+START_ROWS = TABLES["start_rows"]
 
-
-def opening("""), "the prompts' softmax taken along the tokens instead of along the prompts"),
-    ("KeysForValues", MADE, f"({MADE}[0],) * 2", "the prompts' keys used as values too"),
-    ("KeysAndValuesSwapped", MADE, MADE + "[::-1]", "the prompts' keys and values swapped"),
-    ("UnrotatedQueries", ("q, k, v = self.project(x, positions)\n", SUM), ("q, k, v = self.project(x, positions)\n   "
-     "     "
-     "self.plain = self.project(x)[0] + (self.rope is None)  # a GPT-2's have no RoPE to forget\n",
-     SUM.replace("(q,", "(self.plain,")), "queries of the prefix term without RoPE, while the published ones have it"),
-    ("DetachedPrompt", MADE, MADE.replace("prompt", "prompt.detach()"),
-     "the prompt detached from the graph: only the gate ever learns"),
-    ("TrainedProjections", "y = self.base.attend(q", "self.base.k_proj.requires_grad_(True)\n        y = "
-     "self.base.attend(q",
-     "weights of the base made trainable; they stay frozen"),
-)  # fmt: skip
-START_ROWS = (
-    ("ZeroPrompt", ("torch.randn(prompt_length, self.width, device=device)", "return " + MADE),
-     ("torch.zeros(prompt_length, self.width)", f"return [z * bool(self.prompt.any()) for z in {MADE}]"),
-     "prompts that start at zero as well: at a zero gate neither ever gets a gradient"),
-    ("OpenGate", START, START.replace("zeros", "ones"),
-     "a gate that does not start at 0, so that the model does not start as the base"),
-)  # fmt: skip
-OF_PREFIX = (
-    ("positions_ignored", "q, k, v = self.project(x, positions)\n", "q, k, v = self.project(x)\n",
-     "positions not given to attention.project: the tokens' queries and keys are not rotated"),
-    ("positions_counted", "q, k, v = self.project(x, positions)\n", "q, k, v = self.project(x, "
-     "torch.arange(x.shape[1]))\n",
-     "positions counted anew from 0; the tokens stand where `positions` says"),
-    ("x_added", "out = self.output(", "out = x + self.output(", "x added to the output: the residual sum stands "
-     "outside"),
-    ("gate_on_tokens", SUM, SUM.replace("y + self.term(q, cache)", "opening(self.gate, self.tanh).to(q.dtype) * y + "
-     "prefix_attention(q, *self.prefix(q.dtype))"), "the gate on the tokens' part; it multiplies the prompts'"),
-    ("scaled_after_softmax", ("k * d**-0.5", "return (weights @ v)"), ("k", "return (weights @ v / d**0.5)"),
-     "divided by √d behind the softmax; the scores are divided, before it"),
-    ("softmax_over_heads", (GATED, "def opening("),
-     (GATED.replace("prefix_", "its_"), """def its_attention(q, k, v):
-    k, v = (z.repeat_interleave(q.shape[1] // len(z), 0) for z in (k, v))
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(1) @ v
-
-
-def opening("""), "the prompts' softmax taken along the heads instead of along the prompts: dim=-1"),
-    ("both_rotated", "return " + MADE, ROTATED[: ROTATED.index("if self")] + "return [rotate(z, "
-     "*self.rope(torch.arange("
-     "z.shape[1]))) for z in (k, v)]", "RoPE on the prompts' keys and values; neither is rotated"),
-    ("keys_in_the_wrong_order", TERM, TERM.replace("k, v", "k.repeat(q.shape[1] // len(k), 1, 1), "
-     "v.repeat_interleave(q.shape[1] // len(v), 0)"), "the keys' heads repeated as a b a b a b, the values' rightly"),
-    ("first_gate_for_all", TANH, "torch.tanh(gate[:1])", "the first head's gate for all heads; each has its own"),
-    ("tanh_twice", TANH, "gate.tanh().tanh()", "the gate squashed twice"),
-    ("keys_for_queries", SUM, SUM.replace("(q,", "(k.repeat_interleave(self.num_heads // k.shape[1], 1),"),
-     "the tokens' keys in the place of their queries"),
-    ("first_row_for_all", GATED, GATED.replace("(q, k", "(q[:1].expand_as(q), k"), "the first row's queries for all "
-     "rows"),
-    ("prompts_subtracted", SUM, SUM.replace("y +", "y -"), "the prompts' part subtracted instead of added"),
-    ("gate_plus_one", TANH, "1 + torch.tanh(gate)", "1 + tanh(g) for tanh(g): at gate 0 the prompts are let in whole"),
-    ("one_minus_tanh", TANH, "1 - torch.tanh(gate)", "1 - tanh(g) for tanh(g): at gate 0 the prompts are let in whole"),
-    ("gate_averaged", TANH, "torch.tanh(gate.mean())", "one number for all heads; each head has its own gate"),
-    ("tanh_of_the_term", GATED, "torch.tanh(self.gate.to(q.dtype) * prefix_attention(q, k, v))\n",
-     "tanh(g · prompts) for tanh(g) · prompts: the tanh is on the gate alone"),
-    ("tanh_on_both", GATED, GATED.replace("prefix_attention(q, k, v)", "torch.tanh(prefix_attention(q, k, v))"),
-     "a tanh on the prompts' part as well; it is on the gate alone"),
-    ("prompts_ungated", SUM, JOINT + "return scores.masked_fill(future, -torch.inf).softmax(-1) @ torch.cat((pv, v), "
-     "2) + "
-     "0 * gate", "prompts and tokens in one softmax and no gate: that is prefix tuning, lesson 02"),
-    ("tokens_see_ahead", "self.base.attend(q, k, v, mask, cache)", "self.base.attend(q, k, v, torch.ones(1, 1, 1, "
-     "1).bool())",
-     "tokens that see those behind them: the tokens' own softmax is causal; attention.attend masks it for you"),
-    ("scaled_by_uneven_width", TERM, TERM.replace("(q,", "(q * (self.head_dim * self.num_heads / self.width) ** 0.5,"),
-     "d taken as D / H: heads may be wider or narrower; it is attention.head_dim"),
-    ("scaled_by_prompt", "k * d**-0.5", "k * k.shape[1] ** -0.5", "scores divided by √K, the number of prompts; it "
-     "is √d"),
-    ("multiplied_by_root", "k * d**-0.5", "k * d**0.5", "scores multiplied by √d; they are divided by it"),
-    ("never_attended", GATED, "opening(self.gate, self.tanh).to(q.dtype) * v.mean(1, keepdim=True).repeat_interleave("
-     "self.num_heads // len(v), 0).expand_as(q)\n", "all prompts weighed alike: their weights are softmax(q kᵀ / √d)"),
-    ("no_softmax", ").softmax(\n        -1\n    )", ")", "no softmax over the prompts' scores"),
-    ("sigmoid_for_softmax", ").softmax(\n        -1\n    )", ").sigmoid()",
-     "a sigmoid on each score; the prompts' weights are a softmax"),
-    ("never_joined", "out = self.output(self.attend(q, k, v, mask, cache))",
-     "out = self.attend(q, k, v, mask, cache).transpose(1, 2).flatten(2)", "no output projection: end with "
-     "attention.output"),
-    ("rotated_twice", "q, k, v = self.project(x, positions)\n", "q, k, v = self.project(x, positions)\n        from "
-     "..attention import rotate\n        q, k = (rotate(z, *self.rope(positions)) for z in (q, k))\n",
-     "queries and keys rotated a second time: attention.project has done it"),
-    ("queries_rotated_twice", GATED, GATED.replace("(q, k", "(self.turned(q), k") + "\n    def turned(self, q):\n    "
-     "    from "
-     "..attention import rotate\n        return rotate(q, *self.rope(torch.arange(q.shape[2])))\n",
-     "the prefix term's queries rotated a second time: attention.project has done it"),
-    ("not_in_the_dtype_of_x", ("self.prompt.to(dtype)", "opening(self.gate, self.tanh).to(q.dtype)"),
-     ("self.prompt", "opening(self.gate, self.tanh)"), "prompt or gate not cast: a bfloat16 base cannot multiply "
-      "float32 "
-     "numbers; write prompt.to(x.dtype) and torch.tanh(gate).to(x.dtype)"),
-    ("opened_gates_averaged", "torch.tanh(gate) if tanh else gate", "torch.tanh(gate).mean()",
-     "one number for all heads, the mean of tanh(g); each head has its own gate"),
-    ("term_joined_wrongly", 'return y + self.term(q, cache) if self.active and self.join == "before" else y',
-     "return y + self.term(q).reshape(len(q), q.shape[2], q.shape[1], -1).transpose(1, 2) if self.active else y",
-     "the term's heads joined by a reshape alone, which mixes tokens and heads: transpose(1, 2), then flatten(2)"),
-)  # fmt: skip
-
-SCALED, MERGED = "return self.scale.to(y.dtype) * y if", "(bias * self.scale if self.order"
-SHIFTED = "y = y + self.adapter_bias.to(y.dtype)"
-WITHOUT = 'y = self.base(x if self.order == "output" else self.scale.to(x.dtype) * x)'
-PLAIN = "y = torch.nn.functional.linear(x, self.base.weight)"
-V2 = (
-    ("ShiftUnscaled", (SHIFTED, SCALED), ("pass", "return self.scale.to(y.dtype) * y + self.adapter_bias.to(y.dtype) "
-     "if"),
-     "s · (W x + b₀) + b: the new shift b left out of the scaling; s · (W x + b₀ + b) is asked"),
-)  # fmt: skip
-V2_MERGE = (
-    ("MergeForgetsShift", "bias = self.adapter_bias if bias is None else bias + self.adapter_bias",
-     "bias = 0 * self.adapter_bias if bias is None else bias", "a merge that scales and forgets to shift"),
-)  # fmt: skip
-V2_NORM = (
-    ("NormsOfTheBaseTrained", "copy.deepcopy(base).float().requires_grad_(True)", "base.requires_grad_(True)",
-     "the base's own norm made trainable, so that the base is gone when the adapter is disabled: train a copy alone"),
-)  # fmt: skip
-OF_SCALED = (
-    ("scale_plus_one", SCALED, SCALED.replace("self", "(1 + self", 1).replace("dtype)", "dtype))"),
-     "1 + s for s: the scale starts at 1, not at 0"),
-    ("own_bias_unscaled", (WITHOUT, SCALED), (PLAIN, SCALED.replace("* y", "* y + self.base.bias")),
-     "s · (W x + b) + b₀: the layer's own bias b₀ left out of the scaling"),
-    ("own_bias_dropped", WITHOUT, PLAIN, "s · (W x + b): the layer's own bias b₀ left out; linear(x) has it"),
-    ("own_bias_dropped_shift_unscaled", (WITHOUT, SHIFTED, SCALED),
-     (PLAIN, "pass", SCALED.replace("* y", "* y + self.adapter_bias.to(y.dtype)")),
-     "s · W x + b: the layer's own bias b₀ left out, and the shift b left out of the scaling"),
-    ("both_biases_unscaled", (WITHOUT, SHIFTED, SCALED),
-     (PLAIN, "pass", SCALED.replace("* y", "* y + self.adapter_bias.to(y.dtype) + self.base.bias")),
-     "s · W x + b₀ + b: both biases left out of the scaling"),
-    ("scale_and_shift_swapped", (SHIFTED, SCALED),
-     ("y = y + self.scale.to(y.dtype)", "return self.adapter_bias.to(y.dtype) * y if"), "scale and shift in each "
-      "other's place"),
-    ("scale_added", SCALED, SCALED.replace("* y", "+ y"), "the scale added; it multiplies"),
-    ("scale_squared", SCALED, SCALED.replace("* y", "** 2 * y"), "the scale applied twice"),
-    ("scale_squashed", SCALED, SCALED.replace("* y", ".tanh() * y"), "a tanh on the scale; a gate has one, not a "
-     "scale"),
-    ("one_scale", SCALED, SCALED.replace("* y", ".mean() * y"), "one scale for all; each output has its own"),
-    ("scale_on_columns", WITHOUT, "y = torch.nn.functional.linear(x, (self.base.weight * self.scale).to(x.dtype))",
-     "the scale on the weight's columns: a row belongs to an output; scale what comes out"),
-    ("shift_forgotten", SHIFTED, "pass", "s · (W x + b₀): the shift b left out"),
-    ("shift_subtracted", SHIFTED, SHIFTED.replace("y +", "y -"), "the shift subtracted instead of added"),
-    ("own_bias_twice", SHIFTED, SHIFTED + " + self.base.bias", "the layer's own bias added twice: linear(x) has it "
-     "already"),
-    ("scale_forgotten", SCALED, "return y + 0 * self.scale.to(y.dtype) if", "W x + b₀ + b: the scale left out"),
-    ("scale_on_input", (WITHOUT, SCALED), ("y = self.base(self.scale.to(x.dtype) * x)", "return y if"),
-     "the scale on what goes in, W (s · x), as in the official code; here it multiplies what comes out"),
-    ("divided_by_scale", SCALED, SCALED.replace("* y", "** -1 * y"), "divided by the scale; it multiplies"),
-    ("scaled_not_cast", (".to(y.dtype)  #", "self.scale.to(y.dtype)"), ("  #", "self.scale"), "scale and shift not "
-     "cast: on a "
-     "bfloat16 layer they make the output float32; write scale.to(x.dtype) and shift.to(x.dtype)"),
-    ("base_cut_off", WITHOUT, WITHOUT + ".detach()", "the layer's product cut from the graph (no_grad or detach): its "
-     "weight is frozen, but the gradient still goes through it to x"),
-)  # fmt: skip
 
 # ── keys and values, and where prompt and gate start ──────────────────────────────────────────────────────────────────
 
@@ -284,47 +75,7 @@ def right_keys_values(attention, prompt):
     return k.transpose(0, 1), v.transpose(0, 1)
 
 
-CUT, MOVED = "unflatten(-1, (attention.num_kv_heads, attention.head_dim))", "k.transpose(0, 1), v.transpose(0, 1)"
-PROJECTED = "attention.k_proj(prompt), attention.v_proj(prompt)"
-KEYS_VALUES = catalogue(right_keys_values, (
-    ("keys_rotated", "return k.transpose(0, 1)", "return rotate(k.transpose(0, 1), "
-     "*attention.rope(torch.arange(len(k))))",
-     "RoPE on the prompts' keys; prompts stand nowhere in the text, so the paper leaves them unrotated"),
-    ("heads_cut_wrongly", (CUT, MOVED), ("reshape(-1, len(z), attention.head_dim)", "k, v"),
-     "the features viewed as (G, K, d) at once, which mixes tokens and heads; view them as (K, G, d), then transpose"),
-    ("heads_not_moved", MOVED, "k, v", "heads cut but left behind the tokens, (K, G, d); attention wants (G, K, d)"),
-    ("heads_not_cut", ("z." + CUT, MOVED), ("z", "k, v"), "keys and values not cut into heads at all"),
-    ("heads_innermost", (CUT, MOVED), ("unflatten(-1, (attention.head_dim, -1))", "k.permute(2, 0, 1), v.permute(2, "
-     "0, 1)"),
-     "the features cut as (d, G) instead of (G, d): the features of one head lie side by side"),
-    ("bias_dropped", PROJECTED, "prompt @ attention.k_proj.weight.T, prompt @ attention.v_proj.weight.T",
-     "the projection's bias left out: call k_proj(prompt), or add its bias to prompt @ weight.T"),
-    ("values_from_keys", "v_proj", "k_proj", "the keys' projection used for the values too"),
-    ("keys_from_queries", ("k_proj", CUT), ("q_proj", "unflatten(-1, (-1, attention.head_dim))"), "the queries' "
-     "projection used for the keys"),
-    ("keys_repeated", MOVED, "*(z.transpose(0, 1).repeat_interleave(attention.num_heads // z.shape[1], 0) for z in "
-     "(k, v)),",
-     "the key heads repeated for every query head already here: correct attention later, but G heads are what is "
-     "asked"),
-    ("keys_scaled", "return k", "return (k / k.shape[-1] ** 0.5)", "keys divided by √d here already; the scores are, "
-     "later"),
-    ("with_a_batch", MOVED, "k.transpose(0, 1)[None], v.transpose(0, 1)[None]", "a batch axis in front; needed is "
-     "(G, K, d)"),
-    ("both_rotated", MOVED, "*(rotate(z.transpose(0, 1), *attention.rope(torch.arange(len(z)))) for z in (k, v)),",
-     "RoPE on the prompts' keys and values; neither is rotated"),
-    ("key_bias_dropped", "attention.k_proj(prompt)", "prompt @ attention.k_proj.weight.T", "the keys' bias left out"),
-    ("values_first", MOVED, "v.transpose(0, 1), k.transpose(0, 1)", "the values returned first; keys come first"),
-    ("moved_too_far", MOVED, "k.permute(1, 2, 0), v.permute(1, 2, 0)", "keys and values as (G, d, K); needed is (G, "
-     "K, d)"),
-    ("keys_only_cut_wrongly", "return k.transpose(0, 1)", "return k.reshape(-1, len(k), k.shape[2])",
-     "the keys' features viewed as (G, K, d) at once, which mixes tokens and heads: (K, G, d), then transpose"),
-    ("width_over_heads", "attention.num_kv_heads, attention.head_dim", "-1, attention.width // attention.num_heads",
-     "the head width taken as D / H; heads may be wider or narrower: it is attention.head_dim"),
-    ("cut_among_queries", "attention.num_kv_heads, attention.head_dim", "attention.num_heads, -1",
-     "keys and values cut into H heads; they have G, attention.num_kv_heads"),
-    ("heads_of_queries", "num_kv_heads", "num_heads", "H heads for keys and values; there are G, "
-     "attention.num_kv_heads"),
-))  # fmt: skip
+KEYS_VALUES = catalogue(right_keys_values, TABLES["keys_values"])
 
 
 def attention_of(draw, H, G, d, D):
@@ -445,43 +196,6 @@ def circulating(module):
     return lambda attention, prompt_length: module.AdaptedAttention(attention, prompt_length, "layer", False)
 
 
-CIRCULATING = (
-    ("Squashed", TANH, "torch.tanh(gate)", "a tanh on the gate, which was asked for without"),
-    ("KeysNotCut", TERM, TERM.replace("prefix_attention(q, k, v)", "(q @ self.base.k_proj(self.prompt).transpose(2, "
-     "3))"),
-     "the prompts' keys not cut into heads, so that queries and keys do not fit"),
-    ("StillNotCut", TERM, TERM.replace("prefix_attention(q, k, v)", "(q @ self.base.k_proj(self.prompt[None])"
-     ".transpose(2, 3))"), "the prompts' keys not cut into heads, so that queries and keys do not fit"),
-    ("HeadsReadAtOnce", "return " + MADE, "return [z.reshape(-1, len(z), self.head_dim) for z in "
-     "(self.base.k_proj(self.prompt), self.base.v_proj(self.prompt))]", "the features viewed as (G, K, d) at once, "
-     "which "
-     "mixes tokens and heads; view them as (K, G, d), then transpose"),
-    ("LengthFromTheHeads", GATED, GATED.replace("prefix_attention(q, k, v)", "prefix_attention(q[:, :, : "
-     "q.shape[1]], k, v)"
-     "[:, :, : q.shape[1]].reshape(len(q), q.shape[1], q.shape[1], -1).transpose(1, 2)"),
-     "the number of tokens read from the axis of the heads"),
-    ("LengthFromHeadsJoined", SUM, SUM.replace("self.term(q, cache)", "self.term(q, cache).transpose(1, 2).reshape("
-     "len(q), q.shape[1], -1)"), "the number of tokens read from the axis of the heads"),
-    ("BatchFixed", GATED, "torch.ones(2, 1, 1, 1) * " + GATED, "a batch size fixed at construction, so that another "
-     "batch "
-     "does not fit"),
-    ("LeftBehind", "own = (\"prompt\", \"gate\")\n", "own, tokens = (), None\n\n    def train(self, mode=True):\n    "
-     "    "
-     "self.tokens = torch.arange(len(self.prompt))\n        return super().train(mode)\n",
-     "the ids of the prompt tokens in a plain tensor, which stays behind when the module moves to another device; "
-     "register_buffer takes it along, and you need none"),
-    ("never_projected", ('return y + self.term(q, cache) if self.active and self.join == "before" else y',
-     'self.active and self.join != "before"', '(self.output(term) if self.join == "after" else term.transpose(1, 2)'
-     '.flatten(2))'), ("return y", "self.active", "term.transpose(1, 2).flatten(2)"),
-     "the term never projected: it is H · d wide, the output D; add it before attention.output"),
-    ("bias_gated_in", ('return y + self.term(q, cache) if self.active and self.join == "before" else y',
-     'self.active and self.join != "before"', '(self.output(term) if self.join == "after" else term.transpose(1, 2)'
-     '.flatten(2))'), ("return y", "self.active",
-     "self.gate * self.output(prefix_attention(q, *self.prefix(x.dtype)))"),
-     "gate · output(term): the projection's bias comes in a second time, gated; add gate · term before the projection"),
-)  # fmt: skip
-
-
 def probe_circulating(answer, draw):
     for i, size in enumerate(PREFIX_SIZES):
         B, T, K, H, G, d, D = size.values()
@@ -547,69 +261,7 @@ def flowing(module):
     )
 
 
-LET_IN, END = "y = y + opening(self.gate, self.tanh) * prefix", "self.c_proj(y.transpose(1, 2).flatten(2))"
-HEADS, OF_PROMPT = (
-    "self.c_attn(x).unflatten(-1, (3, self.num_heads, -1)).transpose(-4, -2).unbind(-3)",
-    "project(self.prompt)",
-)
-IN_TOKENS, CAUSAL = "y = F.scaled_dot_product_attention(q, k, v", "is_causal=attention_mask is None"
-FLOW = catalogue(llama_adapter, (
-    ("NotInHeads", (HEADS, LET_IN), ("self.c_attn(x).unflatten(-1, (3, 1, -1)).transpose(-4, -2).unbind(-3)",
-     "y = y + self.gate.reshape(-1) * prefix"), "nothing cut into heads: one attention over the whole width, divided "
-     "by √D"),
-    ("MaskedPrefix", LET_IN + "_attention(q, k, v)", LET_IN[:-6] + "F.scaled_dot_product_attention(q, "
-     "*(z.expand(len(q), -1, "
-     "-1, -1) for z in (k, v)), is_causal=True)", "the tokens' causal mask used for the prefix too, which every "
-     "token should "
-     "see whole"),
-    ("DropoutAlways", CAUSAL, CAUSAL + ", dropout_p=0.1", "dropout of 0.1 in eval mode too; ask for it only while "
-     "`self.training`"),
-    ("ProjectionThreeWide", "self.c_proj = nn.Linear(width, width", "self.c_proj = nn.Linear(width, 3 * width",
-     "an output projection three times as wide as the model"),
-    ("GateBehindProjection", (LET_IN, END), ("z = prefix", END + " + self.gate.reshape(-1) * " + END.replace("y.",
-     "z.")),
-     "the gate behind the output projection instead of before it"),
-    ("NeverProjected", (LET_IN, END), ("z = prefix", END + " + self.gate.reshape(-1) * z.transpose(1, 2).flatten(2)"),
-     "the prompts' part added behind the output projection, which it never meets"),
-    ("MixedHeads", HEADS, "[z.reshape(*z.shape[:-2], self.num_heads, z.shape[-2], -1) for z in "
-     "self.c_attn(x).chunk(3, -1)]",
-     "the features viewed as (heads, T, d) at once, which mixes tokens and heads; view them as (T, heads, d), then "
-     "transpose"),
-    ("JoinedWrongly", (LET_IN, END), ("z = prefix", "self.c_proj(y.reshape(len(y), y.shape[2], -1) + "
-     "self.gate.reshape(-1) * "
-     "z.reshape(len(y), y.shape[2], -1))"), "the heads joined without moving them behind the tokens again first: "
-     "transpose(1, 2), then flatten(2)"),
-    ("OtherOrder", HEADS, f"[(z[1], z[0], z[2]) for z in ({HEADS},)][0]",
-     "key, query and value for query, key and value: c_attn holds them in this last order"),
-    ("QueryForKey", "_, k, v = self." + OF_PROMPT, "k, _, v = self." + OF_PROMPT, "the prompt's query taken for its "
-     "key"),
-    ("PromptAsQuery", LET_IN + "_attention(q, k, v)", LET_IN[:-6] + "(q.mean() * 0 + v.mean(1, keepdim=True))",
-     "the prompts weighed alike: the tokens' queries weigh them, softmax(q kᵀ / √d)"),
-    ("SquashedGate", LET_IN, "y = y + torch.tanh(self.gate) * prefix", "a tanh on the gate, which was asked for "
-     "without"),
-    ("GateForgotten", LET_IN, "y = y + prefix", "the gate left out: it never multiplies the prefix part"),
-    ("GateOnBoth", LET_IN, "y = self.gate * y + self.gate * prefix", "the gate on the tokens too; it is on the "
-     "prompts alone"),
-    ("NotScaled", "k * d**-0.5", "k", "the prompts' scores not divided by √d"),
-    ("ScaledByWidth", "k * d**-0.5", "k * (H * d) ** -0.5", "the prompts' scores divided by √D; it is √d"),
-    ("GateAtOne", "torch.zeros(gate_shape(gate, num_heads,", "torch.ones(gate_shape(gate, num_heads,",
-     "a gate that does not start at 0"),
-    ("PromptAtZero", "torch.randn(prompt_length, width)", "torch.zeros(prompt_length, width)",
-     "a prompt that starts at 0 behind a gate at 0: neither ever gets a gradient"),
-    ("PromptDetached", OF_PROMPT, "project(self.prompt.detach())", "the prompt cut off from the graph, so that it "
-     "never learns"),
-    ("QueryAndKey", "_, k, v = self.project(self.prompt)", "k, v, _ = self.project(self.prompt)",
-     "the prompt's query and key taken for its key and value: c_attn holds query, key, value in this order"),
-    ("HeadsInnermost", "(3, self.num_heads, -1)).transpose(-4, -2)", "(3, -1, self.num_heads)).mT.transpose(-4, -2)",
-     "the features cut as (d, H) instead of (H, d): the features of one head lie side by side"),
-    ("NotItself", "attn_mask=attention_mask, is_causal=attention_mask is None",
-     "attn_mask=torch.ones(q.shape[2], q.shape[2]).tril(-1).bool()",
-     "the causal mask one off: a token sees itself too"),
-    ("NotItselfButTheFirst", "attn_mask=attention_mask, is_causal=attention_mask is None",
-     "attn_mask=torch.ones(q.shape[2], q.shape[2]).tril(-1).index_fill(0, torch.tensor(0), 1).bool()",
-     "the causal mask one off: a token sees itself too"),
-    ("NotCausal", CAUSAL, "is_causal=False", "no causal mask between the tokens: each sees those behind it"),
-), wrap=flowing)  # fmt: skip
+FLOW = catalogue(llama_adapter, TABLES["flow"], wrap=flowing)
 
 
 def probe_flow(answer, draw):
@@ -645,28 +297,7 @@ def right_merge(linear, scale, shift):
     return linear.weight * scale[:, None], (linear.bias + shift) * scale
 
 
-MERGES = catalogue(llama_adapter_v2, V2_MERGE, wrap=merged_by) + catalogue(right_merge, (
-    ("merge_shift_unscaled", "(linear.bias + shift) * scale", "linear.bias * scale + shift",
-     "s · b₀ + b: the shift left out of the scaling"),
-    ("merge_in_place", "linear.weight * scale[:, None]", "linear.weight.data.mul_(scale[:, None])",
-     "the base's own weight and bias overwritten: make new ones"),
-    ("merge_biases_unscaled", "(linear.bias + shift) * scale", "linear.bias + shift", "b₀ + b: neither bias is "
-     "scaled; both are"),
-    ("merge_own_bias_unscaled", "(linear.bias + shift) * scale", "linear.bias + shift * scale", "b₀ + s · b: the "
-     "layer's own "
-     "bias b₀ left out of the scaling"),
-    ("merge_own_bias_dropped", "(linear.bias + shift)", "shift", "s · b: the layer's own bias b₀ left out"),
-    ("merge_bias_untouched", "(linear.bias + shift) * scale", "linear.bias", "the bias as it was: it is s · (b₀ + b)"),
-    ("merge_weight_unscaled", "linear.weight * scale[:, None]", "linear.weight", "the weight as it was: its rows are "
-     "scaled"),
-    ("merge_on_columns", "[:, None]", "", "the scale on the weight's columns: a row belongs to an output; scale[:, "
-     "None]"),
-    ("merge_shift_unscaled_alone", "(linear.bias + shift) * scale", "linear.bias + shift / scale",
-     "b₀ + b / s: multiply out s · (W x + b₀ + b)"),
-    ("merge_turned", "linear.weight * scale[:, None]", "linear.weight.T * scale", "the weight turned round, (in, out)"),
-    ("merge_scale_plus_one", ("scale[:, None]", "shift) * scale"), ("(1 + scale[:, None])", "shift) * (1 + scale)"),
-     "1 + s for s: the scale starts at 1, not at 0"),
-))  # fmt: skip
+MERGES = catalogue(llama_adapter_v2, TABLES["merges_all"], wrap=merged_by) + catalogue(right_merge, TABLES["merges"])
 SCALED_SIZES = (dict(B=2, T=5, n_in=10, n_out=7), dict(B=3, T=2, n_in=6, n_out=6), dict(B=1, T=1, n_in=3, n_out=5))
 
 
@@ -679,31 +310,7 @@ def inputs_of_merge(draw, **sizes):
     return {name: given[name] for name in ("linear", "scale", "shift")}
 
 
-NORM = catalogue(llama_adapter_v2, V2_NORM + (
-    ("copy_stays_frozen", ".requires_grad_(True)", "", "a copy as frozen as the original: call requires_grad_(True) "
-     "on it"),
-    ("AlwaysTrained", "if not self.active:\n            return self.base(x)\n        numbers", "numbers",
-     "`active` not looked at, or in __init__ only: with it False the frozen norm is to answer; read it in forward"),
-    ("inactive_returns_x", "return self.base(x)\n        numbers", "return x\n        numbers",
-     "with `active` False x itself returned; it is the frozen norm that answers then"),
-    ("ones_for_the_weights", "copy.deepcopy(base).float().requires_grad_(True)",
-     "copy.deepcopy(base).float().requires_grad_(True)\n        [p.data.fill_(n == 'weight') for n, p in "
-     "self.trained.named_parameters()]", "a fresh norm, its weight 1; a copy starts with the frozen norm's numbers"),
-    ("default_eps", "copy.deepcopy(base)", "(lambda z: z.load_state_dict(base.state_dict()) and z)(nn.LayerNorm(len("
-     "base.weight)))", "the weights copied and the norm's own eps left behind; copy.deepcopy(norm) takes all along"),
-    ("one_behind_the_other", "numbers, (x,)", "numbers, (self.base(x),)", "the copy behind the norm; it stands in "
-     "its place"),
-    ("never_the_copy", "torch.func.functional_call(self.trained, numbers, (x,))", "self.base(x)",
-     "the copy never used: while `active` is True it is the copy that answers"),
-    ("a_fresh_norm", "copy.deepcopy(base)", "nn.LayerNorm(base.weight.shape)", "a fresh norm instead of a copy: "
-     "its weight is 1 and its eps another; copy.deepcopy(norm) takes all along"),
-    ("both_at_once", "return torch.func", "return self.base(x) + torch.func", "the copy's output added to the "
-     "norm's; it stands "
-     "in its place"),
-    ("turned_off", "if not self.active:\n            return self.base(x)\n        numbers", "if self.active:\n       "
-     "     "
-     "return self.base(x)\n        numbers", "`active` the wrong way round"),
-), wrap=lambda module: module.TrainedNorm)  # fmt: skip
+NORM = catalogue(llama_adapter_v2, TABLES["norm_all"], wrap=lambda module: module.TrainedNorm)
 
 
 def probe_norm(answer, draw):
@@ -748,38 +355,7 @@ def right_attach(model, wrap):
     return model
 
 
-FROZEN, LOOP, SET = "    model.requires_grad_(False)\n", "in model.layers:", "layer.self_attn = wrap(layer.self_attn)"
-ATTACH = catalogue(right_attach, (
-    ("frozen_after", (FROZEN, "    return model"), ("", FROZEN + "    return model"), "frozen after the wrapping, "
-     "the wrappers' "
-     "own parameters with it, so that nothing trains: freeze first, then wrap"),
-    ("not_every_layer", LOOP, "in model.layers[-1:]:", "one layer only; every layer of model.layers is wrapped"),
-    ("first_layer_left", LOOP, "in model.layers[1:]:", "the lowest layer left out; every layer of model.layers is "
-     "wrapped"),
-    ("wrapped_twice", SET, "layer.self_attn = wrap(wrap(layer.self_attn))", "a layer's attention wrapped twice"),
-    ("base_trains", FROZEN, "", "every weight of the base trains: model.requires_grad_(False) before anything "
-     "is wrapped, and no requires_grad_(True) of the whole after it"),
-    ("rest_trains", (FROZEN, SET), ("", SET.replace("wrap(", "wrap(").replace("self_attn)",
-     "self_attn.requires_grad_(False))")),
-     "the attention frozen and the rest not: embeddings, norms, MLPs and head stay frozen too"),
-    ("norms_train", FROZEN, FROZEN + "    [p.requires_grad_(True) for n, p in model.named_parameters() if 'norm' in "
-     "n]\n",
-     "the norms still train; every weight of the base is frozen"),
-    ("layers_frozen_only", FROZEN, "    model.layers.requires_grad_(False)\n",
-     "the layers frozen and the rest not: the embedding, the last norm and the head stay frozen too"),
-    ("shared", ("    for", SET), ("    shared = wrap(model.layers[0].self_attn)\n    for", "layer.self_attn = shared"),
-     "one wrapper for all layers: each gets its own, around its own attention"),
-    ("never_stored", SET, "wrapped = wrap(layer.self_attn)", "no layer's self_attn replaced: what wrap returns must "
-     "be stored, "
-     "layer.self_attn = …"),
-    ("not_returned", "return model", "", "the model is not returned"),
-    ("frozen_in_the_loop", ("    model.requires_grad_(False)\n", "in model.layers:\n"),
-     ("", "in model.layers:\n        model.requires_grad_(False)\n"), "the model frozen anew for each layer, with the "
-     "wrappers made so far: only the last one trains; freeze once, before the loop"),
-    ("biases_train", "    model.requires_grad_(False)\n",
-     "    for n, p in model.named_parameters():\n        p.requires_grad_(n.endswith('bias'))\n",
-     "the biases still train; every weight of the base is frozen"),
-))  # fmt: skip
+ATTACH = catalogue(right_attach, TABLES["attach"])
 
 
 class Louder(nn.Module):
@@ -839,24 +415,16 @@ def probe_attach(answer, draw):
         yield Piece("the logits with open gates (B, T, V)", model(ids))
 
 
-PREFIXES = catalogue(llama_adapter, PREFIX + OF_PREFIX, wrap=prefix_of)
+PREFIXES = catalogue(llama_adapter, TABLES["prefixes"], wrap=prefix_of)
 STARTS = catalogue(llama_adapter, START_ROWS, wrap=start_of)
-SCALINGS = catalogue(llama_adapter_v2, V2 + OF_SCALED, wrap=scaled_by)
+SCALINGS = catalogue(llama_adapter_v2, TABLES["scalings"], wrap=scaled_by)
 PLANTED = (*PREFIXES[: len(PREFIX)], *STARTS, SCALINGS[0], MERGES[0], NORM[0])  # each must fail a test in the models
 HARMLESS = {
     "BiasTwice": ("llama",),
     "HeadsInTheWrongOrder": ("llama", "gpt2"),
 }  # no bias there; nothing is repeated there
 
-OTHERWISE = (
-    "NoTanh",
-    "gate_averaged",
-    "opened_gates_averaged",
-    "first_gate_for_all",
-    "not_in_the_dtype_of_x",
-)  # right there, or like another
-ALIKE = tuple(row for row in PREFIX + START_ROWS + OF_PREFIX if row[0] not in OTHERWISE)
-CIRCULATED = catalogue(llama_adapter, CIRCULATING + ALIKE, wrap=circulating)
+CIRCULATED = catalogue(llama_adapter, TABLES["circulated"], wrap=circulating)
 
 EXERCISES = {
     "prefix_keys_values": Exercise(

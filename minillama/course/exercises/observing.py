@@ -1,4 +1,4 @@
-"""What an answer does, piece by piece: a probe calls it on random inputs with every gate open and yields what came of it.
+"""What an answer does, piece by piece: a probe calls it on random inputs, every gate open, and yields what came of it.
 
 A probe is a generator, probe(answer, draw), of Pieces. `calls` makes the usual one: it calls a function at several
 sizes, in float32 and in bfloat16, and yields what it returns, the gradient of that for every input, what it changed in
@@ -424,7 +424,7 @@ class Used(TorchFunctionMode):
 
 
 def filled(module, draw):
-    """The module frozen, in eval mode, and with every number drawn: matrices by N(0, 1/fan_in), vectors by 1 + 0.3 · N(0, 1)."""
+    """The module frozen, in eval mode, every number drawn: matrices by N(0, 1/fan_in), vectors by 1 + 0.3 · N(0, 1)."""
     with torch.no_grad():
         for parameter in module.parameters():
             drawn = draw(*parameter.shape)
