@@ -275,10 +275,10 @@ def learned(steps, prepare=None):
     return moved("bottleneck", steps, prepare, lambda name: ".".join(name.split(".")[-2:]), size=3)
 
 
+BEHIND = catalogue(bottleneck, TABLES["adapted_sublayer"], wrap=behind)
 PLANTED = (
-    *catalogue(bottleneck, NETWORK, wrap=network_of), *catalogue(bottleneck, PLANTED_START),
-    *catalogue(bottleneck, TABLES["planted"], wrap=behind),
-    *catalogue(bottleneck, TABLES["planted"]),
+    *catalogue(bottleneck, NETWORK, wrap=network_of), *catalogue(bottleneck, PLANTED_START), *BEHIND[:4],
+    *catalogue(bottleneck, TABLES["attach"]),
 )  # fmt: skip
 HARMLESS = {}
 
@@ -325,7 +325,7 @@ EXERCISES = {
     ),
     "adapted_sublayer": Exercise(
         "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", behind(bottleneck),
-        catalogue(bottleneck, TABLES["adapted_sublayer"], wrap=behind),
+        BEHIND,
         around(inputs_of_sublayer, SIZES, ("sublayer",), terms_of_sublayer,
                {"sublayer(x)": 1, "bottleneck(sublayer(x))": 1}, behind(bottleneck)),
     ),
