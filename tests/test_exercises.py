@@ -334,6 +334,7 @@ def test_modules_are_asked_for_their_return_as_functions_are():
     assert "changes its input x in place" in check("trained_norm", NormInPlace).message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_wrong_answer_has_its_verdict_soon(name):
     """Also where every pair of mistakes is tried; the limit is far off, machines differ."""
