@@ -2,7 +2,6 @@
 and what is in no catalogue is described."""
 
 import importlib
-import time
 from pathlib import Path
 
 import numpy
@@ -336,11 +335,10 @@ def test_modules_are_asked_for_their_return_as_functions_are():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
-def test_a_wrong_answer_has_its_verdict_soon(name):
-    """Also where every pair of mistakes is tried; the limit is far off, machines differ."""
-    start = time.perf_counter()
+def test_what_nothing_explains_is_wrong_all_the_same(name):
+    """After every pair of mistakes that is tried, which are not too many to wait for."""
     verdict = check(name, lambda *arguments: torch.zeros(3))
-    assert not verdict.passed and time.perf_counter() - start < 60
+    assert not verdict.passed and len(judging.pairs(ANSWERS[name])) <= 400
 
 
 def test_the_command_shows_mistakes_as_diffs(capsys):
