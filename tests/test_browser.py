@@ -77,7 +77,7 @@ def test_the_slider_changes_the_answer(lab):
         page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')", None)
         source = "w.model.sharedModel.getSource()"
         cells = f"{shown}.content.widgets.filter(w => w.model.type === 'code' && {source}.trim())"
-        page.wait_for_function(f"{cells}.every(w => w.model.executionCount)", timeout=300_000)
+        page.wait_for_function(f"{cells}.every(w => w.model.executionCount)", timeout=1_500_000)
         outputs = page.evaluate(f"{cells}.map(w => w.model.outputs.toJSON()).flat()")
         assert not [output for output in outputs if output["output_type"] == "error"], outputs
         assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
