@@ -9,6 +9,8 @@ import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from .checkpoints.progress import Stopped
+
 COMMANDS = {
     "adapt": "teach a frozen base the dates of other languages, or a task of your own (the default)",
     "generate": "continue a prompt, token by token",
@@ -47,6 +49,9 @@ def main(argv=None):
     try:
         args = parser(argv).parse_args(argv)
         return args.run(args) or 0
+    except Stopped as error:
+        print(f"minillama: {error}", file=sys.stderr)
+        return error.code
     except (ValueError, OSError) as error:
         print(f"minillama: {error}", file=sys.stderr)
         return 2

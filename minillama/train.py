@@ -64,7 +64,7 @@ def learning_rate_at(step, steps, peak, warmup):
 
 def train(
     model, tokenizer, pairs, *, steps=300, batch_size=16, learning_rate=1e-2, warmup=0.1, weight_decay=0.0, clip=1.0,
-    seed=0, autocast=None, checkpointing=False, bucket=16, watch=None, progress=True,
+    seed=0, autocast=None, checkpointing=False, bucket=16, watch=None, progress=True, keeper=None,
 ):  # fmt: skip
     """Trains whatever requires gradients on pairs (prompt, answer) and returns the history: a dict of numbers per step.
 
@@ -72,9 +72,11 @@ def train(
     seed repeats a run bit for bit on one CPU machine.
     autocast: a dtype for the arithmetic of weights kept in float32.  checkpointing: less memory for more time, see
     `checkpointed`.  bucket: see data.batches.  watch: called as watch(model) -> dict after every step, its entries join
-    the history.  Raises ValueError where nothing can be trained, and for a loss that is not finite.
+    the history.  keeper: of a run that may be killed and go on, checkpoints/progress.py.
+    Raises ValueError where nothing can be trained, and where the loss, a gradient or a parameter is no number any more.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = list(named.values())
     if not trained:
         raise ValueError("no parameter requires gradients: adapt the model first, or unfreeze it to train it whole")
     if steps < 1 or batch_size < 1 or not pairs:
@@ -86,11 +88,15 @@ def train(
     device = trained[0].device
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     arithmetic = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
-    history, seen, start = [], 0, time.perf_counter()
+    history, seen = keeper.restore(named, optimizer) if keeper else [], 0
+    start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     model.train()
     numbered = zip(range(steps), batches(pairs, batch_size, seed, bucket))
     bar = tqdm(numbered, total=steps, disable=not progress, unit="step", dynamic_ncols=True)
     for step, batch in bar:
+        seen += len(batch)
+        if step < len(history):
+            continue  # done before the run was interrupted
         ids, labels = (tensor.to(device) for tensor in collate(batch, tokenizer))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
@@ -104,7 +110,14 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
 
-        seen += len(ids)
+        finite = torch.stack([loss, norm, torch.nn.utils.get_total_norm(trained)]).isfinite()
+        if not finite.all():
+            what = ("loss", "gradient", "parameters")[finite.int().argmin()]
+            raise ValueError(
+                f"the {what} became NaN or infinite at step {step + 1} of {steps}, on a batch that begins with "
+                f"{str(batch[0][0])[:40]!r}: lower the learning rate, now {learning_rate}"
+                + (f"; {keeper}" if keeper else "")
+            )
         seconds = time.perf_counter() - start
         history.append({
             "step": step + 1,
@@ -117,12 +130,10 @@ def train(
             **(watch(model) if watch else {}),
         })  # fmt: skip
         now = history[-1]
-        if not math.isfinite(now["loss"]):
-            raise ValueError(
-                f"the loss became {now['loss']} at step {step + 1}: lower the learning rate, now {learning_rate}"
-            )
         shown = f"loss {now['loss']:.3f} · accuracy {now['accuracy']:.0%} · {now['examples_per_second']:.0f} examples/s"
         bar.set_postfix_str(shown, refresh=False)
+        if keeper:
+            keeper.after(named, optimizer, history)
     model.eval()
     return history
 

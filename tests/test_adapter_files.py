@@ -3,6 +3,10 @@ and refused when anything is off."""
 
 import copy
 import json
+import math
+import re
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -10,11 +14,14 @@ import torch
 import transformers
 from conftest import SHAPE, make, open_gates
 from methods import CASES
+from safetensors.torch import load_file, save_file
 
 import minillama
 from minillama import adapt, load_adapter, save_adapter
-from minillama.adapters import delete_adapter, wrappers
+from minillama.adapters import adapter_parameters, delete_adapter, wrappers
 from minillama.adapters.llama_adapter import PRESETS
+from minillama.checkpoints import files
+from minillama.checkpoints.files import read_metadata
 
 NATIVE = list(CASES) + [dict(method="llama_adapter", gate="feature", layers=2, prompt_length=3)]
 # What PEFT has and computes alike: our arguments of `adapt`, and its configuration.
@@ -197,6 +204,13 @@ def test_peft_refuses_what_it_would_compute_otherwise(pair, tmp_path):
         peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
 
 
+def without_its_own_config(folder):
+    """The folder as another library would have written it."""
+    path = folder / "adapter_model.safetensors"
+    kept = {"base_fingerprint": read_metadata(path)["base_fingerprint"]}
+    save_file(load_file(path), path, metadata=kept)
+
+
 def test_bad_adapter_files_are_named_and_leave_the_model_alone(model, ids, tmp_path):
     base = model(ids)
 
@@ -206,9 +220,10 @@ def test_bad_adapter_files_are_named_and_leave_the_model_alone(model, ids, tmp_p
         assert "\n" not in str(error.value)
         assert not wrappers(model) and torch.equal(model(ids), base)
 
-    refused("adapter_config.json is missing")
+    refused("holds no adapter")
     save_adapter(adapt(model, "llama_adapter"), tmp_path)
     delete_adapter(model)
+    without_its_own_config(tmp_path)  # so that adapter_config.json decides
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     content, text = weights.read_bytes(), config.read_text()
     for parameter in model.layers[0].parameters():
@@ -293,6 +308,78 @@ def test_nothing_half_written(model, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(minillama.FileError, match="cannot be written"):
         save_adapter(model, tmp_path / "file" / "below")
+
+
+def test_the_weights_say_how_they_are_read(model, tmp_path):
+    """New weights beside an old alpha, as a killed writer or a copy of one file leaves them, are never combined."""
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_adapter(open_gates(adapt(model, "lora", rank=4, alpha=8)), tmp_path)
+    delete_adapter(model)
+    text, alpha = config.read_text(), json.loads(config.read_text())["lora_alpha"]
+    config.write_text(text.replace(f'"lora_alpha": {alpha}', '"lora_alpha": 99'))
+    with pytest.raises(minillama.FileError, match=f"lora_alpha is 99, .* written with {alpha}: the two do not belong"):
+        load_adapter(model, tmp_path)
+    assert not wrappers(model)
+    config.write_text(text.replace('"inference_mode": true', '"inference_mode": false'))  # decides nothing
+    delete_adapter(load_adapter(model, tmp_path))
+    config.unlink()
+    delete_adapter(load_adapter(model, tmp_path))
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(minillama.FileError, match="not those that were written"):
+        load_adapter(model, tmp_path)
+
+
+def test_numbers_that_are_none_are_neither_saved_nor_read(model, tmp_path):
+    save_adapter(adapt(model, "ia3"), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    before = path.read_bytes()
+    (name, first), *_ = adapter_parameters(model).items()
+    for number in (math.nan, math.inf, -math.inf):
+        with torch.no_grad():
+            first[0] = number
+        with pytest.raises(ValueError, match="holds NaN or infinity.*lower learning rate"):
+            save_adapter(model, tmp_path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    delete_adapter(model)
+    tensors = load_file(path)
+    key = next(iter(tensors))
+    for changed, words in (
+        (tensors[key] * math.nan, "holds NaN or infinity"),
+        (tensors[key].to(torch.int64), "is of int64; needed is one of float32"),
+        (tensors[key].to(torch.float8_e4m3fn), "is of float8_e4m3fn"),
+        (tensors[key].to(torch.bool), "is of bool"),
+    ):
+        save_file(tensors | {key: changed}, path)
+        with pytest.raises(minillama.FileError, match=f"{re.escape(key)} {words}"):
+            load_adapter(model, tmp_path)
+
+
+def test_two_writers_do_not_mix(model, tmp_path):
+    """Another process holds the folder; this one says so, and writes when it is free."""
+    adapt(model, "ia3")
+    held = "import sys; from minillama.checkpoints.files import locked\n"
+    held += "with locked(sys.argv[1]): print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(minillama.FileError, match="another process is writing"):
+            save_adapter(model, tmp_path)
+        other.communicate("\n")
+    assert not list(tmp_path.iterdir())
+    save_adapter(model, tmp_path)
+
+
+def test_what_a_killed_writer_left_is_swept(model, tmp_path):
+    left = tmp_path / ".adapter_model-abcdefgh.safetensors"
+    left.write_bytes(b"half")
+    with files.replacing(tmp_path / "adapter_model.safetensors") as mine:  # one that is being written stays
+        save_adapter(adapt(model, "ia3"), tmp_path)
+        assert mine.exists() and not left.exists()
+        mine.write_bytes((tmp_path / "adapter_model.safetensors").read_bytes())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_saving_needs_an_adapter(model, tmp_path):

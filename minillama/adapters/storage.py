@@ -1,4 +1,10 @@
-"""Adapter folders: adapter_config.json beside adapter_model.safetensors.
+"""Adapter folders: adapter_model.safetensors, which says all that is needed to read it right, and beside it the same
+again as adapter_config.json, for the PEFT library and for readers.
+
+The weights carry their own options, their base's fingerprint and a hash of their numbers, so that one file is the whole
+truth: whoever reads while another writes, or after a writer was killed, has the old adapter or the new one, and never
+new weights with an old alpha. adapter_config.json is taken away first and comes back last; where it says something else
+than the weights do, the folder is refused.
 
 Where the PEFT library has the method and computes the same, the folder is in PEFT's layout and both read it (peft.py).
 Elsewhere `peft_type` is "MINILLAMA", which PEFT refuses by name instead of computing something else, and the file holds
@@ -6,14 +12,30 @@ the arguments of `adapt` and the tensors under the names of `adapter_tensors`.
 """
 
 import hashlib
+import json
 import math
 from pathlib import Path
 
 import torch
 
-from ..checkpoints.files import FileError, read_json, read_metadata, read_tensors, write_json, write_tensors
+from ..checkpoints.files import (
+    FileError,
+    as_json,
+    finite,
+    locked,
+    parse_json,
+    put_tensors,
+    read_json,
+    read_metadata,
+    read_tensors,
+    refuse_unsound,
+    remove,
+    replacing,
+)
 from . import adapt, adapter_tensors, adapters, base_tensors, peft, whole_or_not_at_all
 
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LARGEST = 2**20  # bytes of an adapter_config.json
 BLOCK = 2**20
 STEP = 2.0**-8  # to which the numbers of a fingerprint are rounded
 
@@ -50,17 +72,58 @@ def same_base(one, other):
 
 
 def save_adapter(model, folder, name="default"):
-    """Writes one adapter's options and tensors, and the fingerprint of its base, to a folder."""
+    """Writes one adapter's options and tensors, and the fingerprint of its base, to a folder.
+
+    Raises ValueError for an adapter that the model does not carry or whose numbers are none, FileError where nothing
+    can be written or another process writes; what the folder held is then as it was.
+    """
     if name not in adapters(model):
         raise ValueError(f"the model carries no adapter {name!r}: adapt(model, method) gives it one")
     parts = adapters(model)[name]
-    tensors = {key: tensor.detach().cpu() for key, tensor in adapter_tensors(model, name).items()}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_tensors(model, name).items()}
+    if bad := [key for key, tensor in tensors.items() if not finite(tensor)]:
+        raise ValueError(f"{bad[0]} holds NaN or infinity, so nothing was saved: train with a lower learning rate")
     config, tensors = peft.to_peft(model, parts, tensors) or ({"peft_type": "MINILLAMA", "parts": parts}, tensors)
     config |= {"base_model_name_or_path": getattr(model, "source", None)}
     config |= {"task_type": "CAUSAL_LM", "inference_mode": True}
-    folder = Path(folder)
-    write_tensors(folder / "adapter_model.safetensors", tensors, base_fingerprint=fingerprint(model))
-    write_json(folder / "adapter_config.json", config)
+    truth = {"adapter_config": json.dumps(config, allow_nan=False), "numbers_sha256": digest(tensors)}
+    with locked(folder) as folder, replacing(folder / CONFIG) as beside, replacing(folder / WEIGHTS) as weights:
+        beside.write_text(as_json(config), encoding="utf-8")
+        put_tensors(weights, tensors, base_fingerprint=fingerprint(model), **truth)
+        remove(folder / CONFIG)  # the last moment of the old adapter; now the weights come into place, then this file
+
+
+def digest(tensors):
+    """SHA-256 of names, dtypes, shapes and numbers, in the order of the names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def read_adapter(folder):
+    """(adapter_config's content, tensors, fingerprint of the base or None) of an adapter's folder."""
+    path, beside = Path(folder) / WEIGHTS, Path(folder) / CONFIG
+    if not path.exists() and not beside.exists():
+        raise FileError(f"{folder} holds no adapter: needed are {WEIGHTS} and {CONFIG}; check the folder's name")
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    refuse_unsound(tensors, path)
+    if "adapter_config" not in metadata:  # written by another library
+        return read_json(beside, LARGEST), tensors, metadata.get("base_fingerprint")
+    if metadata.get("numbers_sha256") != digest(tensors):
+        raise FileError(f"{path}: its numbers are not those that were written: it is damaged, copy it again")
+    config = parse_json(metadata["adapter_config"].encode(), f"{path}, its own adapter_config,")
+    if beside.exists():
+        other = read_json(beside, LARGEST)
+        unlike = [key for key in config.keys() | other.keys() if config.get(key) != other.get(key)]
+        if unlike := sorted(set(unlike) - {"base_model_name_or_path", "inference_mode", "revision"}):
+            key = unlike[0]
+            raise FileError(
+                f"{beside} says {key} is {other.get(key)!r}, and {WEIGHTS} was written with {config.get(key)!r}: the "
+                "two do not belong together; copy both again, or save the adapter once more"
+            )
+    return config, tensors, metadata.get("base_fingerprint")
 
 
 def load_adapter(model, folder, name="default", check_base=True):
@@ -69,12 +132,11 @@ def load_adapter(model, folder, name="default", check_base=True):
     Raises FileError for a missing or damaged file, for options or shapes that do not fit the model, and, unless
     `check_base` is False, for an adapter that was trained on another base. The model is then as it was.
     """
-    config_path, path = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    config, tensors = read_json(config_path), read_tensors(path)
-    remembered = read_metadata(path).get("base_fingerprint")
+    config, tensors, remembered = read_adapter(folder)
+    path = Path(folder) / WEIGHTS
     if check_base and remembered is not None and not same_base(remembered, ours := fingerprint(model)):
         raise FileError(
-            f"{path} was trained on a base with fingerprint {remembered[:16]}, this one has {ours[:16]}: load that "
+            f"{path} was trained on a base with fingerprint {remembered[:16]!r}, this one has {ours[:16]!r}: load that "
             "base, or pass check_base=False (--any-base on the command line)"
         )
     if name in adapters(model):
@@ -92,7 +154,7 @@ def load_adapter(model, folder, name="default", check_base=True):
             fill(adapter_tensors(model, name), tensors, path)
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
-        raise FileError(f"{config_path}: {reason}") from None
+        raise FileError(f"{Path(folder) / CONFIG}: {reason}") from None
     return model
 
 

@@ -1,13 +1,29 @@
-"""Files read and written with care: a bad one ends in one sentence, and a new one appears whole or not at all."""
+"""Files read and written with care: a bad one ends in one sentence, and a new one appears whole or not at all.
+
+Written is beside the old file, synced to the disk and moved into its place, so that a kill or a full disk at any moment
+leaves the old one or the new one. Read is what the size and kind of a file allow, and numbers that are numbers.
+"""
 
 import contextlib
 import json
+import math
 import os
+import stat
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
+try:
+    import fcntl
+except ImportError:  # Windows has no locks on folders: there two writers are not told of each other
+    fcntl = None
+
+JSON_BYTES = 2**26  # tokenizers of a quarter of a million tokens have half of it
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HELD = {}  # {folder that this process has locked: how often}
 
 
 class FileError(OSError):
@@ -17,37 +33,96 @@ class FileError(OSError):
         return [f"{type(self).__name__}: {self}"]
 
 
-def read_json(path):
-    """The object in a JSON file; FileError when it is missing, cut short, or holds something else."""
-    path = Path(path)
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Within the block, what the system says of a file becomes a FileError; it must be there, and a regular file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise FileError(f"{path} is {kind}; needed is a file")
+        yield
+    except FileError:
+        raise
     except FileNotFoundError:
         raise FileError(f"{path} is missing: check the folder's name, or copy the file there again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is not valid JSON ({error}): it may have been cut short, copy it again") from None
     except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(content, dict):
-        raise FileError(f"{path} holds a {type(content).__name__}; needed is an object with names and values")
-    return content
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_json(path, limit=JSON_BYTES):
+    """The object in a JSON file; FileError when it is missing, cut short, too large, or holds something else."""
+    path = Path(path)
+    with reading(path):
+        if (size := path.stat().st_size) > limit:
+            raise FileError(f"{path} has {size:,} bytes; at most {limit:,} are read: it is not what its name says")
+        content = path.read_bytes()
+    return parse_json(content, path)
+
+
+def parse_json(content, where):
+    """The object that a JSON text holds; FileError names `where` it stood."""
+    try:
+        found = json.loads(content.decode("utf-8"), parse_constant=no_number)
+    except RecursionError:
+        raise FileError(f"{where} nests too many lists and objects: it is damaged, copy it again") from None
+    except ValueError as error:  # also of text that is not UTF-8, and of a number with thousands of digits
+        raise FileError(f"{where} is not valid JSON ({error}): it may have been cut short, copy it again") from None
+    if not isinstance(found, dict):
+        raise FileError(f"{where} holds a {type(found).__name__}; needed is an object with names and values")
+    return found
+
+
+def no_number(constant):
+    raise ValueError(f"it holds {constant}, which is no number")
 
 
 def read_tensors(path):
     """The tensors of a safetensors file by name, memory-mapped; FileError when it is missing or damaged."""
     path = Path(path)
-    try:
+    with reading(path), whole_safetensors(path):
         return load_file(path)
-    except FileNotFoundError:
-        raise FileError(f"{path} is missing: check the folder's name, or copy the file there again") from None
-    except SafetensorError as error:
-        size = path.stat().st_size
+
+
+def read_metadata(path):
+    """The strings that a safetensors file carries besides its tensors."""
+    with reading(path), whole_safetensors(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def whole_safetensors(path):
+    try:
+        yield
+    except (SafetensorError, AttributeError, ValueError) as error:  # the latter two: a dtype that torch does not have
         raise FileError(
-            f"{path} ({size:,} bytes) is not a whole safetensors file ({error}): "
+            f"{path} ({os.path.getsize(path):,} bytes) is not a whole safetensors file ({error}): "
             "it may have been cut short, copy it again"
         ) from None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def refuse_unsound(tensors, path):
+    """FileError for a tensor that holds something else than floating-point numbers, or numbers that are none."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+            raise FileError(
+                f"{path}: {name} is of {str(tensor.dtype).removeprefix('torch.')}; needed is one of {kinds}"
+            )
+        if not finite(tensor):
+            raise FileError(f"{path}: {name} holds NaN or infinity, so nothing computed with it would be a number")
+
+
+def finite(tensor):
+    """Whether every number is one; looked at in parts, so that little memory is needed."""
+    parts = tensor.detach().flatten().split(2**22)
+    return all(math.isfinite(part.abs().amax()) for part in parts if len(part))
+
+
+# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def umask():
@@ -59,35 +134,133 @@ def umask():
 
 @contextlib.contextmanager
 def replacing(path):
-    """Gives a temporary path beside `path`, and moves the file there into place once the block has ended well."""
+    """Gives a temporary path beside `path`, and once the block has ended well syncs the file there and moves it into
+    place. What a killed process left of its own is removed."""
     path = Path(path)
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    except OSError as error:
-        raise FileError(f"{path} cannot be written: {error.strerror} ({error.filename})") from None
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        try:
+            lock(handle)
+            yield Path(temporary)
+            with open(temporary, "rb+") as file:  # the block may have put another file there
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~umask())
+            os.replace(temporary, path)
+        finally:
+            os.close(handle)
+        sync(path.parent)
+    except FileError:
         raise
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def lock(handle):
+    """Whether this process alone has the file or folder now."""
+    with contextlib.suppress(OSError):
+        fcntl and fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def sweep(path):
+    """Removes the temporary files beside `path` whose writers have died: a living one holds a lock on its own."""
+    for old in path.parent.glob(f".{path.stem}-????????{path.suffix}") if fcntl else ():
+        with contextlib.suppress(OSError):
+            handle = os.open(old, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if lock(handle):
+                    old.unlink()
+            finally:
+                os.close(handle)
+
+
+def sync(folder):
+    """Writes to the disk which names the folder holds."""
+    with contextlib.suppress(OSError):  # not every system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Makes a folder and holds it: within the block no other process writes a run or an adapter there. What was
+    made for it and stays empty is removed.
+
+    Raises FileError where another holds it, and where nothing can be written to it.
+    """
+    folder = Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as error:
+        raise FileError(f"{folder} cannot be written to: {error.strerror or error}") from None
+    place = folder.resolve()
+    try:
+        if place not in HELD and not lock(handle):
+            raise FileError(f"another process is writing to {folder}: wait until it ends, or name another folder")
+        HELD[place] = HELD.get(place, 0) + 1
+        try:
+            yield folder
+        finally:
+            HELD[place] -= 1
+            if not HELD[place]:
+                del HELD[place]
+    finally:
+        with contextlib.suppress(OSError):  # until one holds something
+            for place in made:
+                place.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def remove(path):
+    """Takes a file away, for good."""
+    with contextlib.suppress(FileNotFoundError):
+        Path(path).unlink()
+        sync(Path(path).parent)
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def as_json(content):
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path, content):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_metadata(path):
-    """The strings that a readable safetensors file carries besides its tensors."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    write_text(path, as_json(content))
 
 
 def write_tensors(path, tensors, **metadata):
+    """Writes a safetensors file, with strings besides its tensors."""
     with replacing(path) as temporary:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary, metadata={"format": "pt"} | metadata)
+        put_tensors(temporary, tensors, **metadata)
+
+
+def put_tensors(path, tensors, **metadata):
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path, metadata={"format": "pt"} | metadata)
+    except SafetensorError as error:  # of a full disk too
+        raise OSError(str(error)) from None
+    with open(path, "rb+") as file:  # the library writes the strings in an order of chance: the same run, the same file
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))

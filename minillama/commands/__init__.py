@@ -2,11 +2,16 @@
 share."""
 
 import argparse
+import hashlib
+import json
+from pathlib import Path
 
 import torch
 
 from .. import adapters, data
 from ..checkpoints import load
+from ..checkpoints.files import FileError, write_text
+from ..checkpoints.progress import CHECKPOINT, Keeper, read_settings
 from ..device import pick_device, pick_dtype
 from ..train import train
 
@@ -45,6 +50,20 @@ def at_least_two(text):
     return int(text)
 
 
+def above_zero(text):
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is out of range; needed is a number above 0")
+    return number
+
+
+def probability(text):
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; needed is a number from 0 to 1")
+    return number
+
+
 def names(text):
     return list(dict.fromkeys(text.split(",")))
 
@@ -80,11 +99,9 @@ def add_training(parser):
     parser.add_argument("--steps", type=positive, metavar="N", help=f"training steps {default('steps')}")
     parser.add_argument("--batch-size", type=positive, metavar="N", help=f"examples per step {default('batch_size')}")
     parser.add_argument(
-        "--learning-rate",
-        type=float,
-        metavar="RATE",
+        "--learning-rate", type=above_zero, metavar="RATE",
         help="peak of warm-up and cosine (what suits the method and base)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--test-dates", type=positive, metavar="N",
         help=f"dates per language to measure on, never seen in training {default('test_dates')}",
@@ -93,6 +110,17 @@ def add_training(parser):
         "--checkpointing", action=argparse.BooleanOptionalAction,
         help="less memory for about a third more time: layers are computed again for the backward pass (for a real "
         "base in bfloat16 on the CPU)",
+    )  # fmt: skip
+
+
+def add_keeping(parser):
+    parser.add_argument(
+        "--resume", metavar="FOLDER", help="go on with the run that was interrupted there, with the options it was "
+        "begun with"
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint-every", type=above_zero, default=60.0, metavar="SECONDS",
+        help="how often the run is kept, so that one that is killed can go on; Ctrl-C keeps it too (60)",
     )  # fmt: skip
 
 
@@ -128,7 +156,59 @@ def settle(args, model, tokenizer):
         args.checkpointing = real and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
-def teach(model, tokenizer, method, options, pairs, args, seed):
+ELSEWHERE = {"run", "command", "resume", "checkpoint_every", "out", "overwrite"}  # say where and how, not what
+
+
+def resumed(args, add_arguments):
+    """The arguments that the run in the folder args.resume was begun with.
+
+    Raises ValueError where others are given beside it, FileError where no run is kept there.
+    """
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    for action in defaults._actions:
+        action.required = False
+    defaults = vars(defaults.parse_args([]))
+    free = {"run", "command", "resume", "checkpoint_every"}
+    if given := [name for name, value in vars(args).items() if name not in free and value != defaults[name]]:
+        raise ValueError(
+            f"--resume goes on with the options that the run was begun with: leave --{given[0].replace('_', '-')} out"
+        )
+    settings = read_settings(args.resume)
+    begun = settings.get("command")
+    if begun != args.command:
+        raise ValueError(f"the run in {args.resume} was begun by {begun!r}: minillama {begun} --resume {args.resume}")
+    return argparse.Namespace(**vars(args) | {name: settings[name] for name in defaults if name not in ELSEWHERE})
+
+
+def refuse_full(args, weights):
+    """Refuses a folder --out that holds weights or an interrupted run, unless that may be overwritten."""
+    if str(args.out).strip() == "":
+        raise ValueError("--out is empty; needed is a folder's name")
+    if args.overwrite:
+        return
+    if (Path(args.out) / weights).exists():
+        what = "an adapter" if weights == adapters.storage.WEIGHTS else "a base"
+        raise FileError(f"{args.out} holds {what} already: give another --out, or --overwrite to replace it")
+    if (Path(args.out) / CHECKPOINT).exists():
+        raise FileError(
+            f"{args.out} holds an interrupted run: --resume {args.out} goes on with it, --overwrite begins anew"
+        )
+
+
+def keeper(args, out, pairs, **settings):
+    """A Keeper of what a command was asked to do."""
+    settings |= {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
+    settings |= {"command": args.command, "pairs_sha256": hashlib.sha256(repr(pairs).encode()).hexdigest()}
+    go_on = f"python -m minillama {args.command} --resume {out}"
+    return Keeper(out, settings, args.checkpoint_every, resume=args.resume is not None, go_on=go_on)
+
+
+def write_history(out, history):
+    write_text(out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+
+def teach(model, tokenizer, method, options, pairs, args, seed, keeping=None):
     """Adapts the model (method "full": trains it whole) on pairs; the history."""
     real = is_real(tokenizer)
     torch.manual_seed(seed)
@@ -140,7 +220,7 @@ def teach(model, tokenizer, method, options, pairs, args, seed):
     rate = adapters.learning_rate(method, real) if args.learning_rate is None else args.learning_rate
     return train(
         model, tokenizer, pairs, steps=args.steps, batch_size=args.batch_size, learning_rate=rate, seed=seed,
-        checkpointing=args.checkpointing, bucket=1 if real else 16, watch=adapters.gates,
+        checkpointing=args.checkpointing, bucket=1 if real else 16, watch=adapters.gates, keeper=keeping,
     )  # fmt: skip
 
 

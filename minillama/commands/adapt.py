@@ -5,7 +5,6 @@ import argparse
 import ast
 import contextlib
 import inspect
-import json
 import statistics
 import time
 from pathlib import Path
@@ -14,26 +13,31 @@ import torch
 
 from .. import data
 from ..adapters import METHODS, adapt, adapter_parameters, disabled, save_adapter
-from ..checkpoints.files import FileError, replacing
+from ..adapters.storage import WEIGHTS, fingerprint
+from ..checkpoints.files import FileError, locked
 from ..checkpoints.pairs import read_pairs
+from ..checkpoints.progress import CHECKPOINT
 from ..device import peak_memory
 from ..train import exact_match, mean_loss
 from . import (
     add_base,
+    add_keeping,
     add_machine,
     add_training,
     at_least_two,
     count,
     is_real,
+    keeper,
     open_base,
+    refuse_full,
+    resumed,
     settle,
     table,
     teach,
     test_dates,
     train_dates,
+    write_history,
 )
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def assignment(text):
@@ -74,18 +78,20 @@ def add_arguments(parser):
     )  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="for what is written (the next free one under runs/)")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter that --out already holds")
+    add_keeping(parser)
     add_machine(parser)
 
 
 def pick_folder(args, subject):
-    """The folder to write to: --out, or the first under runs/ that holds no adapter yet."""
-    if args.out:
-        if (Path(args.out) / WEIGHTS).exists() and not args.overwrite:
-            raise FileError(f"{args.out} holds an adapter already: give another --out, or --overwrite to replace it")
+    """The folder to write to: --resume, --out, or the first under runs/ that holds neither an adapter nor a run."""
+    if args.resume:
+        return Path(args.resume)
+    if args.out is not None:
+        refuse_full(args, WEIGHTS)
         return Path(args.out)
     first = Path(f"runs/{Path(args.base).name}-{args.method}-{subject.replace(', ', '-')}")
     folder, number = first, 1
-    while (folder / WEIGHTS).exists():
+    while (folder / WEIGHTS).exists() or (folder / CHECKPOINT).exists():
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
     return folder
@@ -112,8 +118,9 @@ def refuse_early(args):
         data.locales(language)
     if args.data is not None and not Path(args.data).exists():
         raise FileError(f"{args.data} is missing: needed is a .jsonl file or a folder of them")
-    if args.learning_rate is not None and not 0 < args.learning_rate < float("inf"):
-        raise ValueError(f"--learning-rate is {args.learning_rate}; needed is a number above 0")
+    known = list(inspect.signature(METHODS[args.method].attach).parameters)[1:]
+    if unknown := [name for name, _ in args.option if name not in known]:
+        raise ValueError(f"{args.method} has no option {unknown[0]!r}; it has {', '.join(known)}")
     if args.chat and args.data is None:
         raise ValueError(
             "--chat puts the prompts of --data into a chat template, and there is no --data: leave --chat out"
@@ -122,9 +129,15 @@ def refuse_early(args):
 
 def run(args):
     start = time.perf_counter()
+    if args.resume:
+        args = resumed(args, add_arguments)
     refuse_early(args)
     subject = ", ".join(args.languages) if args.data is None else Path(args.data).stem
-    out = pick_folder(args, subject)
+    with locked(pick_folder(args, subject)) as out:
+        adapt_into(out, args, subject, start)
+
+
+def adapt_into(out, args, subject, start):
     model, tokenizer = open_base(args)
     if args.chat and getattr(tokenizer, "template", None) is None:
         raise ValueError(
@@ -157,11 +170,12 @@ def run(args):
     print(f"the base answers {sum(map(len, tests.values())):,} unseen prompts", flush=True)
     before, loss_before = measure()
 
-    print(f"{args.method} learns {subject}: {args.steps} steps of {args.batch_size}, the base frozen")
-    history = teach(model, tokenizer, args.method, dict(args.option), pairs, args, args.seed)
-    save_adapter(model, out)
-    with replacing(out / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+    print(f"{args.method} learns {subject}: {args.steps} steps of {args.batch_size}, the base frozen", flush=True)
+    with keeper(args, out, pairs, base_fingerprint=fingerprint(model)) as keeping:
+        history = teach(model, tokenizer, args.method, dict(args.option), pairs, args, args.seed, keeping)
+        save_adapter(model, out)
+        write_history(out, history)
+        keeping.remove()
 
     after, loss_after = measure()
     with disabled(model):

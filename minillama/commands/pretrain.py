@@ -1,48 +1,67 @@
 """Trains a base from scratch on English dates and writes its folder with a model card."""
 
-import json
 import time
-from pathlib import Path
 
 import torch
 
 from .. import data
 from ..checkpoints import save
-from ..checkpoints.files import replacing
+from ..checkpoints.files import locked, write_text
 from ..device import pick_device, pick_dtype
 from ..gpt2 import GPT2, GPT2Config
 from ..llama import LLaMA, LLaMAConfig
 from ..train import exact_match, train
-from . import add_machine, count, positive, table
+from . import (
+    above_zero,
+    add_keeping,
+    add_machine,
+    count,
+    keeper,
+    positive,
+    probability,
+    refuse_full,
+    resumed,
+    table,
+    write_history,
+)
 
 
 def add_arguments(parser):
     parser.add_argument("--model", default="llama", choices=("llama", "gpt2"), help="architecture (llama)")
-    parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="for config.json, model.safetensors, README.md and metrics.jsonl"
-    )
+    parser.add_argument("--out", metavar="FOLDER", help="for config.json, model.safetensors, README.md, metrics.jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace the base that --out already holds")
     parser.add_argument("--steps", type=positive, default=1500, metavar="N", help="training steps (1500)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="dates per step (64)")
     parser.add_argument(
-        "--learning-rate", type=float, default=1e-3, metavar="RATE", help="peak of warm-up and cosine (0.001)"
+        "--learning-rate", type=above_zero, default=1e-3, metavar="RATE", help="peak of warm-up and cosine (0.001)"
     )
     parser.add_argument(
         "--test-dates", type=positive, default=1000, metavar="N",
         help="dates per language to measure on, never seen in training (1000)",
     )  # fmt: skip
     parser.add_argument(
-        "--typos",
-        type=float,
-        default=0.1,
-        metavar="P",
+        "--typos", type=probability, default=0.1, metavar="P",
         help="probability that a letter of every second prompt is replaced (0.1)",
-    )
+    )  # fmt: skip
+    add_keeping(parser)
     add_machine(parser)
 
 
 def run(args):
+    if args.resume:
+        args = resumed(args, add_arguments)
+        args.out = args.resume
+    elif args.out is None:
+        raise ValueError("--out is missing: needed is a folder for the base, or --resume FOLDER")
+    else:
+        refuse_full(args, "model.safetensors")
+    with locked(args.out) as out:
+        pretrain_into(out, args)
+
+
+def pretrain_into(out, args):
     start = time.perf_counter()
-    device, out = pick_device(args.device), Path(args.out)
+    device = pick_device(args.device)
     half = args.dtype != "float32" and pick_dtype(args.dtype, device) == torch.bfloat16
     torch.manual_seed(args.seed)
     if args.model == "llama":
@@ -58,13 +77,14 @@ def run(args):
     train_days, test_days = data.split_dates()
     pairs = data.examples("en", train_days, args.steps * args.batch_size, args.seed)
     pairs = data.with_typos(pairs, args.typos, args.seed)
-    history = train(
-        model, tokenizer, pairs, steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate,
-        seed=args.seed, autocast=torch.bfloat16 if half else None,
-    )  # fmt: skip
-    save(model, out)
-    with replacing(out / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+    with keeper(args, out, pairs) as keeping:
+        history = train(
+            model, tokenizer, pairs, steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate,
+            seed=args.seed, autocast=torch.bfloat16 if half else None, keeper=keeping,
+        )  # fmt: skip
+        save(model, out)
+        write_history(out, history)
+        keeping.remove()
     seconds = time.perf_counter() - start
     matches = {
         language: exact_match(model, tokenizer, data.examples(language, test_days, args.test_dates, seed=1))
@@ -106,5 +126,4 @@ def write_card(args, out, matches, seconds, size):
         *(f"| {language} | {match:.1%} |" for language, match in matches.items()),
         "",
     ]
-    with replacing(out / "README.md") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+    write_text(out / "README.md", "\n".join(lines))
