@@ -10,7 +10,7 @@ from ...llama import RMSNorm
 from ..papers import smollm2
 from .catalogue import catalogue, tables
 from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, gradients, in_bfloat16
-from .predictions import Question
+from .predictions import questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
@@ -318,32 +318,9 @@ EXERCISES = {
     "answer_labels": Exercise(
         "answer_labels(prompt_ids, answer_ids) -> ids (T,), labels (T,)", answer_labels, LABELS, probe_labels,
     ),
-    "cache_numbers": Question(
-        cache_numbers, "Keys and values, in each layer, for each key head: 2 · L · G · d.",
-        {30 * 3 * 64: "that is the keys; the values are kept as well.",
-         2 * 30 * 9 * 64: "queries are not kept, and their heads share keys and values: "
-                          "count the G key heads, not the H query heads.",
-         30 * 9 * 64: "queries are not kept: count the G key heads, not the H query heads, and both keys and values.",
-         2 * 3 * 64: "that is one layer; each layer keeps its own.", 3 * 64: "that is one layer's keys.",
-         2 * 9 * 64: "that is one layer, and with a key head for each query head.",
-         3 * 30 * 3 * 64: "two things are kept, keys and values; a query is used once, by its own token.",
-         2 * 30 * 3: "that counts the vectors; each has d numbers.", 2 * 30 * 64: "that is one key head; there are G.",
-         30 * 576: "that is a vector of the stream for each layer; what is kept are keys and values.",
-         2 * 30 * 576: "that is as wide as the stream, as without grouped queries; there are G key heads of width d.",
-         4 * 30 * 3 * 64: "that is bytes in bfloat16; count numbers."},
-        nudge="Multiply: how many things are kept, in how many layers, for how many heads, each of which width?",
-    ),
-    "shifted_llama": Question(
-        lambda: shifted("llama"),
-        "A score depends on how far apart query and key stand, and RoPE is all that a LLaMA knows of positions.",
-        {"different": "each query and each key is turned further, but by the same angle: "
-                      "what does that do to the angle between them?"},
-        nudge="Turn both hands of a clock by the same angle: what happens to the angle between them?",
-    ),
-    "shifted_gpt2": Question(
-        lambda: shifted("gpt2"),
-        "A GPT-2 adds the learned vector of each place to the token; place 100 has another one than place 0.",
-        {"same": "what does a GPT-2 add to the token at place 100, and what at place 0?"},
-        nudge="Two rows of a table that is learned row by row: is there any reason for them to be equal?",
+    **questions(
+        cache_numbers=cache_numbers,
+        shifted_llama=lambda: shifted("llama"),
+        shifted_gpt2=lambda: shifted("gpt2"),
     ),
 }  # fmt: skip

@@ -86,16 +86,23 @@ def source_of(thing):
     return textwrap.dedent(inspect.getsource(thing))
 
 
-def tables(topic):
-    """{title: rows} of the tables in the Markdown file beside a topic's module."""
+def sections(path):
+    """{title: rows} of a Markdown file that has a table in each section; a row is a list of its cells."""
     found = {}
-    for line in Path(topic).with_suffix(".md").read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             rows = found[line[3:]] = []
-        elif line.startswith("| ") and not line.startswith("| name |"):
-            name, old, new, sentence = line.removeprefix("| ").removesuffix(" |").split(" | ")
-            rows.append((name, edits_of(old), edits_of(new), plain(sentence)))
-    return {title: tuple(rows) for title, rows in found.items()}
+        elif line.startswith("| "):
+            rows.append(line.removeprefix("| ").removesuffix(" |").split(" | "))
+    return {title: rows[1:] for title, rows in found.items()}  # without the tables' heads
+
+
+def tables(topic):
+    """{title: rows (name, old, new, sentence)} of the tables in the Markdown file beside a topic's module."""
+    return {
+        title: tuple((name, edits_of(old), edits_of(new), plain(sentence)) for name, old, new, sentence in rows)
+        for title, rows in sections(Path(topic).with_suffix(".md")).items()
+    }
 
 
 def edits_of(cell):

@@ -1,15 +1,17 @@
-"""Predictions: what will happen, asked before it is run."""
+"""Predictions: what will happen, asked before it is run. What is said to each answer stands in questions.md."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import minillama
 
+from .catalogue import sections
 from .observing import Wrong, describe
 
 
@@ -34,6 +36,24 @@ class Question:
         return self.truth()
 
 
+def questions(**truths):
+    """{name: Question} by the functions that run each; the rest is read from questions.md."""
+    made = {}
+    for name, truth in truths.items():
+        said = dict(SAID[name])
+        why, nudge, choices = said.pop("right"), said.pop("otherwise"), said.pop("out of", "`()`")
+        wrong = {value_of(answer): sentence for answer, sentence in said.items()}
+        made[name] = Question(truth, why, wrong, tuple(value_of(choices)), nudge)
+    return made
+
+
+def value_of(cell):
+    """An answer that is written in Python."""
+    value = eval(cell.strip("`"), {**vars(math), "METHODS": minillama.adapters.METHODS.keys()})
+    return frozenset(value) if isinstance(value, Set) else value
+
+
+SAID = sections(Path(__file__).with_name("questions.md"))
 EARLIER = {}  # the wrong answers to each question so far
 
 

@@ -11,7 +11,7 @@ from ...adapters import adapter_parameters, prefix_tuning, prompt_tuning
 from ...attention import Attention, Cache, LayerCache, RoPE, embed, rotate
 from .catalogue import catalogue, tables
 from .observing import Exercise, Piece, Wrong, as_function, calls, describe, fact, filled, gradients
-from .predictions import Question
+from .predictions import questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
@@ -42,10 +42,7 @@ def placed(embedding, ids, prompt, past=0, active=True):
     return torch.cat((p.expand(len(x), -1, -1), x), dim=1)
 
 
-PLACES = catalogue(
-    placed,
-    TABLES["places_all"],
-)
+PLACES = catalogue(placed, TABLES["places_all"])
 PROMPT_SIZES = [dict(zip(("B", "T", "K", "D", "past", "active"), size)) for size in (
     (2, 5, 3, 8, 0, True), (2, 4, 3, 8, 2, True), (3, 1, 4, 6, 1, True), (3, 2, 5, 6, 0, False), (2, 3, 2, 4, 9, True),
     (2, 3, 4, 4, 7, False), (4, 3, 2, 6, 0, True), (1, 1, 1, 5, 0, True),
@@ -65,17 +62,7 @@ def right_turn_back(rope, keys):
     return rotate(keys, *rope(torch.full((K,), -K)))
 
 
-def neighbours_paired(rope, keys):
-    """features turned in pairs (0, 1), (2, 3), …; our checkpoints pair i with i + d/2, as `rotate` does"""
-    apart = torch.cat((keys[..., ::2], keys[..., 1::2]), -1)
-    return torch.stack(right_turn_back(rope, apart).chunk(2, -1), -1).flatten(-2)
-
-
-TURNS = catalogue(
-    right_turn_back,
-    TABLES["turns_all"],
-    neighbours_paired,
-)
+TURNS = catalogue(right_turn_back, TABLES["turns_all"])
 TURNED_KEYS = calls(lambda draw, G, K, d, rope: dict(rope=RoPE(d, *rope), keys=draw(G, K, d)),
     "the turned keys (G, K, d)", (
     dict(G=2, K=3, d=8, rope=(60.0,)), dict(G=3, K=5, d=4, rope=(900.0, (8.0, 1.0, 4.0, 64))),
@@ -102,12 +89,7 @@ def layer_of(module):
     return prefix_attention
 
 
-PLANTED_IN_LAYERS = TABLES["planted_in_layers"]
-LAYERS = catalogue(
-    prefix_tuning,
-    TABLES["layers_all"],
-    wrap=layer_of,
-)
+LAYERS = catalogue(prefix_tuning, TABLES["layers_all"], wrap=layer_of)
 LAYER_SIZES = (
     dict(B=3, T=5, K=4, D=20, H=6, G=2, d=8, theta=50.0), dict(B=2, T=3, K=5, D=12, H=3, G=3, d=4, theta=900.0),
     dict(B=1, T=1, K=1, D=6, H=2, G=1, d=2, theta=9.0),
@@ -277,7 +259,7 @@ def tokens_after_zeros():
     return len(torch.unique(tokens.mul(1e4).round(), dim=0))
 
 
-PLANTED = (*PROMPTS, *LAYERS[: len(PLANTED_IN_LAYERS)])  # each must fail a test where it stands in the models
+PLANTED = (*PROMPTS, *LAYERS[: len(TABLES["planted_in_layers"])])  # each must fail a test where it stands in the models
 HARMLESS = {"PrefixAtTheWordsPlace": ("gpt2",)}  # whose positions are no part of the keys
 
 EXERCISES = {
@@ -293,39 +275,11 @@ EXERCISES = {
         LAYERS, calls(inputs_of_layer, "the output (B, T, D)", LAYER_SIZES, ("keys", "values"), then=with_a_cache,
                       once=tuple(f"attention.{name}_proj" for name in "qkvo")),
     ),
-    "share_of_ten": Question(
-        zero_share(10), "Each of the 15 scores is 0, each weight e^0 / (15 · e^0); five of them are the prefix's.",
-        {0: "a score of 0 is not a weight of 0: e^0 is 1, as for every token.",
-         1: "the tokens have score 0 too: nobody is ahead.", 2 / 3: "that is what the tokens keep.",
-         0.5: "that is five against five; how many tokens does the tenth see?",
-         5 / 14: "nine tokens stand before the tenth; it sees itself as well.",
-         5 / 16: "nine tokens stand before the tenth, and it sees itself: ten in all.",
-         1 / 15: "that is one key of the prefix; how many are there?"},
-        nudge="How many scores are in this token's softmax, what weight has each, and how many are the prefix's?",
-    ),
-    "share_of_the_first": Question(
-        zero_share(1),
-        "The first token sees itself and the five: 5 / (5 + 1). The fewer tokens there are, the more a prefix takes.",
-        {0: "a score of 0 is not a weight of 0: e^0 is 1.", 1: "the token sees itself too.",
-         0.5: "it sees one token and five keys of the prefix, and all six weigh the same.",
-         1 / 3: "the tokens behind the first one are hidden from it: it sees itself alone.",
-         1 / 6: "that is what the token keeps for itself."},
-        nudge="Which tokens does the first one see? How many scores does that make, and how many are the prefix's?",
-    ),
-    "longer_zero_prefix": Question(
-        zero_prefix_makes,
-        "Zero values add nothing, but their keys take: the tokens' part is multiplied by 1 - λ, and λ grows with K.",
-        {"same": "the values add nothing; but what do the keys take from the tokens' weights?",
-         "larger": "nothing is added, since the values are 0; what happens to the tokens' weights?"},
-        nudge="Write the output as (1 - λ) · tokens + λ · prefix: what is each for K = 10, and for K = 20?",
-    ),
-    "tokens_after_zeros": Question(
-        tokens_after_zeros, "The three equal tokens get equal gradients and stay equal, one token counted three times; "
-        "the other two began apart.",
-        {5: "what could make the three that began at zero differ? They are equal, and each token weighs them equally.",
-         1: "what could make tokens equal that began apart?", 2: "do the two from N(0, 1) begin equal?",
-         4: "three began equal: what could make one of them differ from the other two?"},
-        nudge="Which tokens begin equal, and what gradients do equal tokens get?",
+    **questions(
+        share_of_ten=zero_share(10),
+        share_of_the_first=zero_share(1),
+        longer_zero_prefix=zero_prefix_makes,
+        tokens_after_zeros=tokens_after_zeros,
     ),
     "prefix_share": Exercise(
         "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share, SHARES,

@@ -9,7 +9,7 @@ import minillama
 
 from .catalogue import catalogue, tables
 from .observing import Exercise, Piece, fact
-from .predictions import Question
+from .predictions import questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
@@ -24,13 +24,7 @@ def right_freeze(model, words):
     return count
 
 
-def shared_twice(model, words):
-    """a matrix at two places, as GPT-2's embedding is its head, is counted twice; named_parameters() has it once"""
-    every, _ = dict(model.named_parameters(remove_duplicate=False)), model.requires_grad_(False)
-    return sum(p.requires_grad_(True).numel() for name, p in every.items() if set(words) & set(name.split(".")))
-
-
-FREEZE = catalogue(right_freeze, TABLES["freeze"], shared_twice)
+FREEZE = catalogue(right_freeze, TABLES["freeze"])
 
 
 def probe_freeze(answer, draw):
@@ -57,20 +51,8 @@ def probe_freeze(answer, draw):
 PLANTED, HARMLESS = (), {}
 EXERCISES = {
     "freeze_all_but": Exercise("freeze_all_but(model, words) -> a whole number", right_freeze, FREEZE, probe_freeze),
-    "languages_changed": Question(  # the lesson's own run shows the truth
-        lambda: frozenset(("en", "fr", "fi")), "Gates and prompts are there for every token, of whatever language.",
-        {frozenset(["fr"]): "it was trained on French; but what in the layer asks for the language of a token?",
-         **dict.fromkeys((frozenset(["en"]), frozenset(["fi"]), frozenset(["en", "fi"])),
-                         "French itself is what it was trained on: that changes first of all."),
-         frozenset(["fr", "en"]): "it has never seen Finnish; but what in the layer asks for a token's language?",
-         frozenset(["fr", "fi"]): "English is mastered already, and its tokens pass the open gates none the less.",
-         frozenset(): "that is so at gate 0; training opens the gates."},
-        nudge="Of y + gate · z: which of the two factors is 0 for a text in another language?"),
-    "guess": Question(
-        lambda: math.log(49152), "-ln(1 / 49,152) nats a token; whoever does worse is sure of what is wrong.",
-        {1 / 49152: "that is the probability of the right token; the loss is minus its logarithm.",
-         math.log2(49152): "that is in bits; nats come of the natural logarithm.",
-         -math.log(49152): "the size is right; the loss is minus the logarithm of a number below 1, and so above 0.",
-         math.log10(49152): "that is the decimal logarithm; nats come of the natural one."},
-        nudge="Each token has the probability 1 / 49,152. What is the cross-entropy of one token that has it?"),
-}  # fmt: skip
+    **questions(
+        languages_changed=lambda: frozenset(("en", "fr", "fi")),  # the lesson's own run shows it
+        guess=lambda: math.log(49152),
+    ),
+}
