@@ -7,11 +7,40 @@ tried in order, from the most particular (a mistake of the catalogue) to the mos
 import contextlib
 import functools
 import re
-from itertools import combinations, zip_longest
+from dataclasses import dataclass
+from itertools import combinations, islice, zip_longest
 
 import torch
 
-from .observing import End, Piece, Used, called, describe, floating, observe
+from .observing import End, Exercise, Piece, called, describe, floating
+from .running import Used, observe
+
+
+@dataclass(frozen=True)
+class Case:
+    """An answer to be judged: what was seen of it, and what is seen of the right one."""
+
+    exercise: Exercise
+    answer: object
+    seen: list
+    right: tuple
+
+    @functools.cached_property
+    def wrong(self):
+        return wrong_pieces(self.seen, self.right)
+
+    @property
+    def first(self):
+        """The first Piece that is wrong, or None."""
+        return self.wrong[0][0] if self.wrong else None
+
+    @property
+    def end(self):
+        return end_of(self.seen)
+
+    @property
+    def ends_in_half(self):
+        return self.end and self.right[min(len(self.seen), len(self.right)) - 1].half
 
 
 @functools.cache
@@ -32,24 +61,19 @@ def judge(exercise, answer):
         right = expected(exercise)
         if end_of(right):
             raise RuntimeError(f"the reference does not answer its own exercise: {end_of(right).why}")
-        asked = len(right)
+        case, asked = Case(exercise, answer, seen, right), len(right)
         if getattr(exercise.probe, "told", False):
             asked = next(i for i, piece in enumerate(right) if piece.half)
-        if alike(seen[:asked], right[:asked]) and not unstable(exercise, answer, seen[:asked], right):
-            for function in used.found:
-                return (
-                    False,
-                    "shortcut",
-                    f"the numbers are right, and the point is missed: {exercise.forbidden[function]}.",
-                )
+        passed = alike(seen[:asked], right[:asked]) and not unstable(case, asked)
+        if used.found and (passed or not case.end and all(a.kind != "value" for a, _ in case.wrong)):
+            why = exercise.forbidden[used.found[0]]
+            return False, "shortcut", f"the numbers are right, and the point is missed: {why}."
+        if passed:
             values = dict.fromkeys(piece.what for piece in right if piece.kind == "value")
             note = "" if alike(seen, right) else " (In bfloat16 it fails: there, cast what is float32, .to(x.dtype).)"
             return True, None, f"right. Equal to the reference: {', '.join(values)}.{note}" if values else "right."
-        if used.found and not end_of(seen) and all(a.kind != "value" for a, _ in wrong_pieces(seen, right)):
-            why = exercise.forbidden[used.found[0]]
-            return False, "shortcut", f"the numbers are right, and the point is missed: {why}."
         for explain in EXPLANATIONS:
-            if found := explain(exercise, answer, seen, right):
+            if found := explain(case):
                 return False, *found
     return False, "value", "it differs from the right answer, and nothing here can say how."
 
@@ -74,38 +98,23 @@ def close(a, b, limit=None):
     return bool((a - b).abs().max() <= limit * b.abs().max() + 1e-12)
 
 
-def agree(a, b):
-    """Whether two Pieces, or two Ends, are the same."""
-    if isinstance(a, End) or isinstance(b, End) or a is None or b is None:
+def agree(a, b, roughly=False):
+    """Whether two Pieces, or two Ends, are the same.
+
+    roughly: half precision counts by its dtype and shape, for there a mistake rounds as it was written.
+    """
+    if not isinstance(a, Piece) or not isinstance(b, Piece):
         return isinstance(a, End) and isinstance(b, End) and a.plain == b.plain
-    if a.kind == "count":
+    if a.what != b.what or a.kind == "count":
         return a.what == b.what and bool(a.value <= b.value)
-    return a.what == b.what and close(a.value, b.value, 0.1 if a.half else None)
+    if roughly and a.half and floating(a.value):
+        return (a.value.shape, a.value.dtype) == (b.value.shape, b.value.dtype)
+    return close(a.value, b.value, 0.1 if a.half else None)
 
 
 def alike(seen, others):
     """Whether two observations are the same; the second is asked for no further than they are."""
     return all(agree(a, b) for a, b in zip_longest(seen, others))
-
-
-def counted(piece):
-    return isinstance(piece, Piece) and piece.kind == "count"
-
-
-def does(exercise, answer, seen, upto=None, same=agree):
-    """Whether an answer does what was seen, up to that many pieces."""
-    with contextlib.closing(observe(exercise, answer)) as others:
-        if upto is None:
-            return all(counted(a) or same(a, b) for a, b in zip_longest(seen, others))
-        return all(same(a, next(others, None)) for a in seen[:upto])
-
-
-def agree_roughly(a, b):
-    """The same, where half precision counts by its dtype and shape: there a mistake rounds as it was written."""
-    pieces = not isinstance(a, End) and not isinstance(b, End) and a is not None and b is not None
-    if pieces and a.half and floating(a.value):
-        return a.what == b.what and (a.value.shape, a.value.dtype) == (b.value.shape, b.value.dtype)
-    return agree(a, b)
 
 
 def wrong_pieces(seen, right):
@@ -117,12 +126,12 @@ def end_of(seen):
     return seen[-1] if seen and isinstance(seen[-1], End) else None
 
 
-# ── the explanations, each (exercise, answer, seen, right) -> (mistake, sentence) or None ─────────────────────────────
+# ── the explanations, each a function of a Case -> (mistake, sentence) or None ────────────────────────────────────────
 
 
-def blank(exercise, answer, seen, right):
-    end = end_of(seen)
-    return (end.mistake, end.why) if end and end.mistake == "blank" else None
+def blank(case):
+    if case.end and case.end.mistake == "blank":
+        return "blank", case.end.why
 
 
 @functools.cache
@@ -130,6 +139,45 @@ def begins(exercise, mistake):
     """The first thing that a mistake does, by which most of the catalogue is out of the question."""
     with contextlib.closing(observe(exercise, mistake.answer)) as pieces:
         return next(pieces, None)
+
+
+def equals(case, mistake, upto=None, roughly=False):
+    """Whether a mistake does what was seen, up to that many Pieces; all of them, however often it runs a module."""
+    if not agree(case.seen[0], begins(case.exercise, mistake), roughly):
+        return False
+    with contextlib.closing(observe(case.exercise, mistake.answer)) as pieces:
+        both = zip_longest(case.seen[:upto], islice(pieces, upto))
+        return all(upto is None and getattr(a, "kind", "") == "count" or agree(a, b, roughly) for a, b in both)
+
+
+def known(case):
+    """A mistake of the catalogue."""
+    for roughly in (False, True) if case.wrong else (False,):
+        for mistake in case.exercise.mistakes:
+            if equals(case, mistake, roughly=roughly):
+                return mistake.name, f"this equals a known mistake: {mistake.sentence}."
+
+
+def told(case):
+    """What the probe itself has said: something changed in place, a weight unfrozen, a form not kept."""
+    return ended(case) if case.end and case.end.mistake != "error" else None
+
+
+def fact_missed(case):
+    """A fact that is not as it should be, where no value before it is wrong."""
+    if case.first and case.first.kind in ("fact", "count"):
+        return case.first.mistake, case.first.why
+
+
+def known_so_far(case):
+    """A mistake of the catalogue, up to where the answer stops or goes on in another dtype: two mistakes in one."""
+    dtypes = [a.value.dtype == b.value.dtype for a, b in zip(case.seen, case.right) if isinstance(a, Piece)]
+    upto = dtypes.index(False) if False in dtypes else len(case.seen) - bool(case.end)
+    if upto < len(case.right) and wrong_pieces(case.seen[:upto], case.right):
+        for mistake in case.exercise.mistakes:
+            if equals(case, mistake, upto):
+                also = "It also fails elsewhere; mend this first."
+                return mistake.name, f"this equals a known mistake: {mistake.sentence}. {also}"
 
 
 @functools.cache
@@ -142,150 +190,95 @@ def pairs(exercise):
     return [(one, pair) for one, pair in both if pair]
 
 
-def known(exercise, answer, seen, right):
-    """A mistake of the catalogue."""
-    for same in (agree, agree_roughly) if wrong_pieces(seen, right) else (agree,):
-        for mistake in exercise.mistakes:
-            if same(seen[0], begins(exercise, mistake)) and does(exercise, mistake.answer, seen, same=same):
-                return mistake.name, f"this equals a known mistake: {mistake.sentence}."
-
-
-def told(exercise, answer, seen, right):
-    """What the probe itself has said: something changed in place, a weight unfrozen, a form not kept."""
-    end = end_of(seen)
-    if end and end.mistake != "error" and not wrong_pieces(seen, right):
-        return end.mistake, end.why
-
-
-def fact_missed(exercise, answer, seen, right):
-    """A fact that is not as it should be, where no value before it is wrong."""
-    for a, _ in wrong_pieces(seen, right)[:1]:
-        return (a.mistake, a.why) if a.kind in ("fact", "count") else None
-
-
-def known_so_far(exercise, answer, seen, right):
-    """A mistake of the catalogue, up to where the answer stops or goes on in another dtype: two mistakes in one."""
-    same = ((a, b) for a, b in zip(seen, right) if not isinstance(a, End))
-    upto = next((i for i, (a, b) in enumerate(same) if a.value.dtype != b.value.dtype), None)
-    upto = len(seen) - bool(end_of(seen)) if upto is None else upto
-    if upto < len(right) and wrong_pieces(seen[:upto], right):
-        for mistake in exercise.mistakes:
-            if agree(seen[0], begins(exercise, mistake)) and does(exercise, mistake.answer, seen, upto):
-                also = "It also fails elsewhere; mend this first."
-                return mistake.name, f"this equals a known mistake: {mistake.sentence}. {also}"
-
-
-def known_pair(exercise, answer, seen, right):
+def known_pair(case):
     """Two mistakes of the catalogue at once: the first is named, the second comes after it is mended."""
-    if wrong_pieces(seen, right):
-        for one, both in pairs(exercise):
-            if agree(seen[0], begins(exercise, both)) and does(exercise, both.answer, seen):
-                return one.name, f"two known mistakes at once. The first: {one.sentence}."
+    for one, both in pairs(case.exercise) if case.wrong else ():
+        if equals(case, both):
+            return one.name, f"two known mistakes at once. The first: {one.sentence}."
 
 
-def unstable(exercise, answer, seen, right):
+def unstable(case, upto=None):
     """Other results for the same input: something kept, or drawn anew."""
     for salt, mistake, reason in (
         (0, "kept", "something is kept from an earlier call."),
         (1, "random", "is a dropout left on, or something drawn anew?"),
     ):
-        for a, b in zip(seen, observe(exercise, answer, salt)):
+        for a, b in zip(case.seen[:upto], observe(case.exercise, case.answer, salt)):
             if not agree(a, b) and not isinstance(a, End):
                 return mistake, f"{a} changes from call to call on the same input: {reason}"
 
 
-def kept(exercise, answer, seen, right):
+def kept(case):
     """Right at the first call of a size, and wrong where the size comes again with other numbers."""
-    for a, _ in wrong_pieces(seen, right)[:1]:
-        if "again" in a.where and a.kind != "fact":
-            return "kept", f"right at first, and wrong {a.where}: something is kept from an earlier call."
+    if case.first and "again" in case.first.where and case.first.kind != "fact":
+        return "kept", f"right at first, and wrong {case.first.where}: something is kept from an earlier call."
 
 
-def detached(exercise, answer, seen, right):
+def detached(case):
     """Right values, and a gradient that does not flow."""
-    wrong, stops = wrong_pieces(seen, right), end_of(seen) and not right[min(len(seen), len(right)) - 1].half
-    if stops or not wrong or any(piece.kind == "value" for piece, _ in wrong):
+    wrong = [(a, b) for a, b in case.wrong if a.kind == "gradient"]
+    stops_in_float32 = case.end and not case.ends_in_half
+    if not wrong or stops_in_float32 or any(a.kind == "value" for a, _ in case.wrong):
         return None
-    cut = [a.of for a, b in wrong if a.kind == "gradient" and not a.value.any() and b.value.any()]
-    part = [a.of for a, b in wrong if a.kind == "gradient"]
     cause = ".detach(), .data, .item(), no_grad, numpy (no gradient goes through it), or a new tensor made of it"
-    if cut:
-        names = " and ".join(dict.fromkeys(cut))
-        return (
-            "detached",
-            f"the values are right, and no gradient reaches {names}: cut off by {cause}; it never learns.",
-        )
-    if part:
-        return (
-            "detached",
-            f"the values are right, and {part[0]}'s gradient is not: a part of its way is cut off, by {cause}.",
-        )
+    how = f"{wrong[0][0].of}'s gradient is not: a part of its way is cut off, by {cause}."
+    if cut := dict.fromkeys(a.of for a, b in wrong if not a.value.any() and b.value.any()):
+        how = f"no gradient reaches {' and '.join(cut)}: cut off by {cause}; it never learns."
+    return "detached", f"the values are right, and {how}"
 
 
-def not_cast(exercise, answer, seen, right):
+def not_cast(case):
     """Right in float32, and not in bfloat16."""
-    wrong = wrong_pieces(seen, right)
-    halves = [i for i, piece in enumerate(right) if piece.half]
-    if not halves or halves[0] == 0 or any(not a.half for a, _ in wrong) or len(seen) <= halves[0]:
+    halves = next((i for i, piece in enumerate(case.right) if piece.half), 0)  # where they begin
+    if not 0 < halves < len(case.seen) or not all(a.half for a, _ in case.wrong):
         return None
-    if wrong and wrong[0][0].value.dtype != wrong[0][1].value.dtype:
-        a, b = wrong[0]
-        needed = f"is {a.value.dtype}; needed is {b.value.dtype}"
-        return (
-            "not_cast",
-            f"right in float32; but {a} {needed}: cast what is float32 to the dtype of what it meets, .to(x.dtype).",
-        )
-    if not wrong and end_of(seen) and right[min(len(seen), len(right)) - 1].half:
-        return "not_cast", (
-            f"right in float32; in bfloat16 {end_of(seen).why} Cast what is float32 to the dtype of what it meets, "
-            ".to(x.dtype)."
-        )
-    if wrong and not end_of(seen):
-        return "precision", f"right in float32; but {wrong[0][0]} is too far off: what is computed there needs float32."
+    cast = "cast what is float32 to the dtype of what it meets, .to(x.dtype)."
+    if not case.wrong and case.ends_in_half:
+        return "not_cast", f"right in float32; in bfloat16 {case.end.why} {cast.capitalize()}"
+    for a, b in case.wrong[:1]:
+        if a.value.dtype != b.value.dtype:
+            return "not_cast", f"right in float32; but {a} is {a.value.dtype}; needed is {b.value.dtype}: {cast}"
+        if not case.end:
+            return "precision", f"right in float32; but {a} is too far off: what is computed there needs float32."
 
 
-def one_size(exercise, answer, seen, right):
+def one_size(case):
     """Right at the first sizes, and not at others."""
-    wrong, end = wrong_pieces(seen, right), end_of(seen)
-    first = next((piece for piece, _ in wrong), None)
-    where = first.where if first else right[len(seen) - 1].where if end and len(seen) <= len(right) else ""
+    first, end, reached = case.first, case.end, len(case.seen)
+    where = first.where if first else case.right[reached - 1].where if end and reached <= len(case.right) else ""
     if where.startswith("for ") and (first or end.mistake == "error"):
         how = f"{first.what} is wrong" if first else end.why.removesuffix(".")
-        return (
-            "one_size",
-            f"right at the first sizes; but {where} {how}: does something hold for those first sizes only?",
-        )
+        only = "does something hold for those first sizes only?"
+        return "one_size", f"right at the first sizes; but {where} {how}: {only}"
 
 
-def unread(exercise, answer, seen, right):
+def unread(case):
     """An input that changes nothing, though it should."""
-    if not hasattr(exercise.probe, "inputs") or not wrong_pieces(seen, right):
+    inputs, generator = getattr(case.exercise.probe, "inputs", None), torch.Generator()
+    outputs = tuple(dict.fromkeys(piece.what for piece in case.right if piece.kind == "value"))
+    if not inputs or not case.wrong:
         return None
-    generator = torch.Generator()
 
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
     def out(function, changed=None):
-        given = exercise.probe.inputs((generator.manual_seed(0), draw)[1])
+        generator.manual_seed(0)
+        given = inputs(draw)
         if changed:
             given[changed] = other(given[changed])
         torch.manual_seed(0)
-        return [piece.value for piece in called(function, given, seen_outputs(right), gradient=False)]
+        pieces = called(function, given, outputs if len(outputs) > 1 else outputs[0], gradient=False)
+        return [piece.value for piece in pieces]
 
     with contextlib.suppress(Exception):
-        mine, theirs = out(answer), out(exercise.right)
-        for name, value in exercise.probe.inputs(draw).items():
+        mine, theirs = out(case.answer), out(case.exercise.right)
+        for name, value in inputs(draw).items():
             if other(value) is not None:
                 with contextlib.suppress(Exception):
-                    stays = all(map(torch.equal, mine, out(answer, name)))
-                    if stays and not all(map(close, theirs, out(exercise.right, name))):
+                    stays = all(map(torch.equal, mine, out(case.answer, name)))
+                    if stays and not all(map(close, theirs, out(case.exercise.right, name))):
                         return "unread", f"{name} makes no difference to what your function returns; it should."
-
-
-def seen_outputs(right):
-    names = tuple(dict.fromkeys(piece.what for piece in right if piece.kind == "value"))
-    return names if len(names) > 1 else names[0]
 
 
 def other(value):
@@ -297,22 +290,21 @@ def other(value):
     return value * 2 + 1 if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def ended(exercise, answer, seen, right):
-    end = end_of(seen)
-    return (end.mistake, end.why) if end and not wrong_pieces(seen, right) else None
+def ended(case):
+    """What ended it, where nothing before it is wrong."""
+    return (case.end.mistake, case.end.why) if case.end and not case.wrong else None
 
 
-def swapped(exercise, answer, seen, right):
-    for a, b in wrong_pieces(seen, right)[:1]:
-        for c, d in zip(seen, right):
+def swapped(case):
+    for a, b in case.wrong[:1]:
+        for c, d in zip(case.seen, case.right):
             if not isinstance(c, End) and a.value.dim() and close(a.value, d.value) and close(c.value, b.value):
                 return "swapped", f"{a} and {c} are in each other's place."
 
 
-def different(exercise, answer, seen, right):
-    for a, b in wrong_pieces(seen, right)[:1]:
-        return difference(str(a), a.value, b.value, exercise.hints)
-    return ended(exercise, answer, seen, ())
+def different(case):
+    for a, b in case.wrong[:1]:
+        return difference(str(a), a.value, b.value, case.exercise.hints)
 
 
 EXPLANATIONS = (
