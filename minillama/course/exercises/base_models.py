@@ -13,20 +13,8 @@ from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, gr
 from .predictions import questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-
 PLANTED = ()  # these mistakes edit no shipped module; tests/test_base_model_mistakes.py puts them in a part's place
 HARMLESS = {}
-
-
-def with_more(usual, more):
-    """A probe that looks at `more` after the usual calls."""
-
-    def probe(answer, draw):
-        yield from usual(answer, draw)
-        yield from more(answer, draw)
-
-    probe.inputs = usual.inputs
-    return probe
 
 
 def pair(result, names):
@@ -36,20 +24,14 @@ def pair(result, names):
     return result
 
 
-# ── RMSNorm ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def rms_norm(x, weight, eps):
     x32 = x.float()
     mean_square = x32.pow(2).mean(-1, keepdim=True)  # (B, T, 1)
     return (x32 / torch.sqrt(mean_square + eps) * weight).to(x.dtype)
 
 
-OVERFLOW = (
-    "the squares taken in the input's own dtype: in float16 they overflow beyond 255, in bfloat16 they lose digits; "
-    "use x.float() and cast back at the end"
-)
 NORMS = catalogue(rms_norm, TABLES["norms"])
+OVERFLOW = next(mistake for mistake in NORMS if mistake.name == "squares_in_half_precision")
 
 
 def more_of_rms_norm(answer, draw):
@@ -57,26 +39,22 @@ def more_of_rms_norm(answer, draw):
     yield Piece("the output (D)", answer(x[0, 0], weight, 0.3), "for one vector, x (D,),")
     yield Piece("the output (B, T, D)", answer(torch.zeros(1, 2, 8), weight, 1e-6), "for zeros")
     large = answer((400 * x).half(), weight.half(), 0.3)
-    if not isinstance(large, torch.Tensor):
-        raise Wrong("shape", f"the output should be a tensor; it is {describe(large)}.")
     lost = not large.isfinite().all() or bool(large.abs().max() < 0.01)
-    yield fact(lost, "squares_in_half_precision", f"this equals a known mistake: {OVERFLOW}.")
+    why = f"this equals a known mistake: {OVERFLOW.sentence}."
+    yield fact(lost, OVERFLOW.name, why)
     tiny = answer(torch.full((1, 1, 8), 1e-8), torch.ones(8), 0.3).abs().max() > 3e-7
     yield fact(tiny, "eps_hard_coded", "a tiny x comes out large; eps, which is given, keeps it small.", "a tiny x")
     for dtype in (torch.bfloat16, torch.float16):
         x, one = draw(512, 8).index_fill(1, torch.tensor(0), 1.0).to(dtype), torch.ones(8, dtype=dtype)
         off = answer(x[None], one, 0.3)[0, :, 0] != rms_norm(x, one, 0.3)[:, 0]  # what 1 becomes, to the last digit
-        why = f"this equals a known mistake: {OVERFLOW}."
-        yield fact(off.float().mean() > 0.02, "squares_in_half_precision", why, f"last digits in {dtype}")
+        yield fact(off.float().mean() > 0.02, OVERFLOW.name, why, f"last digits in {dtype}")
 
 
-probe_rms_norm = with_more(
-    calls(lambda draw, B, T, D, eps: dict(x=draw(B, T, D) + 0.5, weight=draw(D), eps=eps), "the output (B, T, D)",
-          (dict(B=2, T=5, D=8, eps=0.3), dict(B=3, T=3, D=3, eps=0.05), dict(B=1, T=1, D=6, eps=2.0)), again={}),
-    more_of_rms_norm,
+probe_rms_norm = calls(
+    lambda draw, B, T, D, eps: dict(x=draw(B, T, D) + 0.5, weight=draw(D), eps=eps), "the output (B, T, D)",
+    (dict(B=2, T=5, D=8, eps=0.3), dict(B=3, T=3, D=3, eps=0.05), dict(B=1, T=1, D=6, eps=2.0)),
+    again={}, last=more_of_rms_norm,
 )  # fmt: skip
-
-# ── RoPE ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def rope(x, positions, theta):
@@ -88,20 +66,15 @@ def rope(x, positions, theta):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-ROPES = catalogue(rope, TABLES["ropes"])
-
-
 def inputs_of_rope(draw, B, H, T, d, theta, start):
     return dict(x=draw(B, H, T, d), positions=start + 7 * torch.arange(T) % 11, theta=theta)  # not in order, with gaps
 
 
-ROPE_SIZES = (
+probe_rope = calls(inputs_of_rope, "the output (B, H, T, d)", (
     dict(B=2, H=3, T=5, d=8, theta=100.0, start=2), dict(B=1, H=2, T=4, d=6, theta=20000.0, start=301),
     dict(B=3, H=4, T=4, d=4, theta=500.0, start=0), dict(B=1, H=2, T=3, d=16, theta=10000.0, start=1200),
     dict(B=1, H=1, T=1, d=2, theta=50.0, start=9),
-)  # fmt: skip
-
-# ── attention ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+), again=dict(theta=30.0, start=40))  # fmt: skip
 
 
 def grouped_query_attention(q, k, v):
@@ -112,48 +85,35 @@ def grouped_query_attention(q, k, v):
     return weights @ v
 
 
-ATTENTIONS = catalogue(grouped_query_attention, TABLES["attentions_all"])
-
-
-def inputs_of_attention(draw, B, H, G, T, d):
-    return dict(q=draw(B, H, T, d), k=draw(B, G, T, d), v=draw(B, G, T, d))
-
-
 def attention_of_one_token(answer, draw):
     """Without gradients: those of q and k are 0 up to rounding."""
     for B, H, G, d in ((2, 6, 2, 8), (1, 1, 1, 3)):
-        out = answer(*inputs_of_attention(draw, B, H, G, 1, d).values())
+        out = answer(draw(B, H, 1, d), draw(B, G, 1, d), draw(B, G, 1, d))
         yield Piece("the output (B, H, T, d)", out, f"for B = {B}, H = {H}, G = {G}, T = 1, d = {d}")
 
 
-ATTENTION_SIZES = (
-    dict(B=2, H=6, G=2, T=5, d=8), dict(B=3, H=4, G=4, T=3, d=6), dict(B=1, H=4, G=1, T=4, d=4),
-    dict(B=1, H=2, G=1, T=20, d=2), dict(B=1, H=1, G=1, T=2, d=1),
+probe_attention = calls(
+    lambda draw, B, H, G, T, d: dict(q=draw(B, H, T, d), k=draw(B, G, T, d), v=draw(B, G, T, d)),
+    "the output (B, H, T, d)", (
+        dict(B=2, H=6, G=2, T=5, d=8), dict(B=3, H=4, G=4, T=3, d=6), dict(B=1, H=4, G=1, T=4, d=4),
+        dict(B=1, H=2, G=1, T=20, d=2), dict(B=1, H=1, G=1, T=2, d=1),
+    ), again={}, last=attention_of_one_token,
 )  # fmt: skip
-
-# ── SwiGLU ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def swiglu(x, gate, up, down):
     return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-SWIGLUS = catalogue(swiglu, TABLES["swiglus_all"])
-
-
-def inputs_of_swiglu(draw, B, T, D, F):
-    return dict(x=draw(B, T, D), gate=draw(F, D) / 2, up=draw(F, D) / 2, down=draw(D, F) / 3)
-
-
-# ── the fused matrix of GPT-2 ─────────────────────────────────────────────────────────────────────────────────────────
+probe_swiglu = calls(
+    lambda draw, B, T, D, F: dict(x=draw(B, T, D), gate=draw(F, D) / 2, up=draw(F, D) / 2, down=draw(D, F) / 3),
+    "the output (B, T, D)", (dict(B=2, T=5, D=8, F=12), dict(B=3, T=2, D=4, F=4), dict(B=1, T=1, D=3, F=1)), again={},
+)  # fmt: skip
 
 
 def split_fused(weight, bias):
     matrices = torch.stack([part.T for part in weight.chunk(3, 1)])  # (3, D, D)
     return matrices, torch.stack(bias.chunk(3))
-
-
-SPLITS = catalogue(split_fused, TABLES["splits"])
 
 
 def probe_split(answer, draw):
@@ -166,9 +126,6 @@ def probe_split(answer, draw):
             yield Piece(what, value, (f"for D = {D}" + " again" * (i > 2)) * (i > 0))
 
 
-# ── the cache ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def cached_attention(attention, x, past):
     S, T = 0 if past is None else past[0].shape[2], x.shape[1]
     q, k, v = attention.project(x, S + torch.arange(T))
@@ -179,9 +136,6 @@ def cached_attention(attention, x, past):
     hidden = torch.ones(scores.shape[-2:]).triu(S + 1).bool()
     y = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ all_v
     return attention.output(y), (k, v)
-
-
-CACHES = catalogue(cached_attention, TABLES["caches_all"])
 
 
 CACHE_SIZES = (2, 40, 6, 2, 8, (4, 3, 1)), (1, 10, 3, 3, 4, (1, 2, 2)), (3, 6, 4, 1, 2, (2, 1, 9))  # B, D, H, G, d, T …
@@ -221,16 +175,10 @@ def probe_turns(answer, draw):
 probe_cached.told = True
 
 
-# ── the answer's labels ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def answer_labels(prompt_ids, answer_ids):
     ids = torch.tensor(prompt_ids + answer_ids)
     labels = torch.tensor([-100] * len(prompt_ids) + answer_ids)
     return ids, labels
-
-
-LABELS = catalogue(answer_labels, TABLES["labels"])
 
 
 def probe_labels(answer, draw):
@@ -261,27 +209,19 @@ def cache_numbers():
 
 
 @torch.no_grad()
-def shifted(model, by=100):
+def shifted(family, config, by=100):
     """Whether the logits stay the same when every position is `by` further on: "same" or "different"."""
     torch.manual_seed(0)
-    config = dict(vocab_size=31, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    if model == "llama":
-        model = minillama.LLaMA(minillama.LLaMAConfig(**config))
-    else:
-        model = minillama.GPT2(minillama.GPT2Config(**config))
-    ids = torch.randint(0, 31, (1, 6))
-    logits = []
-    for positions in (torch.arange(6), torch.arange(6) + by):
-        x = model.embed_tokens(ids)
-        if hasattr(model, "embed_positions"):
-            x = x + model.embed_positions(positions)
-        for layer in model.layers:
-            x = layer(x, positions)
-        logits.append(model.lm_head(model.norm(x)))
-    return "same" if torch.allclose(*logits, atol=1e-3) else "different"
+    model, ids, cache = family(config(31, 16, 32, 2, 2)), torch.randint(0, 31, (1, 6)), minillama.Cache()
+    cache.length = by  # as many tokens before these, none of which is kept
+    return "same" if torch.allclose(model(ids), model(ids, cache=cache), atol=1e-3) else "different"
 
 
 INSTEAD = "does what you are to write here; do without it"
+FUSED_ATTENTION = (
+    F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention,
+    torch._scaled_dot_product_attention_math,
+)  # fmt: skip
 EXERCISES = {
     "rms_norm": Exercise(
         "rms_norm(x, weight, eps) -> (B, T, D)", rms_norm, NORMS, probe_rms_norm,
@@ -289,38 +229,35 @@ EXERCISES = {
         | {RMSNorm.forward: f"minillama's RMSNorm {INSTEAD}"},
     ),
     "rope": Exercise(
-        "rope(x, positions, theta) -> (B, H, T, d)", rope, ROPES,
-        calls(inputs_of_rope, "the output (B, H, T, d)", ROPE_SIZES, again=dict(theta=30.0, start=40)),
+        "rope(x, positions, theta) -> (B, H, T, d)", rope, catalogue(rope, TABLES["ropes"]), probe_rope,
         forbidden={rotate: f"attention.rotate {INSTEAD}", RoPE.__call__: f"attention.RoPE {INSTEAD}"},
     ),
     "grouped_query_attention": Exercise(
-        "grouped_query_attention(q, k, v) -> (B, H, T, d)", grouped_query_attention, ATTENTIONS,
-        with_more(calls(inputs_of_attention, "the output (B, H, T, d)", ATTENTION_SIZES, again={}),
-                  attention_of_one_token),
+        "grouped_query_attention(q, k, v) -> (B, H, T, d)", grouped_query_attention,
+        catalogue(grouped_query_attention, TABLES["attentions_all"]), probe_attention,
         hints={"H": "Which key head belongs to which query head? With H = 6 and G = 2: a a a b b b."},
-        forbidden=dict.fromkeys((F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention,
-                                 torch._scaled_dot_product_attention_math), f"scaled_dot_product_attention {INSTEAD}")
+        forbidden=dict.fromkeys(FUSED_ATTENTION, f"scaled_dot_product_attention {INSTEAD}")
         | {Attention.attend: f"attention.attend {INSTEAD}"},
     ),
     "swiglu": Exercise(
-        "swiglu(x, gate, up, down) -> (B, T, D)", swiglu, SWIGLUS,
-        calls(inputs_of_swiglu, "the output (B, T, D)",
-              (dict(B=2, T=5, D=8, F=12), dict(B=3, T=2, D=4, F=4), dict(B=1, T=1, D=3, F=1)), again={}),
+        "swiglu(x, gate, up, down) -> (B, T, D)", swiglu, catalogue(swiglu, TABLES["swiglus_all"]), probe_swiglu,
     ),
     "split_fused": Exercise(
-        "split_fused(weight, bias) -> matrices (3, D, D), biases (3, D)", split_fused, SPLITS, probe_split,
+        "split_fused(weight, bias) -> matrices (3, D, D), biases (3, D)", split_fused,
+        catalogue(split_fused, TABLES["splits"]), probe_split,
     ),
     "cached_attention": Exercise(
-        "cached_attention(attention, x, past) -> output (B, T, D), (keys, values)", cached_attention, CACHES,
-        probe_cached,
+        "cached_attention(attention, x, past) -> output (B, T, D), (keys, values)", cached_attention,
+        catalogue(cached_attention, TABLES["caches_all"]), probe_cached,
         forbidden={Attention.attend: f"attention.attend, which attention(…) calls too, {INSTEAD}"},
     ),
     "answer_labels": Exercise(
-        "answer_labels(prompt_ids, answer_ids) -> ids (T,), labels (T,)", answer_labels, LABELS, probe_labels,
+        "answer_labels(prompt_ids, answer_ids) -> ids (T,), labels (T,)", answer_labels,
+        catalogue(answer_labels, TABLES["labels"]), probe_labels,
     ),
     **questions(
         cache_numbers=cache_numbers,
-        shifted_llama=lambda: shifted("llama"),
-        shifted_gpt2=lambda: shifted("gpt2"),
+        shifted_llama=lambda: shifted(minillama.LLaMA, minillama.LLaMAConfig),
+        shifted_gpt2=lambda: shifted(minillama.GPT2, minillama.GPT2Config),
     ),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Lesson 02: prompt tuning, prefix tuning and a training step, with the wrong versions that one writes easily."""
 
+from collections import Counter
 from copy import copy
 
 import torch
@@ -14,7 +15,6 @@ from .observing import Exercise, Piece, Wrong, as_function, calls, describe, fac
 from .predictions import questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-
 
 # ── a soft prompt ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -42,16 +42,16 @@ def placed(embedding, ids, prompt, past=0, active=True):
     return torch.cat((p.expand(len(x), -1, -1), x), dim=1)
 
 
-PLACES = catalogue(placed, TABLES["places_all"])
+def inputs_of_prompt(draw, B, T, K, D, past, active):
+    ids = (draw(B, T).abs() * 40).long() % 11
+    return dict(embedding=filled(nn.Embedding(11, D), draw), ids=ids, prompt=draw(K, D), past=past, active=active)
+
+
 PROMPT_SIZES = [dict(zip(("B", "T", "K", "D", "past", "active"), size)) for size in (
     (2, 5, 3, 8, 0, True), (2, 4, 3, 8, 2, True), (3, 1, 4, 6, 1, True), (3, 2, 5, 6, 0, False), (2, 3, 2, 4, 9, True),
     (2, 3, 4, 4, 7, False), (4, 3, 2, 6, 0, True), (1, 1, 1, 5, 0, True),
 )]  # fmt: skip
-
-
-def inputs_of_prompt(draw, B, T, K, D, past, active):
-    ids = (draw(B, T).abs() * 40).long() % 11
-    return dict(embedding=filled(nn.Embedding(11, D), draw), ids=ids, prompt=draw(K, D), past=past, active=active)
+probe_prompt = calls(inputs_of_prompt, "what enters the first layer (B, S, D)", PROMPT_SIZES, float32=("prompt",))
 
 
 # ── a prefix in every layer ───────────────────────────────────────────────────────────────────────────────────────────
@@ -62,12 +62,11 @@ def right_turn_back(rope, keys):
     return rotate(keys, *rope(torch.full((K,), -K)))
 
 
-TURNS = catalogue(right_turn_back, TABLES["turns_all"])
-TURNED_KEYS = calls(lambda draw, G, K, d, rope: dict(rope=RoPE(d, *rope), keys=draw(G, K, d)),
-    "the turned keys (G, K, d)", (
-    dict(G=2, K=3, d=8, rope=(60.0,)), dict(G=3, K=5, d=4, rope=(900.0, (8.0, 1.0, 4.0, 64))),
-    dict(G=1, K=1, d=6, rope=(9.0,)),
-), half=False)  # fmt: skip
+TURNED_KEYS = calls(
+    lambda draw, G, K, d, rope: dict(rope=RoPE(d, *rope), keys=draw(G, K, d)), "the turned keys (G, K, d)",
+    (dict(G=2, K=3, d=8, rope=(60.0,)), dict(G=3, K=5, d=4, rope=(900.0, (8.0, 1.0, 4.0, 64))),
+     dict(G=1, K=1, d=6, rope=(9.0,))), half=False,
+)  # fmt: skip
 
 
 def probe_turn(answer, draw):
@@ -90,10 +89,6 @@ def layer_of(module):
 
 
 LAYERS = catalogue(prefix_tuning, TABLES["layers_all"], wrap=layer_of)
-LAYER_SIZES = (
-    dict(B=3, T=5, K=4, D=20, H=6, G=2, d=8, theta=50.0), dict(B=2, T=3, K=5, D=12, H=3, G=3, d=4, theta=900.0),
-    dict(B=1, T=1, K=1, D=6, H=2, G=1, d=2, theta=9.0),
-)  # fmt: skip
 
 
 def inputs_of_layer(draw, B, T, K, D, H, G, d, theta):
@@ -114,6 +109,12 @@ def with_a_cache(answer, draw, given):
         yield Piece(f"the output for {which} with a cache (B, T, D)", out)
 
 
+probe_layer = calls(inputs_of_layer, "the output (B, T, D)", (
+    dict(B=3, T=5, K=4, D=20, H=6, G=2, d=8, theta=50.0), dict(B=2, T=3, K=5, D=12, H=3, G=3, d=4, theta=900.0),
+    dict(B=1, T=1, K=1, D=6, H=2, G=1, d=2, theta=9.0),
+), ("keys", "values"), once=tuple(f"attention.{name}_proj" for name in "qkvo"), then=with_a_cache)  # fmt: skip
+
+
 # ── the share, and the softmax as two ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -132,19 +133,6 @@ def right_split(q, k, v, prefix_keys, prefix_values):
     return share, on_tokens.softmax(-1) @ v, on_prefix.softmax(-1) @ prefix_values
 
 
-SHARES = catalogue(right_share, TABLES["shares_all"])
-SPLITS = catalogue(right_split, TABLES["splits_all"])
-HEADS_SIZES = dict(B=2, T=5, K=3, H=4, d=8), dict(B=3, T=2, K=5, H=1, d=4), dict(B=1, T=1, K=1, H=2, d=6)
-
-
-def inputs_of_share(draw, B, T, K, H, d):
-    return dict(q=draw(B, H, T, d), k=draw(B, H, T, d), prefix_keys=draw(H, K, d))
-
-
-def inputs_of_split(draw, B, T, K, H, d):
-    return dict(zip(("q", "k", "v", "prefix_keys", "prefix_values"), (*draw(3, B, H, T, d), *draw(2, H, K, d))))
-
-
 def whole_gradient(answer, draw, given):
     """The gradients of all three together: those of one may be 0 in one way of writing, and rounding in another."""
     given = {name: z.requires_grad_() for name, z in given.items()}
@@ -160,6 +148,19 @@ def large_scores(answer, draw, given):
     last = torch.arange(k.shape[2])[:, None] == k.shape[2] - 1
     what = "the share where the last token's score is hundreds, and the others lie hundreds below (B, H, T)"
     yield Piece(what, answer(q + 8, torch.where(last, k + 8, k - 8), prefix_keys - 8))
+
+
+HEADS_SIZES = dict(B=2, T=5, K=3, H=4, d=8), dict(B=3, T=2, K=5, H=1, d=4), dict(B=1, T=1, K=1, H=2, d=6)
+probe_share = calls(
+    lambda draw, B, T, K, H, d: dict(q=draw(B, H, T, d), k=draw(B, H, T, d), prefix_keys=draw(H, K, d)),
+    "the share (B, H, T)", HEADS_SIZES, half=False, then=large_scores,
+)  # fmt: skip
+probe_split = calls(
+    lambda draw, B, T, K, H, d: dict(zip(("q", "k", "v", "prefix_keys", "prefix_values"),
+                                         (*draw(3, B, H, T, d), *draw(2, H, K, d)))),
+    ("the share (B, H, T)", "the tokens' part (B, H, T, d)", "the prefix's part (B, H, T, d)"),
+    HEADS_SIZES, half=False, gradient=False, then=whole_gradient,
+)  # fmt: skip
 
 
 # ── a training step ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,30 +182,28 @@ SAID = {mistake.name: mistake.sentence for mistake in STEPS} | {
 }  # fmt: skip
 
 
+def watched(model, optimizer, own):
+    """A count of what happens from now on: rows read, calls in eval mode, gradients, steps, and steps before any."""
+    seen = Counter()
+    next(iter(own.values())).register_hook(lambda gradient: seen.update(backward=1))
+    optimizer.register_step_post_hook(lambda *_: seen.update(steps=1, early=not seen["backward"]))
+    model.layers[0].register_forward_pre_hook(lambda layer, x: seen.update(rows=len(x[0]), eval=not layer.training))
+    return seen
+
+
 def probe_step(answer, draw):
     for method, B, T in (("llama_adapter", 3, 6), ("lora", 2, 4), ("ia3", 1, 2)):
         model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 24, 2, 2)), method).train()
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(draw(*p.shape) / p.shape[-1] ** 0.5 + (p.dim() == 1))
-        own, seen = adapter_parameters(model), {}
+        own = adapter_parameters(model)
         base = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
-        # the second and third are given the frozen weights too
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
         if method == "llama_adapter":
             optimizer = torch.optim.AdamW(own.values(), lr=0.03, eps=1e-3)
-
-        def count(name, number=1, seen=seen):
-            seen[name] = seen.get(name, 0) + number
-
-        def entered(layer, inputs, count=count):
-            count("rows", len(inputs[0]))
-            count("eval", not layer.training)
-
-        next(iter(own.values())).register_hook(lambda gradient, count=count: count("backward"))
-        optimizer.register_step_post_hook(lambda *_, seen=seen, count=count: count("early", "backward" not in seen))
-        optimizer.register_step_post_hook(lambda *_, count=count: count("steps"))
-        model.layers[0].register_forward_pre_hook(entered)
+        else:  # given the frozen weights too
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        seen = watched(model, optimizer, own)
         for step in (1, 2, 3):
             seen.clear()
             ids = (draw(B, T).abs() * 40).long() % 31
@@ -215,16 +214,16 @@ def probe_step(answer, draw):
                 raise Wrong("form", f"needed is the loss as a float; it returned {describe(loss)}.")
             for name, value in {
                 "loss_with_its_graph": tensor and loss.requires_grad, "loss_as_a_tensor": tensor,
-                "in_eval_mode": seen.get("eval", 0) > 0, "left_in_eval_mode": not model.training,
+                "in_eval_mode": seen["eval"] > 0, "left_in_eval_mode": not model.training,
                 "everything_trains": any(p.requires_grad or p.grad is not None for p, _ in base),
                 "frozen_moved": not all(torch.equal(p, before) for p, before in base),
                 "adapter_frozen": not all(p.requires_grad for p in own.values()),
-                "backward_forgotten": "backward" not in seen, "step_forgotten": "steps" not in seen,
-                "two_steps": seen.get("steps", 0) > 1, "step_before_backward": seen.get("early", 0) > 0,
+                "backward_forgotten": not seen["backward"], "step_forgotten": not seen["steps"],
+                "two_steps": seen["steps"] > 1, "step_before_backward": seen["early"] > 0,
             }.items():  # fmt: skip
                 yield fact(value, name, f"{SAID[name]}.", f"{name} in step {step}")
             why = "the model runs twice on the same rows in one step; one pass gives the loss and its gradients."
-            yield Piece("rows", torch.tensor(seen.get("rows", 0)), kind="count", mistake="run_twice", why=why)
+            yield Piece("rows", torch.tensor(seen["rows"]), kind="count", mistake="run_twice", why=why)
             yield Piece(f"the loss of step {step}", torch.tensor(float(loss.detach() if tensor else loss)))
             yield from (Piece(f"{name} after step {step}", p) for name, p in own.items())
 
@@ -266,14 +265,14 @@ EXERCISES = {
     "soft_prompt": Exercise(
         "soft_prompt(embedding, ids, prompt, past=0, active=True) -> (B, K + T, D), "
         "or (B, T, D) where past > 0 or not active",
-        prompt_of(prompt_tuning), PROMPTS + PLACES,
-        calls(inputs_of_prompt, "what enters the first layer (B, S, D)", PROMPT_SIZES, float32=("prompt",)),
+        prompt_of(prompt_tuning), PROMPTS + catalogue(placed, TABLES["places_all"]), probe_prompt,
     ),
-    "turn_back": Exercise("turn_back(rope, keys) -> (G, K, d)", right_turn_back, TURNS, probe_turn),
+    "turn_back": Exercise(
+        "turn_back(rope, keys) -> (G, K, d)", right_turn_back, catalogue(right_turn_back, TABLES["turns_all"]), probe_turn,
+    ),
     "prefix_attention": Exercise(
-        "prefix_attention(attention, x, positions, keys, values, cache=None) -> (B, T, D)", layer_of(prefix_tuning),
-        LAYERS, calls(inputs_of_layer, "the output (B, T, D)", LAYER_SIZES, ("keys", "values"), then=with_a_cache,
-                      once=tuple(f"attention.{name}_proj" for name in "qkvo")),
+        "prefix_attention(attention, x, positions, keys, values, cache=None) -> (B, T, D)",
+        layer_of(prefix_tuning), LAYERS, probe_layer,
     ),
     **questions(
         share_of_ten=zero_share(10),
@@ -282,8 +281,8 @@ EXERCISES = {
         tokens_after_zeros=tokens_after_zeros,
     ),
     "prefix_share": Exercise(
-        "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share, SHARES,
-        calls(inputs_of_share, "the share (B, H, T)", HEADS_SIZES, half=False, then=large_scores),
+        "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share, catalogue(right_share, TABLES["shares_all"]),
+        probe_share,
     ),
     "training_step": Exercise(
         "training_step(model, optimizer, ids, labels) -> the loss as a float", right_step, STEPS, probe_step,
@@ -291,9 +290,6 @@ EXERCISES = {
     ),
     "split_softmax": Exercise(
         "split_softmax(q, k, v, prefix_keys, prefix_values) -> share (B, H, T), tokens (B, H, T, d), "
-        "prefix (B, H, T, d)", right_split, SPLITS,
-        calls(inputs_of_split,
-              ("the share (B, H, T)", "the tokens' part (B, H, T, d)", "the prefix's part (B, H, T, d)"),
-              HEADS_SIZES, half=False, gradient=False, then=whole_gradient),
+        "prefix (B, H, T, d)", right_split, catalogue(right_split, TABLES["splits_all"]), probe_split,
     ),
 }  # fmt: skip
