@@ -22,15 +22,13 @@ __all__ = ["Exercise", "Mistake", "Piece", "Question", "Verdict", "Wrong", "cata
 
 TOPICS = ("tour", "base_models", "prefix_tuning", "llama_adapter", "ia3", "bottleneck", "lora", "comparison")
 
-# What a verdict calls a mistake that it can describe and not name.
-GENERAL = ("error", "shape", "dtype", "sign", "scale", "place", "value", "swapped", "random", "kept")
-
 
 @dataclass(frozen=True)
 class Verdict:
     """passed, and mistake: a name of the catalogue, of what any answer can get wrong (blank, form, in place, unfrozen,
-    detached, not_cast, precision, one_size, unread, run_twice, left_behind, shortcut, prediction), or one of GENERAL;
-    None where nothing is wrong."""
+    detached, not_cast, precision, one_size, unread, run_twice, left_behind, shortcut, prediction), or what can be
+    described and not named (error, shape, dtype, sign, scale, place, value, random, kept); None where nothing is wrong.
+    """
 
     passed: bool
     mistake: str | None

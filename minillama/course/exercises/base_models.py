@@ -13,8 +13,7 @@ from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, gr
 from .predictions import questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-PLANTED = ()  # these mistakes edit no shipped module; tests/test_base_model_mistakes.py puts them in a part's place
-HARMLESS = {}
+# They edit no shipped module; tests/test_base_model_mistakes.py puts them in a part's place.
 
 
 def pair(result, names):

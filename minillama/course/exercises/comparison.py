@@ -23,4 +23,3 @@ EXERCISES = questions(
     most_finnish=lambda: "lora",  # two minutes of training, so not run here: lesson 07 trains them all and asserts it
     what_helps=lambda: "steps",
 )
-PLANTED, HARMLESS = (), {}

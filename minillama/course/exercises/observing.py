@@ -265,6 +265,4 @@ def normal(numbers, mistake, what, deviation=1.0):
         yield fact(alike, f"equal_rows_of_{mistake}", why)
 
 
-def planted(module, name, mistake):
-    """A context within which the module's name stands for the mistake."""
-    return mock.patch.object(module, name, mistake)
+planted = mock.patch.object  # planted(module, name, mistake): within the block the module's name stands for the mistake

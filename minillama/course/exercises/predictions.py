@@ -98,41 +98,45 @@ def show(outcome):
 def in_form(question, truth, answer):
     """The answer in the truth's form: "0.5" as 0.5, 12.0 as 12, "Smaller" as "smaller", {"gate"} frozen;
     raises Wrong where it has another one."""
-    said = (truth, *question.wrong) if isinstance(truth, str | frozenset) else ()
-    choices = question.choices or sorted({word for x in said for word in ([x] if isinstance(x, str) else x)})
-    words = ", ".join(map(repr, choices))
-    if isinstance(truth, str | frozenset):
-        given = {answer} if isinstance(answer, str) else answer
-        spelt = {choice.lower(): choice for choice in choices}
-        spelt = {word.removeprefix("the "): choice for word, choice in spelt.items()} | spelt  # "same": "the same"
-        known = isinstance(given, set | frozenset | list | tuple) and all(
-            isinstance(word, str) and word.strip().lower() in spelt for word in given
-        )
-        given = frozenset(spelt[word.strip().lower()] for word in given) if known else None
-        if isinstance(truth, str):
-            if given is None or len(given) != 1:
-                raise Wrong("form", f"the answer is one of {words}; yours is {answer!r}.")
-            return next(iter(given))
-        if given is None:
-            raise Wrong("form", f"the answer is a set made of {words}, or set() for none of them; yours is {answer!r}.")
-        return given
+    given, yours = None, repr(answer)
     if isinstance(truth, bool):
-        if not isinstance(answer, bool):
-            raise Wrong("form", f"the answer is True or False; yours is {answer!r}.")
-        return answer
-    given, whole = answer, isinstance(truth, int)
-    if hasattr(given, "item") and getattr(given, "size", 0) != 0:
-        with contextlib.suppress(ValueError, RuntimeError, TypeError):
-            given = given.item()  # of numpy, or a tensor of one number
-    if isinstance(given, str):
-        with contextlib.suppress(ValueError):
-            given = float(given.replace(",", "").replace("_", ""))
-    if whole and isinstance(given, float) and given.is_integer():
-        given = int(given)
-    if isinstance(given, bool) or not isinstance(given, int if whole else int | float):
-        needed = "whole number" if whole else "number"
-        raise Wrong("form", f"the answer is a {needed}; yours is {answer!r}, {describe(answer)}.")
+        needed, fits = "True or False", isinstance(answer, bool)
+        given = answer
+    elif isinstance(truth, str | frozenset):
+        said = [{x} if isinstance(x, str) else x for x in (truth, *question.wrong)]
+        choices = question.choices or sorted(frozenset().union(*said))
+        words, given = ", ".join(map(repr, choices)), chosen(answer, choices)
+        needed = f"one of {words}" if isinstance(truth, str) else f"a set made of {words}, or set() for none of them"
+        fits = given is not None and (isinstance(truth, frozenset) or len(given) == 1)
+        given = next(iter(given)) if fits and isinstance(truth, str) else given
+    else:
+        given, kind = as_number(answer), int if isinstance(truth, int) else int | float
+        given = int(given) if kind is int and isinstance(given, float) and given.is_integer() else given
+        needed, yours = f"a {'whole ' * (kind is int)}number", f"{yours}, {describe(answer)}"
+        fits = isinstance(given, kind) and not isinstance(given, bool)
+    if not fits:
+        raise Wrong("form", f"the answer is {needed}; yours is {yours}.")
     return given
+
+
+def chosen(answer, choices):
+    """The choices that an answer names, in whatever spelling, or None where it is none of them."""
+    spelt = {choice.lower(): choice for choice in choices}
+    spelt = {word.removeprefix("the "): choice for word, choice in spelt.items()} | spelt  # "same": "the same"
+    given = {answer} if isinstance(answer, str) else answer
+    with contextlib.suppress(AttributeError, KeyError):  # no text, no choice
+        if isinstance(given, set | frozenset | list | tuple):
+            return frozenset(spelt[word.strip().lower()] for word in given)
+
+
+def as_number(answer):
+    """What holds one number, be it numpy's, a tensor or a text, as Python's; the rest as it is."""
+    with contextlib.suppress(ValueError, RuntimeError, TypeError):
+        if hasattr(answer, "item") and getattr(answer, "size", 0) != 0:
+            return answer.item()
+        if isinstance(answer, str):
+            return float(answer.replace(",", "").replace("_", ""))
+    return answer
 
 
 def moved(method, steps, prepare=None, names=lambda name: name.rpartition(".")[2], **options):

@@ -16,8 +16,6 @@ from .predictions import questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
-# ── a soft prompt ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def prompt_of(module):
     """The module's PromptEmbedding, with `embed`, as a function of the embedding, the ids and the prompt."""
@@ -52,9 +50,6 @@ PROMPT_SIZES = [dict(zip(("B", "T", "K", "D", "past", "active"), size)) for size
     (2, 3, 4, 4, 7, False), (4, 3, 2, 6, 0, True), (1, 1, 1, 5, 0, True),
 )]  # fmt: skip
 probe_prompt = calls(inputs_of_prompt, "what enters the first layer (B, S, D)", PROMPT_SIZES, float32=("prompt",))
-
-
-# ── a prefix in every layer ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def right_turn_back(rope, keys):
@@ -115,9 +110,6 @@ probe_layer = calls(inputs_of_layer, "the output (B, T, D)", (
 ), ("keys", "values"), once=tuple(f"attention.{name}_proj" for name in "qkvo"), then=with_a_cache)  # fmt: skip
 
 
-# ── the share, and the softmax as two ─────────────────────────────────────────────────────────────────────────────────
-
-
 def right_share(q, k, prefix_keys):
     scale, T, K = q.shape[-1] ** 0.5, q.shape[2], prefix_keys.shape[1]
     on_prefix, on_tokens = q @ prefix_keys.mT / scale, q @ k.mT / scale
@@ -161,9 +153,6 @@ probe_split = calls(
     ("the share (B, H, T)", "the tokens' part (B, H, T, d)", "the prefix's part (B, H, T, d)"),
     HEADS_SIZES, half=False, gradient=False, then=whole_gradient,
 )  # fmt: skip
-
-
-# ── a training step ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def right_step(model, optimizer, ids, labels):
@@ -268,7 +257,8 @@ EXERCISES = {
         prompt_of(prompt_tuning), PROMPTS + catalogue(placed, TABLES["places_all"]), probe_prompt,
     ),
     "turn_back": Exercise(
-        "turn_back(rope, keys) -> (G, K, d)", right_turn_back, catalogue(right_turn_back, TABLES["turns_all"]), probe_turn,
+        "turn_back(rope, keys) -> (G, K, d)", right_turn_back, catalogue(right_turn_back, TABLES["turns_all"]),
+        probe_turn,
     ),
     "prefix_attention": Exercise(
         "prefix_attention(attention, x, positions, keys, values, cache=None) -> (B, T, D)",

@@ -60,18 +60,14 @@ def observe(exercise, answer, salt=0):
     except Wrong as wrong:
         yield End(*wrong.args)
     except Exception as error:  # whatever a student's code may raise is part of the verdict
-        yield End(*stopped(exercise, error, *(calls[-1] if calls else (answer, (), ()))))
+        yield End(*stopped(exercise, error, *(calls[-1][:2] if calls else (answer, ()))))
 
 
-def stopped(exercise, error, function, arguments, before):
+def stopped(exercise, error, function, arguments):
     """(mistake, sentence) of an answer that raised an error."""
     if isinstance(error, NotImplementedError) and re.search("^$|required .forward.", str(error)):
         return "blank", f"not written yet: it should be {exercise.call}. Fill in the dots, then run the cell again."
     if isinstance(error, RuntimeError) and re.search("in-?place operation", str(error)):
-        try:
-            unchanged(function, arguments, before)
-        except Wrong as wrong:
-            return wrong.args
         needed = f"an assignment like `y += …` overwrites y, which the backward pass still needs{place_of(error)}"
         return "error", f"{needed}: write y = y + …, a new tensor."
     what = f"it stopped with {type(error).__name__}: {str(error).rstrip('.')}{place_of(error)}."
@@ -186,21 +182,16 @@ class Used(TorchFunctionMode):
 
     def __init__(self, functions):
         super().__init__()
-        self.functions, self.found, self.outer = functions, [], None
+        self.functions, self.found, self.outer = functions, [], sys.getprofile()
         self.written = {f.__code__: f for f in functions if hasattr(f, "__code__")}
 
     def note(self, function):
         if function in self.functions and function not in self.found:
             self.found.append(function)
 
-    def watch(self, frame, event, argument):
-        if event == "call":
-            self.note(self.written.get(frame.f_code))
-
     def __enter__(self):
-        self.outer = sys.getprofile()
         if self.written:
-            sys.setprofile(self.watch)
+            sys.setprofile(lambda frame, event, _: event == "call" and self.note(self.written.get(frame.f_code)))
         return super().__enter__()
 
     def __exit__(self, *error):

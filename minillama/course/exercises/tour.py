@@ -48,7 +48,6 @@ def probe_freeze(answer, draw):
         yield Piece("how many numbers train", count, where)
 
 
-PLANTED, HARMLESS = (), {}
 EXERCISES = {
     "freeze_all_but": Exercise("freeze_all_but(model, words) -> a whole number", right_freeze, FREEZE, probe_freeze),
     **questions(
