@@ -196,9 +196,6 @@ def probe_labels(answer, draw):
             yield Piece(what, value.long(), f"for {len(prompt)} + {len(reply)} ids" if prompt[0] != 5 else "")
 
 
-# ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def cache_numbers():
     """How many numbers SmolLM2-135M's cache holds for one token."""
     with torch.device("meta"):

@@ -51,13 +51,11 @@ class Mistake:
     def thing(self):
         file = f"<{self.edited.__name__}: {self.name}>"
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(True), file)  # for tracebacks
-        module = types.ModuleType(self.edited.__name__)
-        if isinstance(self.edited, types.ModuleType):
-            module.__package__ = self.edited.__package__
-        else:
-            module.__dict__.update(vars(inspect.getmodule(self.edited)))
+        module, whole = types.ModuleType(self.edited.__name__), isinstance(self.edited, types.ModuleType)
+        around = {"__package__": self.edited.__package__} if whole else vars(inspect.getmodule(self.edited))
+        module.__dict__.update(around)
         exec(compile(self.source, file, "exec"), module.__dict__)
-        return module if isinstance(self.edited, types.ModuleType) else getattr(module, self.edited.__name__)
+        return module if whole else getattr(module, self.edited.__name__)
 
     @functools.cached_property
     def answer(self):
@@ -120,7 +118,7 @@ def catalogue(edited, rows, *functions, wrap=None):
     classes, for what an edit cannot make: their names and the first paragraph of their docstrings."""
     mistakes = []
     for name, old, new, sentence in rows:
-        edits = [(old, new)] if isinstance(old, str) else list(zip(old, new, strict=True))
+        edits = [(old, new)] if isinstance(old, str) else zip(old, new, strict=True)
         mistakes.append(Mistake(name, sentence, edited, edits, wrap))
     for function in functions:
         sentence = " ".join(function.__doc__.split("\n\n")[0].split())

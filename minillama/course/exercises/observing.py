@@ -128,20 +128,26 @@ def calls(inputs, outputs, sizes, float32=(), once=(), half=True, gradient=True,
 
 
 def in_bfloat16(value):
-    if isinstance(value, nn.Module):
-        return value.bfloat16()
-    return value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    return value.bfloat16() if isinstance(value, nn.Module) or floating(value) else value
 
 
 def called(answer, given, outputs, once=(), gradient=True):
     """Pieces of one call: what it returns, its gradients, and what it changed. given: {name: value}."""
-    leaves = {n: v.requires_grad_(gradient) for n, v in given.items() if isinstance(v, torch.Tensor) and floating(v)}
-    modules = {n: v for n, v in given.items() if isinstance(v, nn.Module)}
-    own = {f"{n}'s {name}": p for n, module in modules.items() for name, p in module.named_parameters()}
-    leaves.update({name: p for name, p in own.items() if p.requires_grad})  # of what trains
+    leaves = {name: x.requires_grad_(gradient) for name, x in given.items() if floating(x)}
+    modules = {name: x for name, x in given.items() if isinstance(x, nn.Module)}
+    for name, module in modules.items():
+        leaves.update({f"{name}'s {own}": p for own, p in module.named_parameters() if p.requires_grad})
     # a copy behind each, so that what is changed in place is seen and not refused by torch
-    handed = {n: v.clone() if n in leaves else v for n, v in given.items()}
-    with counted(modules, once) as rows:
+    handed = {name: x.clone() if name in leaves else x for name, x in given.items()}
+    rows = dict.fromkeys(once, 0)
+    with contextlib.ExitStack() as hooks:
+        for name in once:
+
+            def count(module, inputs, output, name=name):
+                rows[name] += output.numel() // output.shape[-1]
+
+            first, _, rest = name.partition(".")
+            hooks.enter_context(modules[first].get_submodule(rest).register_forward_hook(count))
         result = answer(*handed.values())
     pairs = [(outputs, result)] if isinstance(outputs, str) else named(outputs, result)
     pieces = [Piece(*pair) for pair in pairs]
@@ -177,21 +183,6 @@ def gradients(out, *inputs):
     found = torch.autograd.grad((out * weighting).sum(), wanted, retain_graph=True, materialize_grads=True)
     found = dict(zip(map(id, wanted), found))
     return [found.get(id(x), torch.zeros_like(x)) for x in inputs]
-
-
-@contextlib.contextmanager
-def counted(modules, once):
-    """Within the block the rows that each module of `once` computes are counted: {name: rows}."""
-    rows = dict.fromkeys(once, 0)
-    with contextlib.ExitStack() as hooks:
-        for name in once:
-
-            def count(module, inputs, output, name=name):
-                rows[name] += output.numel() // output.shape[-1]
-
-            first, _, rest = name.partition(".")
-            hooks.enter_context(modules[first].get_submodule(rest).register_forward_hook(count))
-        yield rows
 
 
 def frozen(module):

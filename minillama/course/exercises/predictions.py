@@ -98,20 +98,21 @@ def show(outcome):
 def in_form(question, truth, answer):
     """The answer in the truth's form: "0.5" as 0.5, 12.0 as 12, "Smaller" as "smaller", {"gate"} frozen;
     raises Wrong where it has another one."""
-    given, yours = None, repr(answer)
+    yours = repr(answer)
     if isinstance(truth, bool):
-        needed, fits = "True or False", isinstance(answer, bool)
-        given = answer
+        given, needed, fits = answer, "True or False", isinstance(answer, bool)
     elif isinstance(truth, str | frozenset):
         said = [{x} if isinstance(x, str) else x for x in (truth, *question.wrong)]
         choices = question.choices or sorted(frozenset().union(*said))
         words, given = ", ".join(map(repr, choices)), chosen(answer, choices)
-        needed = f"one of {words}" if isinstance(truth, str) else f"a set made of {words}, or set() for none of them"
-        fits = given is not None and (isinstance(truth, frozenset) or len(given) == 1)
-        given = next(iter(given)) if fits and isinstance(truth, str) else given
+        needed, fits = f"a set made of {words}, or set() for none of them", given is not None
+        if isinstance(truth, str):
+            needed, fits = f"one of {words}", fits and len(given) == 1
+            given = min(given) if fits else None
     else:
         given, kind = as_number(answer), int if isinstance(truth, int) else int | float
-        given = int(given) if kind is int and isinstance(given, float) and given.is_integer() else given
+        if kind is int and isinstance(given, float) and given.is_integer():
+            given = int(given)
         needed, yours = f"a {'whole ' * (kind is int)}number", f"{yours}, {describe(answer)}"
         fits = isinstance(given, kind) and not isinstance(given, bool)
     if not fits:

@@ -217,9 +217,6 @@ def probe_step(answer, draw):
             yield from (Piece(f"{name} after step {step}", p) for name, p in own.items())
 
 
-# ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def zero_share(n):
     """What 5 zero keys take of the softmax of a token that sees n tokens, itself among them, each with score 0."""
     return lambda: right_share(*torch.zeros(2, 1, 1, n, 8), torch.zeros(1, 5, 8))[0, 0, -1].item()
