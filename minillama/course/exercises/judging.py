@@ -7,7 +7,7 @@ tried in order, from the most particular (a mistake of the catalogue) to the mos
 import contextlib
 import functools
 import re
-from itertools import combinations, islice, zip_longest
+from itertools import combinations, zip_longest
 
 import torch
 
@@ -123,13 +123,13 @@ def begins(exercise, mistake):
         return next(pieces, None)
 
 
-def equals(case, mistake, upto=None, roughly=False):
-    """Whether a mistake does what was seen, up to that many Pieces; all of them, however often it runs a module."""
+def equals(case, mistake, roughly=False):
+    """Whether a mistake does what was seen, however often it runs a module."""
     if not agree(case.seen[0], begins(case.exercise, mistake), roughly):
         return False
     with contextlib.closing(observe(case.exercise, mistake.answer)) as pieces:
-        both = zip_longest(case.seen[:upto], islice(pieces, upto))
-        return all(upto is None and getattr(a, "kind", "") == "count" or agree(a, b, roughly) for a, b in both)
+        both = zip_longest(case.seen, pieces)
+        return all(getattr(a, "kind", "") == "count" or agree(a, b, roughly) for a, b in both)
 
 
 def known(case):
@@ -144,17 +144,6 @@ def fact_missed(case):
     """A fact that is not as it should be, where no value before it is wrong."""
     if case.first and case.first.kind in ("fact", "count"):
         return case.first.mistake, case.first.why
-
-
-def known_so_far(case):
-    """A mistake of the catalogue, up to where the answer stops or goes on in another dtype: two mistakes in one."""
-    dtypes = [a.value.dtype == b.value.dtype for a, b in zip(case.seen, case.right) if isinstance(a, Piece)]
-    upto = dtypes.index(False) if False in dtypes else len(case.seen) - bool(case.end)
-    if upto < len(case.right) and wrong_pieces(case.seen[:upto], case.right):
-        for mistake in case.exercise.mistakes:
-            if equals(case, mistake, upto):
-                also = "It also fails elsewhere; mend this first."
-                return mistake.name, f"this equals a known mistake: {mistake.sentence}. {also}"
 
 
 @functools.cache
@@ -183,12 +172,6 @@ def unstable(case, upto=None):
         for a, b in zip(case.seen[:upto], observe(case.exercise, case.answer, salt)):
             if not agree(a, b) and not isinstance(a, End):
                 return mistake, f"{a} changes from call to call on the same input: {reason}"
-
-
-def kept(case):
-    """Right at the first call of a size, and wrong where the size comes again with other numbers."""
-    if case.first and "again" in case.first.where and case.first.kind != "fact":
-        return "kept", f"right at first, and wrong {case.first.where}: something is kept from an earlier call."
 
 
 def detached(case):
@@ -266,7 +249,7 @@ def ended(case):
 
 
 EXPLANATIONS = (
-    known, fact_missed, known_so_far, kept, detached, not_cast, one_size, known_pair, ended, unread, unstable,
+    known, fact_missed, detached, not_cast, one_size, known_pair, ended, unread, unstable,
 )  # fmt: skip
 
 
