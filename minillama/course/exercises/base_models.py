@@ -12,8 +12,9 @@ from .catalogue import catalogue, tables
 from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, gradients, in_bfloat16
 from .predictions import questions
 
-TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-# They edit no shipped module; tests/test_base_model_mistakes.py puts them in a part's place.
+# The mistakes, in the Markdown file beside this one. They edit no shipped module: tests/test_base_model_mistakes.py puts
+# them in a part's place.
+TABLES = tables(__file__)
 
 
 def pair(result, names):
