@@ -12,8 +12,8 @@ from .catalogue import catalogue, tables
 from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, gradients, in_bfloat16
 from .predictions import questions
 
-# The mistakes, in the Markdown file beside this one. They edit no shipped module: tests/test_base_model_mistakes.py puts
-# them in a part's place.
+# The mistakes, in the Markdown file beside this one. They edit no shipped module; what puts them in a part's place is
+# tests/test_base_model_mistakes.py.
 TABLES = tables(__file__)
 
 
