@@ -10,9 +10,11 @@ from ...llama import Layer, LLaMAConfig
 from .catalogue import catalogue, tables
 from .judging import close, other
 from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, named
-from .predictions import Question, moved
+from .predictions import moved
+from .wording import question, teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
+SAYS = wording(__file__)
 
 OUT = "the output (B, T, D)"
 TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -37,20 +39,6 @@ def behind(module):
 def beside(module):
     """The same in the parallel form."""
     return lambda sublayer, x, network, scale: module.Adapted(sublayer, network, True, scale)(x)
-
-
-# ── the network ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-NETWORK = TABLES["network"]
-
-# ── around a sublayer ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-SUM = "return y + self.scale * self.bottleneck(x if self.parallel else y)"
-
-
-def returns(*rows):
-    """Rows (name, what Adapted returns instead, sentence) as edits of the module; h is the bottleneck there."""
-    return tuple((name, SUM, f"h = self.bottleneck\n        return {new}", sentence) for name, new, sentence in rows)
 
 
 # ── what an answer is the sum of ──────────────────────────────────────────────────────────────────────────────────────
@@ -139,8 +127,7 @@ def right_start(D, m):
 
 
 START = catalogue(right_start, TABLES["start"])
-WHY = {mistake.name: f"{mistake.sentence}." for mistake in START}
-PLANTED_START = TABLES["planted_start"]
+said = teller(SAYS["said"], START)
 
 
 def places_of(tensor):
@@ -152,43 +139,41 @@ def places_of(tensor):
 
 def probe_start(answer, draw):
     for D, m in ((240, 12), (400, 100), (300, 1)):
-        shapes, result = ((m, D), (m,), (D, m), (D,)), answer(D, m)
+        result = answer(D, m)
         if not isinstance(result, tuple | list) or len(result) != 4:
             raise Wrong("form", f"needed are four tensors, {', '.join(TENSORS)}; it returned {describe(result)}.")
         found, again = named(TENSORS, result), answer(D, m)
         for name, value in found:
             if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
                 raise Wrong("start_dtype", f"{name} should be a float32 tensor; it is {describe(value)}.")
+        shapes, got = [(m, D), (m,), (D, m), (D,)], [tuple(value.shape) for _, value in found]
+        turned = got == [(D, m), (m,), (m, D), (D,)]
+        mistake = "shapes_swapped" if turned else "order" if sorted(got) == sorted(shapes) else "shapes"
         for (name, value), shape in zip(found, shapes):
             if value.shape != shape:
-                got = [tuple(tensor.shape) for _, tensor in found]
-                turned = got == [(D, m), (m,), (m, D), (D,)]
-                needed = WHY["shapes_swapped"] if turned else f"needed is {shape} for D = {D} and m = {m}."
-                order = " The shapes are right and their order is not." * (sorted(got) == sorted(shapes) and not turned)
-                mistake = "shapes_swapped" if turned else "order" if order else "shapes"
-                raise Wrong(mistake, f"{name} has shape {tuple(value.shape)}; {needed}{order}")
+                needed = said.sentences[mistake].format(shape=shape, D=D, m=m)
+                raise Wrong(mistake, f"{name} has shape {tuple(value.shape)}; {needed}")
             if not value.isfinite().all():
                 raise Wrong("not_finite", f"{name} holds NaN or infinity: torch.empty holds anything; fill it.")
             if isinstance(value, torch.nn.Parameter) and not value.requires_grad:
                 raise Wrong("frozen", f"{name} is a parameter with requires_grad=False: it never learns.")
         places = torch.cat([places_of(value) for value in (*result, *again)])
-        why = "numbers that share memory, by a view, an `expand` or from call to call, train as one; make new ones."
-        yield fact(len(places.unique()) < len(places), "shared", why)
+        yield said(len(places.unique()) < len(places), "shared")
         zero = [not value.any() for _, value in found]  # needed: only down's weight is not
         name = ("AllZero" if all(zero) else "mostly_zero" if zero[0] and zero[2] else "down_zero" if zero[0]
                 else "as_linear_draws_them" if not any(zero[1:]) else "UpNotZero" if not zero[2]
                 else "down_bias_kept" if zero[3] else "up_bias_kept")  # fmt: skip
-        yield fact(torch.tensor(zero), name, WHY[name], "which of the four are 0")
+        yield said(torch.tensor(zero), name, "which of the four are 0")
         down = found[0][1].detach().double()
-        zeros, size = (down == 0).double().mean() > 0.5, down.std()
-        rank = torch.linalg.matrix_rank(down, rtol=1e-5)
-        for name, wrong in (
-            ("unit_at_zero", (down == 0).all(1).any()), ("units_alike", len(down.unique(dim=0)) < m),
-            ("mostly_zero", zeros), ("features_alike", (down == down[:, :1]).all()), ("low_rank", rank < m),
-            ("not_centred", abs(down.mean()) > 0.4 * size),
-            ("down_too_large", not size < 0.115), ("down_too_small", not size > 0.0008),
-        ):  # fmt: skip
-            yield fact(wrong, name, WHY[name])
+        size, rank = down.std(), torch.linalg.matrix_rank(down, rtol=1e-5)
+        yield said((down == 0).all(1).any(), "unit_at_zero")
+        yield said(len(down.unique(dim=0)) < m, "units_alike")
+        yield said((down == 0).double().mean() > 0.5, "mostly_zero")
+        yield said((down == down[:, :1]).all(), "features_alike")
+        yield said(rank < m, "low_rank")
+        yield said(abs(down.mean()) > 0.4 * size, "not_centred")
+        yield said(not size < 0.115, "down_too_large")
+        yield said(not size > 0.0008, "down_too_small")
 
 
 # ── in a block ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -203,16 +188,11 @@ def right_layer(layer, x, positions, first, second):
     return h + z + second(z)
 
 
-LAYER = catalogue(right_layer, TABLES["layer"])
-
 # ── how many ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parameters(D, m, L, places):
     return L * places * (2 * m * D + D + m)
-
-
-PARAMETERS = catalogue(parameters, TABLES["parameters"])
 
 
 def probe_parameters(answer, draw):
@@ -262,12 +242,7 @@ SIZES = (dict(B=2, T=5, D=10, m=4), dict(B=3, T=2, D=6, m=6), dict(B=1, T=1, D=5
 SCALED = [dict(size, scale=scale) for size, scale in zip(SIZES, (5.5, -1.5, 0.0))]
 LAYERS = (dict(positions=[3, 4, 6, 9, 14], B=2, D=24, H=4, G=2), dict(positions=[0, 5], B=3, D=12, H=3, G=3),
           dict(positions=[7], B=1, D=16, H=2, G=1))  # fmt: skip
-DOWN, UP = frozenset(["down.weight", "down.bias"]), frozenset(["up.weight", "up.bias"])
-FOUR_NAMES = ("down.weight", "down.bias", "up.weight", "up.bias")
-
-
-def only(*names):
-    return frozenset(names)
+NAMES = tuple(name.replace("_", ".") for name in TENSORS)
 
 
 def learned(steps, prepare=None):
@@ -275,57 +250,27 @@ def learned(steps, prepare=None):
     return moved("bottleneck", steps, prepare, lambda name: ".".join(name.split(".")[-2:]), size=3)
 
 
+NETWORK = catalogue(bottleneck, TABLES["bottleneck_network"], wrap=network_of)
 BEHIND = catalogue(bottleneck, TABLES["adapted_sublayer"], wrap=behind)
-PLANTED = (
-    *catalogue(bottleneck, NETWORK, wrap=network_of), *catalogue(bottleneck, PLANTED_START), *BEHIND[:4],
-    *catalogue(bottleneck, TABLES["attach"]),
-)  # fmt: skip
+PLANTED = NETWORK[:4] + BEHIND[:4] + catalogue(bottleneck, TABLES["planted"])  # each must fail a test in the models
 HARMLESS = {}
 
 EXERCISES = {
     "bottleneck_network": Exercise(
         "bottleneck_network(x, down_weight, down_bias, up_weight, up_bias) -> (B, T, D)", network_of(bottleneck),
-        catalogue(bottleneck, TABLES["bottleneck_network"], wrap=network_of),
-        calls(inputs_of_network, OUT, SIZES, float32=TENSORS),
+        NETWORK, calls(inputs_of_network, OUT, SIZES, float32=TENSORS),
     ),
     "bottleneck_start": Exercise(
         "bottleneck_start(D, m) -> down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D)", right_start,
         START, probe_start,
     ),
-    "bottleneck_moves_first": Question(
-        learned(1),
-        "The loss reaches down through up, and up is 0: the gradient of all that lies before it carries that factor.",
-        {UP | DOWN: "look again at what the gradient of down passes on its way: up's weight, and it is 0.",
-         DOWN: "the other way round: what lies behind the zero feels the loss, what lies before it does not.",
-         only(): "the loss is not 0, and up's bias is added to the output: is there anything between the two?",
-         only("up.bias"): "up's weight gets the loss's gradient times the narrow features: are these 0?",
-         only("up.weight"): "nearly: is there anything that stands between up's bias and the loss?",
-         only("up.weight", "down.weight"): "down's gradient passes up's weight, which is 0; and what of the biases?"},
-        FOUR_NAMES, "For each of the four, walk back to it from the loss: which matrices do you pass? Is one 0?",
-    ),
-    "bottleneck_moves_second": Question(
-        learned(2), "After one step up is no longer 0, and down feels the loss.",
-        {UP: "up is no longer 0: does down's gradient still vanish?",
-         DOWN: "what moved at the first step has moved: up's two tensors too.",
-         UP | {"down.weight"}: "down's bias stands where down's weight does: what holds for the one?"},
-        FOUR_NAMES, "What is up after the first step, and which gradients have it as a factor?",
-    ),
-    "bottleneck_all_zero": Question(
-        learned(20, lambda own: [p.zero_() for p in own.values()]),
-        "The features are GELU(0) = 0, so up's weight gets no gradient; up stays 0, so down gets none either. "
-        "What is left adds one fixed vector to every token.",
-        {UP: "up's weight gets the loss's gradient times the features: what are they when down is 0?",
-         UP | DOWN: "down's gradient has up's weight as a factor, which starts at 0: does it ever leave it?",
-         DOWN | {"up.bias"}: "down's gradient has up's weight as a factor, which starts at 0: does it ever leave it?",
-         DOWN: "down's gradient has up's weight as a factor, which starts at 0: does it ever leave it?",
-         only("up.weight"): "up's weight gets the loss's gradient times the features: what are they when down is 0?",
-         only(): "one of the four reaches the loss without passing a zero.",
-         only("up.bias", "down.bias"): "down's bias reaches the loss through up's weight: does that leave 0?"},
-        FOUR_NAMES, "Two products keep each other at 0. Which of the four is a factor of neither?",
+    "bottleneck_moves_first": question(learned(1), SAYS["bottleneck_moves_first"], NAMES),
+    "bottleneck_moves_second": question(learned(2), SAYS["bottleneck_moves_second"], NAMES),
+    "bottleneck_all_zero": question(
+        learned(20, lambda own: [p.zero_() for p in own.values()]), SAYS["bottleneck_all_zero"], NAMES
     ),
     "adapted_sublayer": Exercise(
-        "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", behind(bottleneck),
-        BEHIND,
+        "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", behind(bottleneck), BEHIND,
         around(inputs_of_sublayer, SIZES, ("sublayer",), terms_of_sublayer,
                {"sublayer(x)": 1, "bottleneck(sublayer(x))": 1}, behind(bottleneck)),
     ),
@@ -336,12 +281,14 @@ EXERCISES = {
                {"sublayer(x)": 1, "bottleneck(x)": "scale"}, beside(bottleneck)),
     ),
     "houlsby_layer": Exercise(
-        "houlsby_layer(layer, x, positions, first, second) -> (B, T, D)", right_layer, LAYER,
+        "houlsby_layer(layer, x, positions, first, second) -> (B, T, D)", right_layer,
+        catalogue(right_layer, TABLES["layer"]),
         around(inputs_of_layer, LAYERS, ("layer.self_attn", "layer.mlp"), terms_of_layer,
                dict.fromkeys(("x", *(f"the output of {name}" for name in ("self_attn", "first", "mlp", "second"))), 1),
                right_layer),
     ),
     "bottleneck_parameters": Exercise(
-        "bottleneck_parameters(D, m, L, places) -> a whole number", parameters, PARAMETERS, probe_parameters,
+        "bottleneck_parameters(D, m, L, places) -> a whole number", parameters,
+        catalogue(parameters, TABLES["parameters"]), probe_parameters,
     ),
 }  # fmt: skip

@@ -14,18 +14,15 @@ from ...attention import RoPE, rotate
 from ...gpt2 import GPT2, GPT2Config
 from ...llama import Layer, LLaMA, LLaMAConfig
 from .catalogue import catalogue, tables
+from .modules import merged
 from .observing import Exercise, Wrong, called, calls, describe, fact, filled, in_bfloat16
-from .predictions import Question
+from .wording import question, teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
+SAYS = wording(__file__)
+
 # ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
-
-
-def linear_of(module):
-    """The module's IA3Linear as a function of the projection, the input, the vector and the side."""
-    run = torch.func.functional_call
-    return lambda linear, x, scale, side: run(module.IA3Linear(linear, side), {"scale": scale}, (x,))
 
 
 def start_of(module):
@@ -33,19 +30,12 @@ def start_of(module):
 
 
 def merge_of(module):
-    def ia3_merge(linear, scale, side):
-        wrapper = module.IA3Linear(linear, side)
-        wrapper.scale.data = scale
-        return wrapper.weight.detach(), wrapper.bias.detach()
-
-    return ia3_merge
+    return lambda linear, scale, side: merged(module.IA3Linear(linear, side), scale=scale)
 
 
-FORWARD = catalogue(ia3, TABLES["forward"], wrap=linear_of)
-ELSEWHERE = catalogue(ia3, TABLES["elsewhere"])
 STARTS = catalogue(ia3, TABLES["starts"], wrap=start_of)
 MERGES = catalogue(ia3, TABLES["merges"], wrap=merge_of)
-PLANTED = FORWARD + ELSEWHERE + STARTS + MERGES[:3]  # each must fail a test where it stands in the models
+PLANTED = catalogue(ia3, TABLES["planted"]) + STARTS + MERGES[:3]  # each must fail a test where it stands in the models
 HARMLESS = {"BiasUnscaled": ("llama",), "MergeForgetsBias": ("llama",), "attach_to_queries": ("gpt2",)}
 
 # ── one projection, and a batch of several tasks ──────────────────────────────────────────────────────────────────────
@@ -99,9 +89,11 @@ def sizes(names, *rows):
     return [dict(zip(names.split(), row)) for row in rows]
 
 
-def inputs_of_linear(draw, side, B, T, n_in, n_out):
+def inputs_of_linear(draw, side, *sizes):
+    *tokens, n_in, n_out = sizes  # B and T, where there are tokens
     linear, scale = filled(nn.Linear(n_in, n_out), draw), draw(n_out if side == "output" else n_in)
-    return dict(linear=linear, x=draw(B, T, n_in), scale=scale, side=side)
+    x = {"x": draw(*tokens, n_in)} if tokens else {}
+    return dict(linear=linear, **x, scale=scale, side=side)
 
 
 def inputs_of_mixed(draw, side, B, T, N, n_in, n_out):
@@ -110,9 +102,7 @@ def inputs_of_mixed(draw, side, B, T, N, n_in, n_out):
     return dict(linear=linear, x=draw(B, T, n_in), scales=scales, rows=rows, side=side)
 
 
-def inputs_of_merge(draw, side, n_in, n_out):
-    linear, scale = filled(nn.Linear(n_in, n_out), draw), draw(n_out if side == "output" else n_in)
-    return dict(linear=linear, scale=scale, side=side)
+said = teller(SAYS["said"], STARTS)
 
 
 def probe_start(answer, draw):
@@ -120,40 +110,23 @@ def probe_start(answer, draw):
         scale = answer(filled(nn.Linear(n_in, n_out), draw).to(dtype), side)
         if not isinstance(scale, torch.Tensor):
             raise Wrong("form", f"the vector should be a tensor; it is {describe(scale)}.")
-        needed, other = (n_out, n_in) if side == "output" else (n_in, n_out)
-        if scale.shape != (needed,):
-            name, why = {
-                (other,): ("start_other_side", '"output" needs out_features, "input" in_features'),
-                **dict.fromkeys([(1,), ()], ("start_one_number", "IA3 has one number for each feature")),
-                (n_out, n_in): ("start_matrix", "IA3 has one number for each feature, not for each weight"),
-            }.get(tuple(scale.shape), ("start_shape", "one axis, a number for each feature"))
+        shape, needed, other = tuple(scale.shape), *((n_out, n_in) if side == "output" else (n_in, n_out))
+        if shape != (needed,):
+            names = {(other,): "start_other_side", (n_out, n_in): "start_matrix"}
+            name = names.get(shape, "start_one_number" if shape in ((1,), ()) else "start_shape")
             at = f"for Linear({n_in}, {n_out}) and side {side!r} needed is {(needed,)}"
-            raise Wrong(name, f"the vector has shape {tuple(scale.shape)}; {at}: {why}.")
-        name, why = {
-            torch.bfloat16: ("start_in_the_bases_dtype", "ones in bfloat16, whose next number above 1 is 1.0078: small "
-                             "steps are rounded away; keep the vector in float32, whatever the base is in"),
-            torch.float64: ("start_in_float64", "in float64, twice the memory for nothing: adapters train in float32, "
-                            "where steps of a millionth show"),
-        }.get(scale.dtype, ("start_dtype", f"in {str(scale.dtype)[6:]}; small steps need float32"))  # fmt: skip
-        yield fact(scale.dtype != torch.float32, name, f"the vector is {why}.")
+            raise Wrong(name, f"the vector has shape {shape}; {at}: {SAYS['said'][name]}")
+        names = {torch.bfloat16: "start_in_the_bases_dtype", torch.float64: "start_in_float64"}
+        name = names.get(scale.dtype, "start_dtype")
+        yield said(scale.dtype != torch.float32, name, dtype=str(scale.dtype)[6:])
         numbers = scale.detach().double()
-        far, alike = (numbers - 1).abs().max().item(), len(numbers.unique()) == 1
-        between = f"numbers from {numbers.min():.6g} to {numbers.max():.6g}"
-        name, why = (
-            ("ZeroScale", STARTS[0].sentence) if not numbers.any()
-            else ("start_constant", f"{numbers[0]:.6g} everywhere: not the base; x · 1 is x, so start at 1") if alike
-            else ("start_near_one", f"{between}: near the base, not the base; be exact") if far < 0.5
-            else ("start_normal", f"{between}: the model is wrecked before the first step; start at 1")
-        )  # fmt: skip
-        yield fact(bool(far), name, f"{why}.")
-        again = answer(filled(nn.Linear(n_in, n_out), draw).to(dtype), side).detach()
-        why = "a tensor made under inference_mode, which no gradient can ever reach"
-        yield fact(scale.is_inference(), "start_inference", f"{why}; make it outside.")
-        shared = scale.untyped_storage().data_ptr() == again.untyped_storage().data_ptr()
-        why = "two projections get the same numbers in memory, and one's training moves the other's; make new ones"
-        yield fact(shared, "start_shared", f"{why}.")
-        why = "one number expanded: all features share one place in memory, and no step can move them apart"
-        yield fact(0 in scale.stride(), "start_expanded", f"{why}; make as many ones.")
+        least, most, far = numbers.min().item(), numbers.max().item(), (numbers - 1).abs().max().item()
+        name = "start_constant" if least == most else "start_near_one" if far < 0.5 else "start_normal"
+        yield said(bool(far), name if numbers.any() else "ZeroScale", least=least, most=most)
+        yield said(scale.is_inference(), "start_inference")
+        again = answer(filled(nn.Linear(n_in, n_out), draw).to(dtype), side)
+        yield said(scale.untyped_storage().data_ptr() == again.untyped_storage().data_ptr(), "start_shared")
+        yield said(0 in scale.stride(), "start_expanded")
 
 
 # ── a block of a LLaMA ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -241,7 +214,7 @@ EXERCISES = {
     ),
     "ia3_merge": Exercise(
         "ia3_merge(linear, scale, side) -> weight (out, in), bias (out)", merge_of(ia3), MERGES, on_both_sides(
-        inputs_of_merge, ("the merged weight (out, in)", "the merged bias (out)"),
+        inputs_of_linear, ("the merged weight (out, in)", "the merged bias (out)"),
         sizes("in out", (9, 9), (10, 7), (5, 8)), half=False),
     ),
     "ia3_layer": Exercise(
@@ -253,41 +226,8 @@ EXERCISES = {
         on_both_sides(inputs_of_mixed, "the output (B, T, out)",
         sizes("B T N in out", (4, 4, 5, 6, 6), (7, 2, 6, 10, 7), (1, 1, 3, 5, 8))),
     ),
-    "ia3_queries_gpt2": Question(
-        moved_to_queries((GPT2, GPT2Config)), "A score is Σ qᵢ kᵢ: lᵢ may stand with either. A GPT-2 adds its "
-        "positions at the embedding, so nothing comes between.",
-        {"different": "write out one score, Σ lᵢ qᵢ kᵢ, and look where lᵢ may stand; what comes between a GPT-2's "
-                      "projection and its score?"}, SAME, "Where in lᵢ qᵢ kᵢ may the lᵢ stand?",
-    ),
-    "ia3_queries_llama": Question(
-        moved_to_queries((LLaMA, LLaMAConfig)), "RoPE turns feature i into feature i + d/2 between the scaling and the "
-        "score, by another angle for query and key: l no longer meets the same features.",
-        {"the same": "that holds where the scaled features meet in the score as they are; RoPE turns them first, a "
-                     "query by its position and a key by its own."}, SAME, "What does RoPE do to feature i?",
-    ),
-    "ia3_queries_paired": Question(
-        moved_to_queries((LLaMA, LLaMAConfig), paired=True), "RoPE turns the pair (i, i + d/2) in its plane. One "
-        "factor for both lengthens the pair, and lengthening and turning may change places.",
-        {"different": "look at one pair in its plane: it is turned by an angle and lengthened by one factor; does the "
-                      "order of the two matter?"}, SAME, "Turn an arrow and double it, or first double it.",
-    ),
-    "ia3_parameters": Question(
-        trained_numbers, "L · (2 · G · d + F) = 32 · (2 · 5 · 64 + 2,560).",
-        {32 * (2 * 960 + 2560): "keys and values have G · d = 320 features here, not D.",
-         32 * (2 * 960 + 4 * 960): "keys and values have G · d features here, not D, and F is 2,560, not 4 · D.",
-         32 * (320 + 2560): "keys and values have a vector each, of G · d numbers.",
-         32 * (2 * 320 + 960): "l_ff multiplies what goes into down_proj, F = 2,560 features, not the D that come out.",
-         32 * (960 + 640 + 2560): "the queries have no vector: keys, values and the hidden activation have.",
-         32 * (960 + 320 + 2560): "l_k and l_v are both as long as the keys, 5 heads of 64; queries have no vector.",
-         32 * 3 * 960: "no vector has D numbers: keys and values have G · d = 320 features here, l_ff has F.",
-         32 * (3 * 320 + 2560): "two vectors are as long as the keys, l_k and l_v; the queries have none.",
-         32 * (640 + 2 * 2560): "one l_ff a layer: it multiplies where gate_proj and up_proj have met.",
-         32 * (2 * 5 + 2560): "a vector has one number a feature, G · d of them for the keys, not one a head.",
-         32 * (2 * 64 + 2560): "that is one key head of 64 features; l_k and l_v cover all 5.",
-         32 * 640: "the feed-forward part has a vector too: l_ff, one number for each of its F hidden features.",
-         32 * 2560: "attention has vectors too: l_k and l_v, one number for each of their G · d features.",
-         4 * 32 * (640 + 2560): "those are bytes in float32; asked is how many numbers.",
-         640 + 2560: "that is one layer; there are 32."},
-        nudge="How long is l_k, how long l_v, how long l_ff? Their sum, times the layers.",
-    ),
+    "ia3_queries_gpt2": question(moved_to_queries((GPT2, GPT2Config)), SAYS["ia3_queries_gpt2"], SAME),
+    "ia3_queries_llama": question(moved_to_queries((LLaMA, LLaMAConfig)), SAYS["ia3_queries_llama"], SAME),
+    "ia3_queries_paired": question(moved_to_queries((LLaMA, LLaMAConfig), True), SAYS["ia3_queries_paired"], SAME),
+    "ia3_parameters": question(trained_numbers, SAYS["ia3_parameters"]),
 }  # fmt: skip

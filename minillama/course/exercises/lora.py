@@ -10,10 +10,13 @@ import minillama
 from ...adapters import lora
 from .catalogue import catalogue, tables
 from .judging import close
-from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, floating, gradients, named
-from .predictions import Question, moved
+from .modules import merged, opened, repeats, trains
+from .observing import Exercise, Piece, Wrong, calls, describe, filled, floating, gradients, named
+from .predictions import moved
+from .wording import question, teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
+SAYS = wording(__file__)
 
 # ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
 
@@ -30,14 +33,7 @@ def path_of(module):
 
 
 def merged_by(module):
-    """The module's merge as a function that returns the weight."""
-
-    def lora_merge(linear, A, B, alpha):
-        wrapper = module.LoRALinear(linear, A.shape[0], alpha)
-        wrapper.A.data, wrapper.B.data = A, B
-        return wrapper.weight.detach()
-
-    return lora_merge
+    return lambda linear, A, B, alpha: merged(module.LoRALinear(linear, A.shape[0], alpha), A=A, B=B)[0]
 
 
 def start_of(module):
@@ -50,16 +46,13 @@ def start_of(module):
     return lora_start
 
 
-BENT = "a non-linearity between A and B, as a bottleneck has one; LoRA's path is linear, which is why it can be merged"
-LAID_OUT = "reshaped, by reshape or view, where .T is needed: the numbers are laid out anew and not turned"
-LEFT_ON = "dropout in front of A in eval mode too; ask for it only while `self.training`, here not at all"
-START = TABLES["start"]
-
 PATHS = catalogue(lora, TABLES["paths"], wrap=path_of)
-STARTS = catalogue(lora, START, wrap=start_of)
+STARTS = catalogue(lora, TABLES["start"], wrap=start_of)
 MERGES = catalogue(lora, TABLES["merges"], wrap=merged_by)
 PLANTED = PATHS[:14] + STARTS[:3] + MERGES[:5]  # each must fail a test in the models
 HARMLESS = {}  # {mistake's name: kinds of model where it makes no difference}
+
+# ── what a start is made of, and what a path multiplies by ────────────────────────────────────────────────────────────
 
 
 def begun(A, B, n_in, n_out, r):
@@ -70,43 +63,28 @@ def begun(A, B, n_in, n_out, r):
             name = {shape[::-1]: "turned_round", (n_out, r): "exchanged"}.get(found, "shape")
             needed = f"needed is a float32 tensor of shape {shape} for in = {n_in}, out = {n_out} and r = {r}"
             raise Wrong(name, f"{what} is {describe(value)}; {needed}.")
-        why = f"{what} is {describe(value)}; adapter numbers are float32, in which small steps are not lost."
-        yield fact(value.dtype == torch.float32, "start_dtype", why, f"whether {what} is float32")
+        right = value.dtype == torch.float32
+        yield said(right, "start_dtype", f"whether {what} is float32", which=what, value=describe(value))
     zero = [not A.any(), not B.any()]
-    row = START[0 if all(zero) else 2 if zero[0] else 1]
-    yield fact(zero[0] + 2 * zero[1], row[0], f"{row[3]}.", "which of the two is 0")
-    yield fact(len(torch.unique(A.detach(), dim=0)) < r, "equal_rows", f"{START[-1][3]}.", "equal rows of A")
+    name = "BothZero" if all(zero) else "WrongOneZero" if zero[0] else "BothRandom"
+    yield said(zero[0] + 2 * zero[1], name, "which of the two is 0")
+    yield said(len(torch.unique(A.detach(), dim=0)) < r, "equal_rows")
     rank = int(torch.linalg.matrix_rank(A.detach().double(), rtol=1e-4))
-    why = f"A has rank {rank}, and not {r}: rows of it are 0, or made of other rows; draw each number by itself."
-    yield fact(rank, "low_rank", why, "A's rank")
-
-
-def drawn(A, n_in):
-    """Facts of the numbers in A at its start: their mean, and how wide they are."""
-    deviation, mean = A.detach().double().std().item(), A.detach().double().mean().item()
-    yield fact(abs(mean) > 0.1 * deviation, "not_centred", f"{START[-2][3]}.")
-    times = deviation * (3 * n_in) ** 0.5  # 1 where drawn as nn.Linear draws; each known width is told apart
-    which = next((i for i, n in enumerate((1, 6**0.5, (3 * n_in) ** 0.5)) if abs(times / n - 1) < 0.05), -1)
-    why = f"A is drawn {times:.2g} times as wide as nn.Linear draws its weight, whose deviation is 1 / √(3 · in)."
-    yield fact(which, "too_wide" if times > 1 else "too_narrow", why, "how wide A is")
+    yield said(rank, "low_rank", rank=rank, r=r)
 
 
 def probe_start(answer, draw):
     for n_in, n_out, r in ((480, 250, 120), (300, 500, 64)):
         (_, A), (_, B) = named(("A (r, in)", "B (out, r)"), answer(n_in, n_out, r))
         yield from begun(A, B, n_in, n_out, r)
-        yield from drawn(A, n_in)
-        sizes = n_in, n_out, r
-        (one, state), (two, other) = twice(lambda at=sizes: (answer.unseeded(*at)[0], torch.get_rng_state()))
-        why = "two calls give the same A (a fixed seed, table, cache), or set torch's seed: draw anew, and set none."
-        yield fact(torch.equal(one, two) or torch.equal(state, other), "same_A", why)
+        deviation, mean = A.detach().double().std().item(), A.detach().double().mean().item()
+        yield said(abs(mean) > 0.1 * deviation, "not_centred")
+        times = deviation * (3 * n_in) ** 0.5  # 1 where drawn as nn.Linear draws; each known width is told apart
+        which = next((i for i, n in enumerate((1, 6**0.5, (3 * n_in) ** 0.5)) if abs(times / n - 1) < 0.05), -1)
+        yield said(which, "too_wide" if times > 1 else "too_narrow", "how wide A is", times=times)
+        yield said(repeats(answer, n_in, n_out, r), "same_A")
         yield Piece("A's shape, mean, width and rank", torch.tensor(A.shape))
         yield Piece("B (out, r)", B)
-
-
-def twice(call):
-    """What a call returns from two states of torch's random numbers."""
-    return [(torch.manual_seed(seed), call())[1] for seed in (1, 2)]
 
 
 def multiplied(found, product, alpha, r, when=""):
@@ -115,20 +93,20 @@ def multiplied(found, product, alpha, r, when=""):
     least = ((found * product).sum() / product.square().sum()).item()
     multiple = close(found, least * product)
     factor = least if abs(least) > 1e-3 and multiple else right
-    why = f"{when}B A is multiplied by {factor:.3g} for α = {alpha:g} and r = {r}; needed is α / r = {right:.3g}."
-    yield fact(factor, "factor", why, f"{when}what B A is multiplied by")
-    rounded = not multiple and close(found, right * product, 0.01)
-    yield fact(rounded, "rounded", f"{when}it is rounded as half precision is; float32 numbers stay float32.")
+    numbers = dict(factor=factor, right=right, alpha=alpha, r=r)
+    yield said(factor, "factor", f"{when}what B A is multiplied by", when=when, **numbers)
+    yield said(not multiple and close(found, right * product, 0.01), "rounded", f"{when}rounded", when=when)
 
 
-def steady(function, unseeded, x, dropout, why):
+def steady(function, unseeded, x, dropout):
     """Facts: whether nothing is drawn at random, each token goes by itself, and the path is linear in x."""
     at, t, mixed = [function(z) for z in (0 * x, x, -2 * x)], x.shape[1] // 2, False
-    yield fact(not close(*twice(lambda: unseeded(x))), dropout, f"{why}.")
+    one, other = [(torch.manual_seed(seed), unseeded(x))[1] for seed in (1, 2)]
+    yield said(not close(one, other), dropout)
     with contextlib.suppress(Exception):  # it may stop where T is another; that is looked at later
         mixed = not close(function(x[-1:, t : t + 1]), at[1][-1:, t : t + 1])
-    yield fact(mixed, "mixed", "a token's path depends on other tokens, or is another's: each row of x goes by itself.")
-    yield fact(not close(at[2] - at[0], -2 * (at[1] - at[0])), "activated", f"{BENT}.")
+    yield said(mixed, "mixed")
+    yield said(not close(at[2] - at[0], -2 * (at[1] - at[0])), "activated")
 
 
 def with_factor(probe, base, product):
@@ -148,17 +126,14 @@ def with_factor(probe, base, product):
             turned = {"A": A.reshape(A.shape[::-1]).T}, {"B": B.reshape(B.shape[::-1]).T}
             fewer = ({"A": A[k], "B": B[:, k]} for k in (slice(1, None), slice(-1), slice(1)))
             change = alpha / r * product(given)
-            for name, why, wrong in (
-                ("direction_lost", "the first, the last or all but the first of the r directions are lost", fewer),
-                ("reshaped", f"A or B {LAID_OUT}", (*turned, turned[0] | turned[1])),
-            ):
+            for name, wrong in ("direction_lost", fewer), ("reshaped", (*turned, turned[0] | turned[1])):
                 found = (alpha / r * product(given | other) for other in wrong)
-                yield fact(any(close(result - plain, other) for other in found), name, f"{why}.")
-            yield fact(close(result - plain, plain * change), "multiplied", "multiplied by 1 + change; add the change.")
-            yield fact(close(result - plain, change.abs()), "absolute", "the change has lost its signs.")
+                yield said(any(close(result - plain, other) for other in found), name)
+            yield said(close(result - plain, plain * change), "multiplied")
+            yield said(close(result - plain, change.abs()), "absolute")
             if "x" in given:
                 calls = (lambda x, f=f: f(*(given | {"x": x}).values()) for f in (answer, answer.unseeded))
-                yield from steady(*calls, given["x"], "LoRADropoutInEval", LEFT_ON)
+                yield from steady(*calls, given["x"], "LoRADropoutInEval")
         yield from probe(answer, draw)
 
     longer.inputs = probe.inputs
@@ -208,15 +183,14 @@ def rows_of_change(result, n_in, n_out, r):
     A, B, alpha = result
     found = [tuple(z.shape) if floating(z) else None for z in (A, B)]
     if found != [(2 * r, n_in), (3 * n_out, 2 * r)]:
-        known = {(3 * n_out, r): ("not_as_wide", "B reads r directions, and A has 2r: widen B with zeros. "),
-                 (2 * r, 3 * n_out): ("turned_round", "B is turned round. "),
-                 (2 * n_out, 2 * r): ("no_rows_for_keys", "B has no rows for the keys, which need zeros. "),
-                 (2 * r, n_in): ("exchanged", "A and B are in each other's place. ")}  # fmt: skip
-        name, why = known.get(found[1], ("shape", ""))
+        known = {(3 * n_out, r): "not_as_wide", (2 * r, 3 * n_out): "turned_round",
+                 (2 * n_out, 2 * r): "no_rows_for_keys", (2 * r, n_in): "exchanged"}  # fmt: skip
+        name = known.get(found[1], "shape")
         if floating(A) and found == [(len(A), n_in), (3 * n_out, len(A))]:
-            name, why = "another_rank", f"A and B make a path of rank {len(A)}. "
+            name = "another_rank"
+        why = SAYS["said"].get(name, "")
         needed = f"for paths of rank {r} from {n_in} inputs to {n_out} outputs needed are ({2 * r}, {n_in}) and "
-        raise Wrong(name, f"{why}A and B are {found[0]} and {found[1]}; {needed}({3 * n_out}, {2 * r}).")
+        raise Wrong(name, f"{why} A and B are {found[0]} and {found[1]}; {needed}({3 * n_out}, {2 * r}).".lstrip())
     if not isinstance(alpha, int | float) and getattr(alpha, "ndim", 1):
         raise Wrong("alpha_no_number", f"α should be a number; it is {describe(alpha)}.")
     return (float(alpha) / len(A) * (B @ A)).split(n_out)  # 3 times (out, in)
@@ -235,7 +209,7 @@ def probe_fused(answer, draw):
 
     given = inputs_of_fused(draw, 10, 6, 3, 5.0)
     query, key, value = changes(**given)
-    yield fact(bool(key.any()), "keys_changed", "the key's rows are not 0; only query and value have a path.")
+    yield said(bool(key.any()), "keys_changed")
     yield from multiplied(query, given["B_q"] @ given["A_q"], 5.0, 3, "in the query's rows ")
     yield from multiplied(value, given["B_v"] @ given["A_v"], 5.0, 3, "in the value's rows ")
     yield from calls(inputs_of_fused, ROWS, SIZES, half=False)(changes, draw)
@@ -271,109 +245,95 @@ class Layer(nn.Module):
 
 
 LAYER = catalogue(Layer, TABLES["layer_all"])
-SAID = {mistake.name: f"{mistake.sentence}." for mistake in LAYER} | {
-    "third_trains": "a third parameter trains beside A and B; a fixed number, such as the scaling, is no Parameter.",
-    "not_the_base": "fresh, the layer is not the base, though B is 0: use the weight and the bias that are given.",
-    "drops_base": "fresh, in training mode, the layer is not the base: drop what goes into A alone.",
-    "copy_rounded": "unmerge() brings the weight back rounded: keep the copy in the weight's own dtype.",
-    "toggles": "a second merge() unmerges; it should do nothing.",
-    "in_eval_only": "merge() does nothing in training mode; it should merge there too.",
-    "shared": "two layers share what they keep (on the class): merging one changes the other; keep it on self.",
-    "never_trains": "A and B must train: leave their requires_grad True.",
-    "merged_trains": "after merge() the merged weight trains; keep a tensor, no Parameter.",
-    "path_lost": "merge() changes A or B; they are needed after unmerge().",
-    "stale": "after unmerge(), more training and another merge() the layer computes with the old merged weight.",
-}
+said = teller(SAYS["said"], (*PATHS, *STARTS, *LAYER))
 
 
 def probe_layer(answer, draw):
-    """One fact after another, in the order in which they are to be mended."""
-    for n_in, n_out, r, alpha, shape in ((10, 7, 3, 5.0, (2, 5)), (6, 6, 4, 3.0, (3, 2)), (5, 8, 1, 0.5, (1, 1))):
-        linear, x = filled(nn.Linear(n_in, n_out), draw).requires_grad_(True), draw(*shape, n_in).requires_grad_()
-        twin = answer(filled(nn.Linear(n_in, n_out), draw).requires_grad_(True), r, alpha)
-        layer = answer(linear, r, alpha)
-        if not isinstance(layer, nn.Module) or not {"A", "B"} <= {name for name, _ in layer.named_parameters()}:
-            raise Wrong("form", f"needed is a module with the parameters A and B; it is {describe(layer)}.")
-        yield from facts_of_layer(layer.eval(), twin.eval(), linear, x, n_in, n_out, r, alpha, draw)
+    for sizes in ((2, 5), 10, 7, 3, 5.0), ((3, 2), 6, 6, 4, 3.0), ((1, 1), 5, 8, 1, 0.5):
+        yield from facts_of_layer(answer, draw, *sizes)
 
 
-def facts_of_layer(layer, twin, linear, x, n_in, n_out, r, alpha, draw):
+def facts_of_layer(answer, draw, tokens, n_in, n_out, r, alpha):
+    """One after another, in the order in which they are to be mended."""
+    linear, x = filled(nn.Linear(n_in, n_out), draw).requires_grad_(True), draw(*tokens, n_in)
+    twin = answer(filled(nn.Linear(n_in, n_out), draw).requires_grad_(True), r, alpha)
+    layer = answer(linear, r, alpha)
+    if not isinstance(layer, nn.Module) or not {"A", "B"} <= {name for name, _ in layer.named_parameters()}:
+        raise Wrong("form", f"needed is a module with the parameters A and B; it is {describe(layer)}.")
+    layer.eval(), twin.eval()
     before, plain = linear.weight.detach().clone(), linear(x).detach()
 
-    def told(right, name):
-        return fact(bool(right), name, SAID[name])
-
-    def trains(name="BaseStillTrains"):
-        named = {name: p.requires_grad for name, p in layer.named_parameters()}
-        yield told(named["A"] and named["B"], "never_trains")
+    def only_path_trains(name="BaseStillTrains"):
+        yield from trains({"A": layer.A, "B": layer.B})
         more = {p.shape for own, p in layer.named_parameters() if p.requires_grad and own not in ("A", "B")}
-        yield told(not more & {before.shape, before.shape[:1]}, name)
-        yield told(not more, "third_trains")
+        yield said(bool(more & {before.shape, before.shape[:1]}), name)
+        yield said(len(more), "third_trains")
 
     def seen(when):
-        out = layer(x)
-        yield Piece(f"the output {when} (B, T, out)", out)
-        for name, found in zip(("A", "B", "x"), gradients(out, layer.A, layer.B, x)):
-            yield Piece(f"the gradient {when} with respect to {name}", found, kind="gradient", of=name)
+        return opened(layer, {"A": layer.A, "B": layer.B}, "", x, what="the output {}(B, T, out)", when=f"{when} ")
 
-    yield from trains()
-    yield told(not (layer.A.any() and layer.B.any()), "RandomB")
+    def output(times=1):
+        """With B multiplied by a number, by which a path shows."""
+        layer.B.data = times * B
+        out = layer(x).detach()
+        layer.B.data = B.clone()
+        return out
+
+    yield from only_path_trains()
+    yield said(bool(layer.A.any() and layer.B.any()), "RandomB")
     yield from begun(layer.A, layer.B, n_in, n_out, r)
     fresh = layer(x)
-    yield told(not linear.weight.requires_grad or not gradients(fresh, linear.weight)[0].any(), "BaseStillTrains")
+    trained = linear.weight.requires_grad and gradients(fresh, linear.weight)[0].any()
+    yield said(bool(trained), "BaseStillTrains")
     if not floating(fresh) or fresh.shape != plain.shape:
         raise Wrong("no_output", f"needed is a tensor of shape {tuple(plain.shape)}; it is {describe(fresh)}.")
-    yield told(close(fresh.detach(), plain), "not_the_base")
-    yield told(close(layer.train()(x).detach(), plain), "drops_base")
+    yield said(close(fresh.detach(), plain), "not_the_base")
+    yield said(close(layer.train()(x).detach(), plain), "drops_base")
     layer.eval()
     A, B = draw(r, n_in), draw(n_out, r)
     layer.A.data, layer.B.data = A.clone(), B.clone()
     out, product = layer(x).detach(), x.detach() @ A.T @ B.T
-    yield from steady(layer, layer.forward, x.detach(), "DropoutStays", SAID["DropoutStays"][:-1])
+    yield from steady(layer, layer.forward, x.detach(), "DropoutStays")
     yield from multiplied(out - plain, product, alpha, r)
     yield from seen("with an open path")
     try:
         layer.unmerge()
     except Exception as error:
-        raise Wrong("UnmergesUnmerged", f"{SAID['UnmergesUnmerged']} It stopped with {error!r}.") from None
-    yield told(torch.equal(layer(x), out), "UnmergesUnmerged")
+        why = said.sentences["UnmergesUnmerged"]
+        raise Wrong("UnmergesUnmerged", f"{why} It stopped with {error!r}.") from None
+    yield said(torch.equal(layer(x), out), "UnmergesUnmerged")
     layer.merge()
-    merged = layer(x).detach()
-    yield told(torch.equal(layer.A, A) and torch.equal(layer.B, B), "path_lost")
-    yield told(not close(merged, plain + 2 * alpha / r * product), "PathOnTop")
-    yield told(not close(merged, plain), "MergeFlagsOnly")
-    yield from multiplied(merged - plain, product, alpha, r, "after merge() ")
-    yield Piece("the output after merge() (B, T, out)", merged)
-    yield from trains("merged_trains")
-    layer.B.data = 2 * B
-    yield told(close(layer(x).detach(), merged), "still_a_path")
-    layer.B.data = B.clone()
+    folded, twice = layer(x).detach(), plain + 2 * alpha / r * product
+    yield said(torch.equal(layer.A, A) and torch.equal(layer.B, B), "path_lost")
+    yield said(close(folded, twice), "PathOnTop")
+    yield said(close(folded, plain), "MergeFlagsOnly")
+    yield from multiplied(folded - plain, product, alpha, r, "after merge() ")
+    yield Piece("the output after merge() (B, T, out)", folded)
+    yield from only_path_trains("merged_trains")
+    yield said(close(output(2), folded), "still_a_path")
     for name in ("KeptIsNoCopy", "CopyOverwritten"):
         layer.unmerge()
-        again = layer(x).detach()
-        yield told(not close(again, plain), "StaysMerged")
-        yield told(not close(again, plain + 2 * alpha / r * product), name)
-        layer.B.data = 0 * B
-        yield told(close(layer(x).detach(), plain, 0.01), "NeverUnmerges")
-        layer.B.data = B.clone()
-        yield told(close(again, out, 1e-5), "copy_rounded")
+        again = output()
+        yield said(close(again, plain), "StaysMerged")
+        yield said(close(again, twice), name)
+        yield said(close(output(0), plain, 0.01), "NeverUnmerges")
+        yield said(close(again, out, 1e-5), "copy_rounded")
         if name == "KeptIsNoCopy":
             layer.merge()
             layer.merge()
-            yield told(close(layer(x).detach(), merged), "MergesTwice")
-            layer.B.data = 2 * B
-            yield told(close(layer(x).detach(), merged), "toggles")
-            layer.B.data = B.clone()
-    yield told(torch.equal(linear.weight, before) and torch.equal(again, out), "UnmergeSubtracts")
-    yield from trains()
+            yield said(close(output(), folded), "MergesTwice")
+            yield said(close(output(2), folded), "toggles")
+    yield said(torch.equal(linear.weight, before) and torch.equal(again, out), "UnmergeSubtracts")
+    yield from only_path_trains()
     yield from seen("after unmerge()")
-    layer.A.data, layer.B.data = draw(r, n_in), draw(n_out, r)
+    A, B = draw(r, n_in), draw(n_out, r)
+    layer.A.data, layer.B.data = A, B
     layer.train().merge()
-    changed = layer.eval()(x).detach()
-    layer.B.data = layer.B.data * 2
-    yield told(close(layer(x).detach(), changed), "in_eval_only")
-    yield told(not close(layer(x).detach(), merged), "stale")
-    yield Piece("the output after more training and another merge() (B, T, out)", layer(x))
+    layer.eval()
+    changed = output()
+    yield said(close(output(2), changed), "in_eval_only")
+    yield said(close(changed, folded), "stale")
+    yield Piece("the output after more training and another merge() (B, T, out)", changed)
     twin.A.data, twin.B.data = draw(r, n_in), draw(n_out, r)
     layer.unmerge()
     out, others = layer(x), twin(x)
@@ -381,7 +341,7 @@ def facts_of_layer(layer, twin, linear, x, n_in, n_out, r, alpha, draw):
     alone = twin(x)
     twin.merge()
     layer.unmerge()
-    yield told(close(alone, others) and close(layer(x), out) and close(twin(x), others), "shared")
+    yield said(close(alone, others) and close(layer(x), out) and close(twin(x), others), "shared")
 
 
 def trained_on_llama_7b():
@@ -402,43 +362,11 @@ EXERCISES = {
     "lora_start": Exercise(
         "lora_start(in_features, out_features, rank) -> A (r, in), B (out, r)", start_of(lora), STARTS, probe_start,
     ),
-    "lora_moves_first": Question(
-        moved("lora", rank=2, steps=1), "A's gradient carries B as a factor, and B is 0; B's carries A, which is not.",
-        {frozenset(["A", "B"]): "look again at what multiplies A's gradient.",
-         frozenset(["A"]): "the other way round: which of the two is a factor of A's gradient, and what is it?",
-         frozenset(): "one of the two does move: not both gradients have a 0 as a factor."},
-        ("A", "B"), "Write out y = B A x, and the gradient of y by A and by B: which factor stands in each?",
-    ),
-    "lora_moves_second": Question(
-        moved("lora", rank=2, steps=2), "After one step B is no longer 0, and A feels the loss.",
-        {frozenset(["B"]): "does A's gradient still vanish, after B has moved?",
-         frozenset(["A"]): "what moved in the first step has moved after the second as well.",
-         frozenset(): "the first step has moved one of them already."},
-        ("A", "B"), "What has moved after the first step still counts; and what is B now?",
-    ),
-    "lora_parameters": Question(
-        trained_on_llama_7b, "32 layers, two projections each, and each of them r · (in + out) = 8 · (4,096 + 4,096).",
-        {32 * 2 * 8 * 4096: "that counts A or B alone, or one projection of the two that each layer adapts.",
-         32 * 2 * 4096 * 4096: "that is what the two frozen projections have themselves.",
-         32 * 4 * 8 * 8192: "that counts four projections a layer; adapted are query and value.",
-         32 * 2 * 8192: "that is rank 1; the rank is 8.", 2 * 8 * 8192: "that is one layer; there are 32."},
-        nudge="How many numbers have A (r, in) and B (out, r) together? Times how many projections, how many layers?",
-    ),
-    "lora_rank": Question(
-        lambda: rank_of(1), "A maps onto r numbers, and no matrix B behind it makes more than r directions of them; "
-        "α / r only stretches them.",
-        {16: "16 is α, which stretches the change and adds no direction.",
-         48: "48 is what a matrix of this shape could have; how many numbers does everything pass through?",
-         64: "64 is the number of inputs; how many numbers does everything pass through?",
-         8: "A and B are multiplied, and their ranks do not add."},
-        nudge="Through how many numbers does every input pass between A and B?",
-    ),
-    "lora_rank_of_two": Question(
-        lambda: rank_of(2), "The rank of a sum is at most the sum of the ranks, and with random directions it is "
-        "reached: adding changes up may leave what rank 4 can hold.",
-        {4: "do the two use the same directions?", 16: "the ranks of a sum add at most; they do not multiply."},
-        nudge="Write B₁A₁ + B₂A₂ as one product: how many columns has the first factor?",
-    ),
+    "lora_moves_first": question(moved("lora", rank=2, steps=1), SAYS["lora_moves_first"]),
+    "lora_moves_second": question(moved("lora", rank=2, steps=2), SAYS["lora_moves_second"]),
+    "lora_parameters": question(trained_on_llama_7b, SAYS["lora_parameters"]),
+    "lora_rank": question(lambda: rank_of(1), SAYS["lora_rank"]),
+    "lora_rank_of_two": question(lambda: rank_of(2), SAYS["lora_rank_of_two"]),
     "lora_linear": Exercise(
         "lora_linear(linear, x, A, B, alpha) -> (B, T, out)", path_of(lora), PATHS,
         with_factor(calls(inputs_of_path, "the output (B, T, out)", [a | b for a, b in zip(TOKENS, SIZES)], ("A", "B")),

@@ -1,0 +1,43 @@
+"""What several topics' probes ask of modules, and how a module becomes a function."""
+
+import torch
+from torch import nn
+
+from .observing import Piece, Wrong, describe, fact, gradients
+
+
+def merged(wrapper, **own):
+    """The weight and bias of the projection that a wrapper amounts to, where its own parameters are these."""
+    for name, value in own.items():
+        getattr(wrapper, name).data = value
+    return wrapper.weight.detach(), wrapper.bias.detach()
+
+
+def own_of(module, base):
+    """The module's own parameters by name, without those of what it wraps."""
+    if not isinstance(module, nn.Module):
+        raise Wrong("form", f"needed is a module; it is {describe(module)}.")
+    theirs = set(map(id, base.parameters()))
+    return {name: p for name, p in module.named_parameters() if id(p) not in theirs}
+
+
+def trains(own):
+    """A fact: whether all of a module's own parameters, {name: parameter}, train."""
+    names = [name for name, p in own.items() if not p.requires_grad]
+    why = f"{' and '.join(names)} must train: leave requires_grad True."
+    yield fact(len(names), "never_trains", why, "never_trains")
+
+
+def opened(module, own, where, x, *more, what="the {}output (B, T, D)", when=""):
+    """Pieces of what a module makes of x, and the gradients of that."""
+    out = module(x.requires_grad_(True), *more)
+    yield Piece(what.format(when), out, where)
+    for name, found in zip((*own, "x"), gradients(out, *own.values(), x)):
+        found = found.flatten() if name == "gate" else found  # in whatever shape it was made
+        yield Piece(f"the gradient {when}with respect to {name}", found, where, "gradient", name)
+
+
+def repeats(answer, *sizes):
+    """Whether the first of the tensors that a start draws, or torch's random state behind it, is the same twice."""
+    made = [(torch.manual_seed(seed), answer.unseeded(*sizes)[0], torch.get_rng_state()) for seed in (1, 2)]
+    return any(torch.equal(one, other) for one, other in list(zip(*made))[1:])
