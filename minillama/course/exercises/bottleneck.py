@@ -176,7 +176,7 @@ def probe_start(answer, draw):
         yield said(not size > 0.0008, "down_too_small")
 
 
-# ── in a block ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── in a block, and how many numbers train ────────────────────────────────────────────────────────────────────────────
 
 
 def right_layer(layer, x, positions, first, second):
@@ -186,9 +186,6 @@ def right_layer(layer, x, positions, first, second):
     b = layer.post_attention_layernorm(h)
     z = layer.mlp(b)
     return h + z + second(z)
-
-
-# ── how many ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def parameters(D, m, L, places):

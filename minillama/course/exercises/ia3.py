@@ -14,7 +14,7 @@ from ...attention import RoPE, rotate
 from ...gpt2 import GPT2, GPT2Config
 from ...llama import Layer, LLaMA, LLaMAConfig
 from .catalogue import catalogue, tables
-from .modules import merged
+from .modules import merged, started, trained_numbers
 from .observing import Exercise, Wrong, called, calls, describe, fact, filled, in_bfloat16
 from .wording import question, teller, wording
 
@@ -26,11 +26,11 @@ SAYS = wording(__file__)
 
 
 def start_of(module):
-    return lambda linear, side: module.IA3Linear(linear, side).scale.detach()
+    return lambda linear, side: started(module.IA3Linear(linear, side))[0]
 
 
 def merge_of(module):
-    return lambda linear, scale, side: merged(module.IA3Linear(linear, side), scale=scale)
+    return lambda linear, scale, side: merged(module.IA3Linear(linear, side), scale)
 
 
 STARTS = catalogue(ia3, TABLES["starts"], wrap=start_of)
@@ -146,9 +146,6 @@ def right_layer(layer, x, positions, l_k, l_v, l_ff):
     return x + mlp.down_proj(l_ff * hidden)
 
 
-LAYER = catalogue(right_layer, TABLES["layer"])
-
-
 def inputs_of_layer(draw, B, T, D, H, G, d, F, silent=False):
     """A frozen block with biases everywhere. silent: its down_proj is 0, so that only attention adds to x."""
     config = LLaMAConfig(31, D, F, 1, H, G, d, rms_norm_eps=0.2, attention_bias=True, mlp_bias=True)
@@ -194,15 +191,7 @@ def moved_to_queries(model_class, paired=False):
     return truth
 
 
-def trained_numbers():
-    """How many numbers IA3 trains on a LLaMA of SmolLM2-360M's shape."""
-    with torch.device("meta"):
-        model = LLaMA(LLaMAConfig(49152, 960, 2560, 32, 15, 5)).requires_grad_(False)
-        ia3.attach(model)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-SAME = ("the same", "different")
+SAME, SMOLLM2 = ("the same", "different"), LLaMAConfig(49152, 960, 2560, 32, 15, 5)  # of 360M parameters
 EXERCISES = {
     "ia3_linear": Exercise(
         'ia3_linear(linear, x, scale, side) -> (B, T, out), side "output" or "input"', right_linear,
@@ -218,7 +207,8 @@ EXERCISES = {
         sizes("in out", (9, 9), (10, 7), (5, 8)), half=False),
     ),
     "ia3_layer": Exercise(
-        "ia3_layer(layer, x, positions, l_k, l_v, l_ff) -> (B, T, D)", right_layer, LAYER, probe_layer,
+        "ia3_layer(layer, x, positions, l_k, l_v, l_ff) -> (B, T, D)", right_layer,
+        catalogue(right_layer, TABLES["layer"]), probe_layer,
     ),
     "ia3_mixed": Exercise(
         "ia3_mixed(linear, x, scales, rows, side) -> (B, T, out); scales (N, features), rows (B,)", right_mixed,
@@ -229,5 +219,5 @@ EXERCISES = {
     "ia3_queries_gpt2": question(moved_to_queries((GPT2, GPT2Config)), SAYS["ia3_queries_gpt2"], SAME),
     "ia3_queries_llama": question(moved_to_queries((LLaMA, LLaMAConfig)), SAYS["ia3_queries_llama"], SAME),
     "ia3_queries_paired": question(moved_to_queries((LLaMA, LLaMAConfig), True), SAYS["ia3_queries_paired"], SAME),
-    "ia3_parameters": question(trained_numbers, SAYS["ia3_parameters"]),
+    "ia3_parameters": question(lambda: trained_numbers(SMOLLM2, "ia3"), SAYS["ia3_parameters"]),
 }  # fmt: skip

@@ -5,13 +5,12 @@ import contextlib
 import torch
 from torch import nn
 
-import minillama
-
 from ...adapters import lora
+from ...llama import LLaMAConfig
 from .catalogue import catalogue, tables
 from .judging import close
-from .modules import merged, opened, repeats, trains
-from .observing import Exercise, Piece, Wrong, calls, describe, filled, floating, gradients, named
+from .modules import merged, opened, reached, repeats, started, trained_numbers, trains
+from .observing import Exercise, Piece, Wrong, calls, describe, filled, floating, named
 from .predictions import moved
 from .wording import question, teller, wording
 
@@ -33,17 +32,12 @@ def path_of(module):
 
 
 def merged_by(module):
-    return lambda linear, A, B, alpha: merged(module.LoRALinear(linear, A.shape[0], alpha), A=A, B=B)[0]
+    return lambda linear, A, B, alpha: merged(module.LoRALinear(linear, A.shape[0], alpha), A, B)[0]
 
 
 def start_of(module):
     """What the module's parameters start from, as a function of their sizes."""
-
-    def lora_start(in_features, out_features, rank):
-        wrapper = module.LoRALinear(nn.Linear(in_features, out_features), rank, 16.0)
-        return wrapper.A.detach(), wrapper.B.detach()
-
-    return lora_start
+    return lambda n_in, n_out, rank: started(module.LoRALinear(nn.Linear(n_in, n_out), rank))
 
 
 PATHS = catalogue(lora, TABLES["paths"], wrap=path_of)
@@ -163,17 +157,11 @@ def right_merge_turned(weight, A, B, alpha):
     return weight + alpha / A.shape[0] * (B @ A).T
 
 
-CONV1D = catalogue(right_merge_turned, TABLES["conv1d_all"])
-
-
 def right_fused(A_q, B_q, A_v, B_v, alpha):
     zero = torch.zeros_like(B_q)
     A = torch.cat((A_q, A_v))
     B = torch.cat((torch.cat((B_q, zero), 1), torch.cat((zero, zero), 1), torch.cat((zero, B_v), 1)))
     return A, B, 2 * alpha
-
-
-FUSED = catalogue(right_fused, TABLES["fused"])
 
 
 def rows_of_change(result, n_in, n_out, r):
@@ -283,8 +271,7 @@ def facts_of_layer(answer, draw, tokens, n_in, n_out, r, alpha):
     yield said(bool(layer.A.any() and layer.B.any()), "RandomB")
     yield from begun(layer.A, layer.B, n_in, n_out, r)
     fresh = layer(x)
-    trained = linear.weight.requires_grad and gradients(fresh, linear.weight)[0].any()
-    yield said(bool(trained), "BaseStillTrains")
+    yield said(linear.weight.requires_grad and reached(fresh, linear.weight), "BaseStillTrains")
     if not floating(fresh) or fresh.shape != plain.shape:
         raise Wrong("no_output", f"needed is a tensor of shape {tuple(plain.shape)}; it is {describe(fresh)}.")
     yield said(close(fresh.detach(), plain), "not_the_base")
@@ -344,13 +331,6 @@ def facts_of_layer(answer, draw, tokens, n_in, n_out, r, alpha):
     yield said(close(alone, others) and close(layer(x), out) and close(twin(x), others), "shared")
 
 
-def trained_on_llama_7b():
-    """What LoRA of rank 8 on query and value trains in LLaMA-7B's shape."""
-    with torch.device("meta"):
-        model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig()), "lora", rank=8)
-    return sum(p.numel() for p in minillama.adapters.adapter_parameters(model).values())
-
-
 def rank_of(changes):
     """The rank of the sum of so many changes (α / r) B A with r = 4."""
     torch.manual_seed(0)
@@ -364,7 +344,7 @@ EXERCISES = {
     ),
     "lora_moves_first": question(moved("lora", rank=2, steps=1), SAYS["lora_moves_first"]),
     "lora_moves_second": question(moved("lora", rank=2, steps=2), SAYS["lora_moves_second"]),
-    "lora_parameters": question(trained_on_llama_7b, SAYS["lora_parameters"]),
+    "lora_parameters": question(lambda: trained_numbers(LLaMAConfig(), "lora", rank=8), SAYS["lora_parameters"]),
     "lora_rank": question(lambda: rank_of(1), SAYS["lora_rank"]),
     "lora_rank_of_two": question(lambda: rank_of(2), SAYS["lora_rank_of_two"]),
     "lora_linear": Exercise(
@@ -378,12 +358,14 @@ EXERCISES = {
                     lambda of: of["linear"].weight, lambda of: of["B"] @ of["A"]),
     ),
     "lora_merge_conv1d": Exercise(
-        "lora_merge_conv1d(weight, A, B, alpha) -> weight (in, out)", right_merge_turned, CONV1D,
+        "lora_merge_conv1d(weight, A, B, alpha) -> weight (in, out)", right_merge_turned,
+        catalogue(right_merge_turned, TABLES["conv1d_all"]),
         with_factor(calls(inputs_of_conv1d, "the merged weight (in, out)", SIZES, half=False, gradient=False),
                     lambda of: of["weight"], lambda of: (of["B"] @ of["A"]).T),
     ),
     "lora_fused": Exercise(
-        "lora_fused(A_q, B_q, A_v, B_v, alpha) -> A (2r, in), B (3 · out, 2r), alpha", right_fused, FUSED, probe_fused,
+        "lora_fused(A_q, B_q, A_v, B_v, alpha) -> A (2r, in), B (3 · out, 2r), alpha", right_fused,
+        catalogue(right_fused, TABLES["fused"]), probe_fused,
     ),
     "lora_layer": Exercise(
         "a class: LoRALayer(linear, rank, alpha) with merge() and unmerge(), called as layer(x) -> (B, T, out)",

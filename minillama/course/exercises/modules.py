@@ -3,14 +3,28 @@
 import torch
 from torch import nn
 
+import minillama
+
 from .observing import Piece, Wrong, describe, fact, gradients
 
 
-def merged(wrapper, **own):
+def started(wrapper):
+    """What a wrapper's own parameters start from."""
+    return tuple(getattr(wrapper, name).detach() for name in wrapper.own)
+
+
+def merged(wrapper, *own):
     """The weight and bias of the projection that a wrapper amounts to, where its own parameters are these."""
-    for name, value in own.items():
+    for name, value in zip(wrapper.own, own):
         getattr(wrapper, name).data = value
     return wrapper.weight.detach(), wrapper.bias.detach()
+
+
+def trained_numbers(config, method, **options):
+    """How many numbers a method trains on a LLaMA of that shape, which takes no memory here."""
+    with torch.device("meta"):
+        model = minillama.adapt(minillama.LLaMA(config), method, **options)
+    return sum(p.numel() for p in minillama.adapters.adapter_parameters(model).values())
 
 
 def own_of(module, base):
@@ -35,6 +49,11 @@ def opened(module, own, where, x, *more, what="the {}output (B, T, D)", when="")
     for name, found in zip((*own, "x"), gradients(out, *own.values(), x)):
         found = found.flatten() if name == "gate" else found  # in whatever shape it was made
         yield Piece(f"the gradient {when}with respect to {name}", found, where, "gradient", name)
+
+
+def reached(out, x):
+    """Whether a gradient of `out` reaches x."""
+    return bool(gradients(out, x)[0].any())
 
 
 def repeats(answer, *sizes):
