@@ -14,7 +14,7 @@ from .predictions import moved
 from .wording import question, teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)
+SAYS = wording(__file__)  # there too: what is said of facts and predictions
 
 OUT = "the output (B, T, D)"
 TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")

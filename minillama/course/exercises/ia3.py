@@ -19,8 +19,7 @@ from .observing import Exercise, Wrong, called, calls, describe, fact, filled, i
 from .wording import question, teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-
-SAYS = wording(__file__)
+SAYS = wording(__file__)  # there too: what is said of facts and predictions
 
 # ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
 

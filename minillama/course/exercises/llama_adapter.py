@@ -15,7 +15,7 @@ from .predictions import moved
 from .wording import question, teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)
+SAYS = wording(__file__)  # there too: what is said of facts and predictions
 
 # ── the modules themselves, whose mistakes are planted in the models too ──────────────────────────────────────────────
 
@@ -56,9 +56,9 @@ MERGED = catalogue(llama_adapter_v2, TABLES["merged_module"], wrap=merged_by)
 NORM = catalogue(llama_adapter_v2, TABLES["norm"], wrap=lambda module: module.TrainedNorm)
 PLANTED = PREFIXES[:25] + STARTS[:2] + SCALINGS[:1] + MERGED + NORM[:1]  # each must fail a test in the models
 HARMLESS = {
-    "BiasTwice": ("llama",),
-    "HeadsInTheWrongOrder": ("llama", "gpt2"),
-}  # no bias there; nothing to repeat there
+    "BiasTwice": ("llama",),  # no bias there
+    "HeadsInTheWrongOrder": ("llama", "gpt2"),  # nothing is repeated there
+}
 
 # ── right answers of their own ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -181,7 +181,7 @@ def probe_circulating(answer, draw):
         (prompt,), (gate,) = prompts, gates
         yield said(bool(gate.any()), "OpenGate")
         yield from drawn(prompt) if not i else ()
-        yield from trains(own)
+        yield trains(own)
         fresh = module(x, positions)
         yield Piece("the fresh module's output: the base's (B, T, D)", fresh, where)
         yield learns(fresh, gate)
@@ -208,7 +208,7 @@ def probe_flow(answer, draw):
         yield said(bool(own["gate"].any()), "GateAtOne")
         yield said(bool(own["prompt"].any()), "PromptAtZero")
         yield from drawn(own["prompt"]) if not i else ()
-        yield from trains(own)
+        yield trains(own)
         for name, p in own.items():
             p.data = draw(*p.shape) * (D**-0.5 if name.startswith("c_") else 1)
         x = draw(B, T, D)

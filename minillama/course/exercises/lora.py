@@ -15,7 +15,7 @@ from .predictions import moved
 from .wording import question, teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)
+SAYS = wording(__file__)  # there too: what is said of facts and predictions
 
 # ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
 
@@ -252,15 +252,15 @@ def facts_of_layer(answer, draw, tokens, n_in, n_out, r, alpha):
     before, plain = linear.weight.detach().clone(), linear(x).detach()
 
     def only_path_trains(name="BaseStillTrains"):
-        yield from trains({"A": layer.A, "B": layer.B})
+        yield trains({"A": layer.A, "B": layer.B})
         more = {p.shape for own, p in layer.named_parameters() if p.requires_grad and own not in ("A", "B")}
         yield said(bool(more & {before.shape, before.shape[:1]}), name)
         yield said(len(more), "third_trains")
 
     def seen(when):
-        return opened(layer, {"A": layer.A, "B": layer.B}, "", x, what="the output {}(B, T, out)", when=f"{when} ")
+        return opened(layer, {"A": layer.A, "B": layer.B}, "", x, when=f"{when} ", axes="(B, T, out)")
 
-    def output(times=1):
+    def output(times):
         """With B multiplied by a number, by which a path shows."""
         layer.B.data = times * B
         out = layer(x).detach()
@@ -300,7 +300,7 @@ def facts_of_layer(answer, draw, tokens, n_in, n_out, r, alpha):
     yield said(close(output(2), folded), "still_a_path")
     for name in ("KeptIsNoCopy", "CopyOverwritten"):
         layer.unmerge()
-        again = output()
+        again = layer(x).detach()
         yield said(close(again, plain), "StaysMerged")
         yield said(close(again, twice), name)
         yield said(close(output(0), plain, 0.01), "NeverUnmerges")
@@ -308,16 +308,15 @@ def facts_of_layer(answer, draw, tokens, n_in, n_out, r, alpha):
         if name == "KeptIsNoCopy":
             layer.merge()
             layer.merge()
-            yield said(close(output(), folded), "MergesTwice")
+            yield said(close(layer(x).detach(), folded), "MergesTwice")
             yield said(close(output(2), folded), "toggles")
     yield said(torch.equal(linear.weight, before) and torch.equal(again, out), "UnmergeSubtracts")
     yield from only_path_trains()
     yield from seen("after unmerge()")
     A, B = draw(r, n_in), draw(n_out, r)
-    layer.A.data, layer.B.data = A, B
+    layer.A.data, layer.B.data = A.clone(), B.clone()
     layer.train().merge()
-    layer.eval()
-    changed = output()
+    changed = layer.eval()(x).detach()
     yield said(close(output(2), changed), "in_eval_only")
     yield said(close(changed, folded), "stale")
     yield Piece("the output after more training and another merge() (B, T, out)", changed)

@@ -39,13 +39,13 @@ def trains(own):
     """A fact: whether all of a module's own parameters, {name: parameter}, train."""
     names = [name for name, p in own.items() if not p.requires_grad]
     why = f"{' and '.join(names)} must train: leave requires_grad True."
-    yield fact(len(names), "never_trains", why, "never_trains")
+    return fact(len(names), "never_trains", why, "never_trains")
 
 
-def opened(module, own, where, x, *more, what="the {}output (B, T, D)", when=""):
+def opened(module, own, where, x, *more, when="", axes="(B, T, D)"):
     """Pieces of what a module makes of x, and the gradients of that."""
     out = module(x.requires_grad_(True), *more)
-    yield Piece(what.format(when), out, where)
+    yield Piece(f"the output {when}{axes}", out, where)
     for name, found in zip((*own, "x"), gradients(out, *own.values(), x)):
         found = found.flatten() if name == "gate" else found  # in whatever shape it was made
         yield Piece(f"the gradient {when}with respect to {name}", found, where, "gradient", name)

@@ -41,7 +41,9 @@ def teller(said, mistakes=()):
 
 def question(truth, said, choices=()):
     """A Question with the sentences of its section."""
-    foreseen = {answer: sentence for answer, sentence in said.items() if answer not in ("why", "nudge")}
-    wrong = {answer: eval(answer) for answer in foreseen}
-    wrong = {frozenset(value) if isinstance(value, set) else value: foreseen[a] for a, value in wrong.items()}
+    wrong = {}
+    for answer, sentence in said.items():
+        if answer not in ("why", "nudge"):
+            value = eval(answer)
+            wrong[frozenset(value) if isinstance(value, set) else value] = sentence
     return Question(truth, said["why"], wrong, choices, said["nudge"])
