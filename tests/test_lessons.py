@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillama.__main__ import main
-from minillama.course import check, lessons, notebooks
+from minillama.course import check, lessons, notebooks, plots, schematics
 
 LESSONS = notebooks.find()
 STORED = {path: notebooks.read(path) for path in LESSONS}
@@ -127,6 +127,18 @@ def test_solutions_pass(path):
     for _, source in solutions(notebook):
         exec(source, space)
     assert verdicts and all(verdict.passed for verdict in verdicts), [v.message for v in verdicts if not v.passed]
+
+
+def test_what_a_notebook_takes_from_the_course_is_there():
+    """Every lessons.NAME, plots.NAME and schematics.NAME of its code, and what it imports by name."""
+    for path, notebook in STORED.items():
+        for cell in code_cells(notebook):
+            for node in ast.walk(ast.parse(re.sub(r"^[%!].*", "pass", cell.source, flags=re.MULTILINE))):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    module = {"lessons": lessons, "plots": plots, "schematics": schematics}.get(node.value.id)
+                    assert module is None or hasattr(module, node.attr), f"{path.name}: {ast.unparse(node)}"
+                elif isinstance(node, ast.ImportFrom) and node.module.startswith("minillama"):
+                    exec(compile(ast.Module([node], []), path.name, "exec"), {})
 
 
 def test_a_blank_copy_has_neither_outputs_nor_solutions(tmp_path):
