@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from minillama.__main__ import main
-from minillama.course import grading
+from minillama.course import grading, marking
 from minillama.course.exercises import lora as topic
 
 RIGHT = """
@@ -109,7 +109,7 @@ def test_calls_are_read_from_the_source():
         "%time x = 1", 'check("lora_merge", f); check("nothing_known", f)', 'if 1:\n    v = check("lora_start", g)',
         'check("lora_fused",\n  broken(',
     ]  # fmt: skip
-    assert [(i, name, answer is None) for i, name, answer in grading.calls_of(cells)] == [
+    assert [(i, name, answer is None) for i, name, answer in marking.calls_of(cells)] == [
         (1, "lora_merge", False), (2, "lora_start", False), (3, "lora_fused", True),
     ]  # fmt: skip
     assert grading.lesson_of("lora_merge") == "lora" and "lora_merge" in topic.EXERCISES
