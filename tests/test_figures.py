@@ -16,7 +16,7 @@ from matplotlib.path import Path
 from PIL import Image
 
 from minillama.adapters import METHODS
-from minillama.course import plots, schematics
+from minillama.course import boxes, plots, schematics, style
 
 
 def faults(figure, dpi=200):
@@ -74,43 +74,43 @@ def test_schematic_is_tidy(name):
 
 
 def two_texts(axes):
-    schematics.note(axes, 1, 1, "one text")
-    schematics.note(axes, 1.3, 1.05, "another")
+    boxes.note(axes, 1, 1, "one text")
+    boxes.note(axes, 1.3, 1.05, "another")
 
 
 def over_the_page(axes):
-    schematics.note(axes, 3.5, 1, "a text that is too long")
+    boxes.note(axes, 3.5, 1, "a text that is too long")
 
 
 def too_long_for_its_box(axes):
-    schematics.box(axes, 2, 1, 0.8, 0.4, "scaled attention")
+    boxes.box(axes, 2, 1, 0.8, 0.4, "scaled attention")
 
 
 def larger_than_its_box(axes):
-    schematics.box(axes, 2, 1, 0.1, 0.05, "attention")
+    boxes.box(axes, 2, 1, 0.1, 0.05, "attention")
 
 
 def struck_through(axes):
-    schematics.note(axes, 1, 1, "a text")
-    schematics.arrow(axes, (0.5, 1), (3, 1))
+    boxes.note(axes, 1, 1, "a text")
+    boxes.arrow(axes, (0.5, 1), (3, 1))
 
 
 def under_a_box(axes):
-    schematics.box(axes, 2, 1, 0.8, 0.4)
-    schematics.arrow(axes, (0.5, 1), (2, 1))
+    boxes.box(axes, 2, 1, 0.8, 0.4)
+    boxes.arrow(axes, (0.5, 1), (2, 1))
 
 
 def two_boxes(axes):
-    schematics.box(axes, 2, 1, 0.8, 0.4)
-    schematics.box(axes, 2.5, 1, 0.8, 0.4, kind="trained")
+    boxes.box(axes, 2, 1, 0.8, 0.4)
+    boxes.box(axes, 2.5, 1, 0.8, 0.4, kind="trained")
 
 
 def box_over_the_page(axes):
-    schematics.box(axes, 3.9, 1, 0.8, 0.4)
+    boxes.box(axes, 3.9, 1, 0.8, 0.4)
 
 
 def tiny(axes):
-    schematics.note(axes, 1, 1, "a text", size=8)
+    boxes.note(axes, 1, 1, "a text", size=8)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def tiny(axes):
     ],
 )
 def test_a_planted_fault_is_found(plant, fault):
-    axes = schematics.sheet(4, 2, "", kinds=())
-    schematics.box(axes, 0.7, 0.4, 0.8, 0.4, "tidy")
+    axes = boxes.sheet(4, 2, "", kinds=())
+    boxes.box(axes, 0.7, 0.4, 0.8, 0.4, "tidy")
     assert faults(axes.figure) == []
     plant(axes)
     assert any(fault in sentence for sentence in faults(axes.figure))
@@ -174,13 +174,13 @@ def test_plots_stay_on_the_canvas():
     ],
 )
 def test_a_label_names_its_method(label, method):
-    assert plots.method_of(label) == method
+    assert style.method_of(label) == method
 
 
 def test_a_method_has_one_colour_in_every_figure():
     """And none has another's; where one returns in a figure it is told apart by a darker shade."""
-    colours = {method: plots.METHOD_COLOURS[method] for method in METHODS}
-    assert len(set(colours.values())) == len(colours) == len({plots.METHOD_MARKERS[method] for method in METHODS})
+    colours = {method: style.METHOD_COLOURS[method] for method in METHODS}
+    assert len(set(colours.values())) == len(colours) == len({style.METHOD_MARKERS[method] for method in METHODS})
     curves = plots.curve_figure({method: (range(3), [[1.0]] * 3) for method in METHODS}, "x", "y", "").axes[0]
     assert {line.get_label(): to_hex(line.get_color()) for line in curves.lines} == colours
     rows = [{"method": method, "parameters": i, "matches": [0.5]} for i, method in enumerate(METHODS, 1)]
@@ -188,8 +188,8 @@ def test_a_method_has_one_colour_in_every_figure():
     assert [to_hex(points.lines[0].get_markerfacecolor()) for points in containers] == list(colours.values())
     loss = plots.training_figure(history(False), "", method="ia3").axes[0].lines[0]
     assert to_hex(loss.get_color()) == colours["ia3"]
-    first, again, other = (color for color, _ in plots.looks(["ia3", "ia3, on q", "French"]))
-    assert first == plots.looks(["French"], "ia3")[0][0] == colours["ia3"] != again and other == plots.SHADES[2]
+    first, again, other = (color for color, _ in style.looks(["ia3", "ia3, on q", "French"]))
+    assert first == style.looks(["French"], "ia3")[0][0] == colours["ia3"] != again and other == style.SHADES[2]
 
 
 def test_a_gate_is_called_what_it_is():
@@ -209,21 +209,19 @@ def test_a_png_keeps_the_colours_of_a_heat_map():
     characters, rows = "3 mars 2021 = 2021-0", [f"layer {i // 4}" if i % 4 == 0 else "" for i in range(16)]
     heads = 0.2 * torch.randn(16, 10), torch.rand(16, 20).softmax(-1)
     for figure in (maps, plots.attention_figure(*heads, characters, rows, "A title"), schematics.ia3_schematic()):
-        plots.png(figure)  # once before, since the layout settles at the first drawing
+        style.png(figure)  # once before, since the layout settles at the first drawing
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", bbox_inches="tight", dpi=144)
-        exact, stored = (Image.open(file).convert("RGB") for file in (buffer, io.BytesIO(plots.png(figure)[0])))
+        exact, stored = (Image.open(file).convert("RGB") for file in (buffer, io.BytesIO(style.png(figure)[0])))
         assert np.abs(np.asarray(exact).astype(int) - np.asarray(stored)).max() <= 12
 
 
 def test_greyscale_tells_the_kinds_apart():
     """By their edges and, the gate, by its darkness: colour is not needed."""
     weights, kinds = (0.299, 0.587, 0.114), ("flow", "frozen", "trained", "gate")
-    grey = {
-        kind: sum(w * part for w, part in zip(weights, to_rgb(schematics.KINDS[kind]["facecolor"]))) for kind in kinds
-    }
+    grey = {kind: sum(w * part for w, part in zip(weights, to_rgb(boxes.KINDS[kind]["facecolor"]))) for kind in kinds}
     assert grey["gate"] < 0.4 and min(grey["flow"], grey["frozen"], grey["trained"]) > 0.65
-    assert schematics.KINDS["trained"]["linewidth"] >= 2 * schematics.KINDS["frozen"]["linewidth"]
+    assert boxes.KINDS["trained"]["linewidth"] >= 2 * boxes.KINDS["frozen"]["linewidth"]
 
 
 def test_use_sets_the_style_and_svg_is_the_same_each_time(tmp_path):

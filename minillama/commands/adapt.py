@@ -211,6 +211,7 @@ def adapt_into(out, args, subject, start):
 
 
 def draw(history, title, out):
-    from ..course.plots import save_figure, training_figure  # late: matplotlib is slow to import
+    from ..course.plots import training_figure  # late: matplotlib is slow to import
+    from ..course.style import save_figure
 
     save_figure(training_figure(history, title), out / "training.png")

@@ -38,7 +38,8 @@ def add_arguments(parser):
 def run(args):
     if args.papers:
         return print_counts()
-    from ..course.plots import comparison_figure, save_figure  # late: matplotlib is slow to import
+    from ..course.plots import comparison_figure  # late: matplotlib is slow to import
+    from ..course.style import save_figure
 
     for language in args.languages:
         data.locales(language)

@@ -1,106 +1,16 @@
-"""The figures that the command line and the lessons share, in one visual language: frozen is grey-blue, trained is
-warm, a gate is crimson; each also differs in shape or label, so that nothing rests on colour alone."""
+"""The figures of results that the command line and the lessons share, in the visual language of style.py."""
 
-import io
 import math
-import re
 
 import matplotlib
-from matplotlib.colors import ListedColormap, Normalize, to_hex, to_rgb
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from PIL import Image
 
-from ..checkpoints.files import replacing
+from . import style
+from .style import DASHES, FROZEN, GATE, INK, METHOD_COLOURS, PLAIN, SHADES, STYLE, TRAINED, looks
 
-FROZEN, TRAINED, GATE, INK = "#7f9bb3", "#d9822b", "#b3224a", "#2b2b2b"
-# One colour and one marker for each method in every figure; the families share a hue: prompts warm, factors green, low
-# rank blue, bottlenecks brown.
-METHOD_COLOURS = {
-    "llama_adapter": "#d9822b", "llama_adapter_v2": "#b3224a", "prefix_tuning": "#e3b505", "prompt_tuning": "#8c6bb1",
-    "ia3": "#2e8b57", "bottleneck": "#8c564b", "lora": "#1f6fb4", "dora": "#56b4e9", "full": INK, "base": FROZEN,
-}  # fmt: skip
-METHOD_MARKERS = dict(zip(METHOD_COLOURS, "osD^vP*X"))
-SHADES, DASHES, MARKERS = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":"), "osD^vP*X"  # of what is no method
-PAGE = 690  # points: what a notebook shows beside its margins
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "font.size": 10.5,
-    "figure.facecolor": "white",
-    "legend.frameon": False,
-}
-
-
-def method_of(label):
-    """The method that a label names first, "lora, rank 1", "prefix tuning", "gated (LLaMA-Adapter)"; or None."""
-    words, found = re.sub(r"[\s-]+", "_", label.lower()), []
-    for name in METHOD_COLOURS:
-        anywhere = "^" if name in ("full", "base") else "(?<![a-z0-9])"  # words that also mean other things
-        match = re.search(anywhere + name.replace("_tuning", "(_tuning)?") + "(?![a-z0-9])", words)
-        if match:
-            found.append((match.start(), -match.end(), name))
-    return min(found)[2] if found else None
-
-
-def looks(labels, method=None):
-    """A colour and a marker for each label: its method's, darker at each return of the same method; for a label that
-    names none those of `method`, or where that is None too, the next of a row of others."""
-    seen, found = [], []
-    for i, label in enumerate(labels):
-        name = method_of(label) or method
-        ink = min(0.8, 0.4 * seen.count(name))
-        seen.append(name)
-        parts = zip(to_rgb(METHOD_COLOURS.get(name, INK)), to_rgb(INK))
-        color = SHADES[i % 4] if name is None else to_hex([(1 - ink) * part + ink * dark for part, dark in parts])
-        found.append((color, METHOD_MARKERS.get(name, MARKERS[i % 8])))
-    return found
-
-
-def use():
-    """For a notebook's first cell: figures show as SVG, no wider than the page and the same bytes each time, with a PNG
-    beside it for JupyterLab, which draws no stored SVG until it is told to trust the notebook. Elsewhere only the style
-    is set."""
-    matplotlib.rcParams.update({**STYLE, "svg.hashsalt": "minillama"})
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return
-    if get_ipython() is not None:
-        formatters = get_ipython().display_formatter.formatters
-        formatters["image/svg+xml"].for_type(Figure, svg)
-        formatters["image/png"].for_type(Figure, png)
-
-
-def svg(figure):
-    """A figure as SVG text, shrunk to a page's width where it is wider."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', buffer.getvalue())
-    share = min(1, PAGE / float(size[1]))
-    shrunk = f'width="{share * float(size[1]):.1f}pt" height="{share * float(size[2]):.1f}pt"'
-    return buffer.getvalue().replace(size[0], shrunk, 1)
-
-
-def png(figure):
-    """A figure as PNG, as wide on the page as its SVG: (bytes, {"width": pixels}). In 256 colours, to keep the file
-    small, chosen so that the rarest shade of a heat map keeps its own: to about 10 of 255 levels."""
-    buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", dpi=144)
-    image = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-    image.save(small, format="png", optimize=True)
-    return small.getvalue(), {"width": round(min(PAGE * 96 / 72, image.width * 96 / 144))}
-
-
-def save_figure(figure, path):
-    """Writes a figure (PNG, SVG or PDF by the ending), whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+use = style.use  # for a notebook's first cell
 
 
 def training_figure(history, title, method=None, tanh=True):
@@ -221,9 +131,8 @@ def curve_figure(curves, xlabel, ylabel, title, log=False, method=None):
 
 def attention_figure(prompts, tokens, characters, rows, title, tanh=True):
     """Heat maps side by side: gated weights on K prompts (R, K), which may be negative, and weights on T tokens (R, T),
-    a character of the text below each column; rows: R labels, empty ones skipped, a line above each that is not.
-    tanh: whether the gates pass through one."""
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+    a character of the text below each column; rows as in `name_groups`. tanh: whether the gates pass through one."""
+    with matplotlib.rc_context(PLAIN):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         left, right = figure.subplots(1, 2, width_ratios=(prompts.shape[1], tokens.shape[1]), sharey=True)
@@ -235,22 +144,26 @@ def attention_figure(prompts, tokens, characters, rows, title, tanh=True):
         left.set(title=f"{'tanh(gate)' if tanh else 'gate'} · softmax", xlabel="prompt token")
         left.set(xticks=range(prompts.shape[1]), xticklabels=range(1, prompts.shape[1] + 1))
         right.set(title="softmax", xlabel="text", xticks=range(len(characters)), xticklabels=characters)
-        starts = [i for i, label in enumerate(rows) if label]
-        middles = [i + 0.5 * (len(rows) / len(starts) - 1) for i in starts]
-        left.set(yticks=middles, yticklabels=[rows[i] for i in starts])
         for axes, image in zip((left, right), images):
-            for i in starts[1:]:
-                axes.axhline(i - 0.5, color=INK, linewidth=0.8)
+            name_groups(axes, rows)
             figure.colorbar(image, ax=axes, fraction=0.06, pad=0.01, aspect=30)
     return figure
 
 
-def share_figure(panels, characters, rows, title):
-    """The share of each softmax that a prefix takes: heat maps side by side, {heading: (R, T)}, a character of the text
-    below each column; rows: R labels, empty ones skipped, a line above each that is not."""
+def name_groups(axes, rows):
+    """Names the groups of a heat map's rows, each in its middle, and draws a line between them.
+    rows: a label at the first row of each group, empty ones for the others."""
     starts = [i for i, label in enumerate(rows) if label]
     middles = [i + 0.5 * (len(rows) / len(starts) - 1) for i in starts]
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+    axes.set(yticks=middles, yticklabels=[rows[i] for i in starts])
+    for i in starts[1:]:
+        axes.axhline(i - 0.5, color=INK, linewidth=0.8)
+
+
+def share_figure(panels, characters, rows, title):
+    """The share of each softmax that a prefix takes: heat maps side by side, {heading: (R, T)}, a character of the text
+    below each column; rows as in `name_groups`."""
+    with matplotlib.rc_context(PLAIN):
         figure = Figure(figsize=(11, 3.9), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -260,10 +173,8 @@ def share_figure(panels, characters, rows, title):
             axes.set_xlabel("the token that looks (its character)")
             axes.set(xticks=range(len(characters)))
             axes.set_xticklabels(characters, fontsize=7.5)
-            axes.set(yticks=middles, yticklabels=[rows[i] for i in starts])
+            name_groups(axes, rows)
             axes.title.set_fontsize(10.5)
-            for i in starts[1:]:
-                axes.axhline(i - 0.5, color=INK, linewidth=0.8)
         figure.colorbar(image, ax=every[-1], fraction=0.06, pad=0.02, aspect=30, label="share of the prefix (%)")
     return figure
 
@@ -271,7 +182,7 @@ def share_figure(panels, characters, rows, title):
 def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2f}"):
     """A heat map with the number in each cell; values: a list of rows, None where a cell stays empty; scale: what the
     colours say. write None: no numbers, for maps with many cells."""
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+    with matplotlib.rc_context(PLAIN):
         wide = len(columns) > 8
         height = 1.5 + (0.26 if write is None else 0.45) * len(rows)
         figure = Figure(figsize=(11 if wide else 2.6 + 1.1 * len(columns), max(2.8, height)), layout="constrained")
@@ -294,7 +205,7 @@ def heat_figure(values, rows, columns, xlabel, ylabel, title, scale, write="{:.2
 def rotation_figure(speeds, scores):
     """How RoPE turns pairs of features. speeds: {title: radians a position}, drawn at positions 0 to 7;
     scores: {label: (distances, scores)}, drawn as curves."""
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+    with matplotlib.rc_context(PLAIN):
         figure = Figure(figsize=(11, 3.3), layout="constrained")
         *circles, right = figure.subplots(1, len(speeds) + 1, width_ratios=[1] * len(speeds) + [1.7])
         for axes, (title, speed) in zip(circles, speeds.items()):
@@ -320,7 +231,7 @@ def rotation_figure(speeds, scores):
 def maps_figure(maps, rows, columns, title, xlabel, ylabel):
     """Heat maps of numbers from 0 to 1, two in a row.
     maps: {title: (R, C)}; rows, columns: a label for each, empty ones allowed."""
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+    with matplotlib.rc_context(PLAIN):
         lines = (len(maps) + 1) // 2
         figure = Figure(figsize=(11, 0.9 + lines * (0.9 + 0.19 * len(rows))), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -343,7 +254,7 @@ def scale_figure(scales, title):
     their lengths; amplified above 1, inhibited below, turned round below 0. scales: {layer: {kind: (features,)}}."""
     kinds = list(next(iter(scales.values())))
     widths = [max(25, len(next(iter(scales.values()))[kind]) ** 0.75) for kind in kinds]
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+    with matplotlib.rc_context(PLAIN):
         figure = Figure(figsize=(11, 0.5 + 1.45 * len(scales)), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         grid = figure.subplots(len(scales), len(kinds), width_ratios=widths, sharey=True, squeeze=False)

@@ -1,138 +1,15 @@
-"""The schematics: how each method stands in the frozen model, in the visual language of plots.py."""
+"""The schematics: how each method stands in the frozen model, drawn of boxes.py."""
 
-from collections import namedtuple
-
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
-from matplotlib.path import Path
-from matplotlib.patheffects import withStroke
-
-from .plots import FROZEN, GATE, INK, TRAINED
-
-# The schematics. A sheet's data units are inches, so that text and boxes have their place and keep it.
-
-
-def tint(color, share):
-    return tuple(1 - share * (1 - part) for part in to_rgb(color))
-
-
-# Shape and edge tell the kinds apart where colours do not: frozen is square and thin, trained is round and thick,
-# a gate is dark.
-KINDS = {
-    "flow": dict(facecolor="white", edgecolor=INK, linewidth=0.9),
-    "frozen": dict(facecolor=tint(FROZEN, 0.35), edgecolor="#4d6a84", linewidth=1),
-    "trained": dict(facecolor=tint(TRAINED, 0.45), edgecolor="#9c5510", linewidth=2.4),
-    "gate": dict(facecolor=GATE, edgecolor=GATE, linewidth=1),
-    "frame": dict(facecolor="none", edgecolor="#8a8a8a", linewidth=0.9, linestyle=(0, (4, 3))),
-}
-OVER = [withStroke(linewidth=6, foreground="white")]  # for an arrow that crosses another
-Sides = namedtuple("Sides", "left right top bottom")  # the points where arrows start and end
-WAYS = {"right": ("right", "left"), "left": ("left", "right"), "up": ("top", "bottom"), "down": ("bottom", "top")}
-
-
-def sheet(width, height, title, kinds=("frozen", "trained")):
-    """Axes over a whole new figure, with a title and the legend of the kinds of boxes that will stand on it."""
-    axes = Figure(figsize=(width, height), facecolor="white").add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
-    axes.set_axis_off()
-    note(axes, 0.25, height - 0.32, title, size=13, weight="bold")
-    right = width - (1.3 if "gate" in kinds else 0.95)
-    for i, kind in enumerate(reversed(kinds)):
-        box(axes, right - 1.15 * i, height - 0.32, 0.3, 0.2, kind=kind)
-        name = "trained gate" if kind == "gate" else kind
-        note(axes, right + 0.23 - 1.15 * i, height - 0.37, name, size=10, va="baseline")
-    return axes
-
-
-def note(axes, x, y, text, size=9.5, **style):
-    style = {"fontsize": size, "color": INK, "ha": "left", "va": "center", "linespacing": 1.35, **style}
-    axes.text(x, y, text, **style)
-
-
-def box(axes, x, y, width, height, text="", kind="flow", size=10.5):
-    """A box around (x, y). Returns its sides."""
-    corner, rounding = (x - width / 2, y - height / 2), 0.07 if kind in ("trained", "gate") else 0
-    style = dict(boxstyle=f"round,pad=0,rounding_size={rounding}", zorder=0 if kind == "frame" else 2)
-    axes.add_patch(FancyBboxPatch(corner, width, height, **style, **KINDS[kind]))
-    if text:
-        note(axes, x, y, text, size, ha="center", color="white" if kind == "gate" else INK, zorder=3)
-    return Sides((x - width / 2, y), (x + width / 2, y), (x, y + height / 2), (x, y - height / 2))
-
-
-def point(x, y):
-    """A place without a box, for an arrow that begins or ends in the open."""
-    return Sides(*[(x, y)] * 4)
-
-
-def funnel(axes, x, y, width, left, right, text):
-    """A trained matrix that narrows or widens what flows through it from left to right. Returns its sides."""
-    w, a, b = width / 2, left / 2, right / 2
-    corners = [(x - w, y - a), (x - w, y + a), (x + w, y + b), (x + w, y - b)]
-    axes.add_patch(Polygon(corners, joinstyle="round", **KINDS["trained"], zorder=2))
-    note(axes, x, y, text, 10.5, ha="center", zorder=3)
-    return Sides((x - w, y), (x + w, y), (x, y + (a + b) / 2), (x, y - (a + b) / 2))
-
-
-def joint(axes, x, y, sign):
-    """A circle in which what flows is added ("+") or multiplied ("x"). Returns its sides."""
-    axes.add_patch(Circle((x, y), 0.16, **KINDS["flow"], zorder=2))
-    axes.plot(x, y, marker=sign, markersize=9 if sign == "+" else 7, markeredgewidth=1.4, color=INK, zorder=3)
-    return Sides((x - 0.16, y), (x + 0.16, y), (x, y + 0.16), (x, y - 0.16))
-
-
-def strip(axes, x, y, width, values):
-    """A trained vector, its features as bars: above the middle line amplified, below it inhibited.
-    Returns its sides."""
-    step = (width - 0.16) / len(values)
-    for i, value in enumerate(values):
-        left = x - width / 2 + 0.08 + step * (i + 0.18)
-        axes.add_patch(Rectangle((left, y), step * 0.64, value / 4, facecolor=INK, zorder=3))
-    axes.plot((x - width / 2, x + width / 2), (y, y), color=INK, linewidth=0.8, zorder=3)
-    return box(axes, x, y, width, 0.5, kind="trained")
-
-
-def cells(axes, left, y, count, kind):
-    """A row of small squares, one for each position. Returns its sides."""
-    for i in range(count):
-        box(axes, left + 0.1 + 0.26 * i, y, 0.2, 0.2, kind=kind)
-    right = left + 0.26 * count - 0.06
-    return Sides((left, y), (right, y), ((left + right) / 2, y + 0.16), ((left + right) / 2, y - 0.16))
-
-
-def arrow(axes, *points, head=True, **style):
-    """Straight from point to point, a head at the last."""
-    style = {"color": INK, "linewidth": 1.2, "zorder": 1, "joinstyle": "miter", "capstyle": "butt", **style}
-    tip = dict(arrowstyle="-|>" if head else "-", mutation_scale=11, fill=head)
-    axes.add_patch(FancyArrowPatch(path=Path(points), **tip, **style))
-
-
-def chain(axes, way, *parts):
-    """Arrows from each part to the next, that way."""
-    leave, enter = WAYS[way]
-    for a, b in zip(parts, parts[1:]):
-        arrow(axes, getattr(a, leave), getattr(b, enter))
-
-
-def frame(axes, left, bottom, right, top, heading):
-    """A dashed frame around a part, with its heading at the upper left."""
-    box(axes, (left + right) / 2, (bottom + top) / 2, right - left, top - bottom, kind="frame")
-    note(axes, left + 0.15, top - 0.2, heading, 10.5)
-
-
-def zoom(axes, *lines):
-    """Dashed lines from a box to the frame that shows its inside."""
-    for line in lines:
-        arrow(axes, *line, head=False, linewidth=0.9, color="#8a8a8a", linestyle=(0, (4, 3)))
+from .boxes import OVER, arrow, box, cells, chain, frame, funnel, joint, note, point, sheet, strip, zoom
 
 
 def block_schematic():
     """A LLaMA from ids to logits (Touvron et al. 2023), one of its layers,
     and what stands in the layer's two sublayers."""
     axes = sheet(11, 5.4, "LLaMA: from ids to logits", kinds=())
-    box(axes, 8.35, 5.08, 0.3, 0.2, kind="frozen")
-    box(axes, 9.75, 5.08, 0.3, 0.2)
-    note(axes, 8.58, 5.08, "has weights", 10)
-    note(axes, 9.98, 5.08, "has none", 10)
+    for x, kind, text in ((8.35, "frozen", "has weights"), (9.75, "flow", "has none")):
+        box(axes, x, 5.08, 0.3, 0.2, kind=kind)
+        note(axes, x + 0.23, 5.08, text, 10)
 
     names, heights = ("embed_tokens", "layer 1", "layer $L$", "norm", "lm_head"), (1.08, 1.72, 2.64, 3.28, 3.86)
     inner, ends = dict(width=1.45, height=0.36, kind="frozen"), dict(width=0.75, height=0.36)
@@ -143,23 +20,21 @@ def block_schematic():
     chain(axes, "up", *stack[3:])
     note(axes, 1.05, 2.18, "⋮", 12, ha="center")
 
-    frame(axes, 2.35, 0.3, 5.35, 4.7, "a layer")
-    zoom(axes, [(1.775, 2.82), (2.35, 4.7)], [(1.775, 2.46), (2.35, 0.3)])
+    frame(axes, 2.35, 0.3, 5.35, 4.7, "a layer", of=stack[3])
     first, second = joint(axes, 3.3, 2.3, "+"), joint(axes, 3.3, 4.05, "+")
     chain(axes, "up", point(3.3, 0.5), first, second, point(3.3, 4.62))
-    branches = []
+    sublayers = []
     for below, plus, name in ((0.72, first, "self_attn"), (2.62, second, "mlp")):
         norm = box(axes, 4.4, below + 0.4, 1.2, 0.36, "RMSNorm", "frozen")
         sublayer = box(axes, 4.4, below + 1.0, 1.2, 0.36, name, "frozen")
         arrow(axes, (3.3, below), (4.4, below), norm.bottom)
         chain(axes, "up", norm, sublayer)
         arrow(axes, sublayer.top, (4.4, plus.right[1]), plus.right)
-        branches.append(sublayer)
+        sublayers.append(sublayer)
     note(axes, 3.02, 0.52, "$x$", 11)
     note(axes, 3.45, 4.42, "the residual stream")
 
-    frame(axes, 5.85, 2.95, 10.75, 4.7, "mlp: SwiGLU")
-    zoom(axes, [(5.0, 3.8), (5.85, 4.7)], [(5.0, 3.44), (5.85, 2.95)])
+    frame(axes, 5.85, 2.95, 10.75, 4.7, "mlp: SwiGLU", of=sublayers[1])
     gate = box(axes, 7.0, 4.05, 1.1, 0.36, "gate_proj", "frozen")
     up = box(axes, 7.0, 3.35, 1.1, 0.36, "up_proj", "frozen")
     silu, times = box(axes, 8.2, 4.05, 0.7, 0.36, "SiLU"), joint(axes, 9.05, 4.05, "x")
@@ -169,8 +44,7 @@ def block_schematic():
     arrow(axes, (6.0, 4.05), gate.left)
     arrow(axes, (6.2, 4.05), (6.2, 3.35), up.left)
 
-    frame(axes, 5.85, 0.3, 10.75, 2.7, "self_attn: three verbs")
-    zoom(axes, [(5.0, 1.9), (5.85, 2.7)], [(5.0, 1.54), (5.85, 0.3)])
+    frame(axes, 5.85, 0.3, 10.75, 2.7, "self_attn: three verbs", of=sublayers[0])
     attend = box(axes, 9.0, 1.57, 0.95, 1.5, "softmax\n$(q k^{\\top}\\!/\\sqrt{d})$\n$\\cdot\\ v$", size=10)
     output = box(axes, 10.15, 1.57, 0.75, 0.36, "o_proj", "frozen")
     for y, name in ((2.1, "q"), (1.57, "k"), (1.04, "v")):
@@ -179,10 +53,8 @@ def block_schematic():
             arrow(axes, (6.0, y), projection.left)
         else:
             arrow(axes, (6.2, 1.57), (6.2, y), projection.left)
-        turned = box(axes, 7.85, y, 0.65, 0.36, "RoPE") if name != "v" else projection
-        if name != "v":
-            chain(axes, "right", projection, turned)
-        arrow(axes, turned.right, (attend.left[0], y))
+        turned = () if name == "v" else (box(axes, 7.85, y, 0.65, 0.36, "RoPE"),)
+        chain(axes, "right", projection, *turned, point(attend.left[0], y))
     chain(axes, "right", attend, output, point(10.7, 1.57))
     for x, verb in ((7.3, "project"), (9.0, "attend"), (10.15, "output")):
         note(axes, x, 0.56, verb, 10.5, ha="center", style="italic")
@@ -205,8 +77,7 @@ def llama_adapter_schematic():
         chain(axes, "right", box(axes, 0.88, layer.left[1], 0.95, 0.36, "$K$ prompts", "trained"), layer)
     note(axes, 2.58, 4.54, "to the head")
 
-    frame(axes, 3.85, 0.3, 10.75, 4.55, "inside an adapted layer's attention")
-    zoom(axes, [(3.175, 3.98), (3.85, 4.55)], [(3.175, 3.62), (3.85, 0.3)])
+    frame(axes, 3.85, 0.3, 10.75, 4.55, "inside an adapted layer's attention", of=stack[-1])
     tokens = box(axes, 4.6, 2.8, 1.0, 0.62, "tokens ($T$)")
     prompts = box(axes, 4.6, 1.65, 1.0, 0.62, "prompts\n($K$ tokens)", "trained")
     q_proj = box(axes, 6.1, 3.75, 1.0, 0.4, "q_proj", "frozen")
@@ -251,8 +122,7 @@ def prefix_cross_attention_schematic():
     note(axes, 1.4, 2.3, "$y$")
     note(axes, 3.3, 1.05, "$0$ at first: the sum is\nthen $y$, bit for bit")
 
-    frame(axes, 5.65, 0.3, 10.25, 4.35, "inside prefix cross-attention")
-    zoom(axes, [(5.1, 2.08), (5.65, 4.35)], [(5.1, 1.62), (5.65, 0.3)])
+    frame(axes, 5.65, 0.3, 10.25, 4.35, "inside prefix cross-attention", of=cross)
     prefix = box(axes, 8.6, 3.65, 1.3, 0.4, "prefix ($K$, $D$)", "trained")
     project = box(axes, 8.6, 2.85, 2.6, 0.5, "linear projection: the layer's\nown k_proj and v_proj", "frozen")
     places = ((6.4, "query"), (7.8, "prefix key"), (9.4, "prefix value"))
