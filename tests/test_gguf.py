@@ -170,8 +170,8 @@ REFUSED = {
     "another shape": (dict(embedding_length=128, rope_dimension_count=16), "shape"),
     "heads that do not fit": (dict(head_count_kv=3), "num_key_value_heads is 3"),
     "quantisation": (
-        dict(tensors={"blk.0.x.weight": (np.ones((4, 256), np.int32), Kind.I32)}),
-        "blk.0.x.weight is quantised as I32",
+        dict(tensors={"blk.0.attn_q.bias": (np.ones(4, np.int32), Kind.I32)}),
+        "blk.0.attn_q.bias holds numbers of kind I32",
     ),
     "tokenizer": (dict(tokenizer_model="bert"), "'bert'"),
     "words cut otherwise": (dict(tokenizer_model="gpt2", tokenizer_pre="poro-chat"), "'poro-chat'"),
@@ -205,7 +205,7 @@ def test_a_file_cut_anywhere_or_damaged_is_refused(tmp_path):
         "version 1": (b"GGUF\3", b"GGUF\1"),
         "the word GGUF": (b"GGUF", b"GGML"),
         "kind 99": (norm + pack("<IQI", 1, 256, 0), norm + pack("<IQI", 1, 256, 99)),
-        "damaged": (key + pack("<IQ", 8, 5), key + pack("<IQ", 8, 2**63)),
+        "promises": (key + pack("<IQ", 8, 5), key + pack("<IQ", 8, 2**63)),
     }
     for words, (old, new) in damaged.items():
         assert old in whole

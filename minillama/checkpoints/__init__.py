@@ -10,7 +10,18 @@ from ..data import ByteTokenizer
 from ..llama import LLaMA
 from . import hub
 from .architectures import architecture_of, from_hf, read_config, to_hf, write_config
-from .files import FileError, read_json, read_tensors, write_json, write_tensors
+from .files import (
+    FileError,
+    as_json,
+    finite,
+    locked,
+    put_tensors,
+    read_json,
+    read_tensors,
+    refuse_unsound,
+    remove,
+    replacing,
+)
 from .gguf import read_gguf
 from .tokenizers import read_tokenizer
 
@@ -37,12 +48,22 @@ def load(name, dtype=None, device="cpu"):
         content = read_json(path / "config.json")
         try:
             config, row = read_config(content)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise FileError(f"{path / 'config.json'}: {error}") from None
-        model_class, weights = row.model, from_hf(row, read_weights(path))
+        model_class, weights = row.model, read_weights(path)
+        try:
+            weights = from_hf(row, weights)
+        except ValueError as error:
+            raise FileError(f"{path}: {error}") from None
         tokenizer = read_tokenizer(path)
         if tokenizer is None and config.vocab_size == ByteTokenizer.vocab_size:
             tokenizer = ByteTokenizer()
+    layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+    if len(layers) != config.num_hidden_layers:  # before as many are built
+        raise FileError(
+            f"{path}: the weights hold {len(layers)} layers and the configuration asks for "
+            f"{config.num_hidden_layers}: the two do not belong together"
+        )
     with torch.device("meta"):  # shapes only: the file's tensors become the weights, without a copy in between
         model = model_class(config)
     fit(model, weights, path)
@@ -85,6 +106,9 @@ def read_weights(folder):
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict):
         raise FileError(f"{index} has no weight_map, which says in which file each tensor lies: copy it again")
+    for name, file in placed.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise FileError(f"{index} places {name} in {file!r}; needed is the name of a .safetensors file beside it")
     shards = {name: read_tensors(folder / name) for name in sorted(set(placed.values()))}
     for name, file in placed.items():
         if name not in shards[file]:
@@ -99,7 +123,14 @@ def fit(model, weights, folder):
     """Makes `weights` the model's own, after every name and shape was compared with what its configuration asks."""
     tied = model.lm_head.weight is model.embed_tokens.weight
     if tied:
-        weights["lm_head.weight"] = weights.get("embed_tokens.weight", torch.empty(0))
+        embedding = weights.get("embed_tokens.weight", torch.empty(0))
+        head = weights.get("lm_head.weight", embedding)
+        if head is not embedding and not (head.shape == embedding.shape and torch.equal(head, embedding)):
+            raise FileError(
+                f"{folder}: the configuration ties the head to the embedding, and the weights hold another head: "
+                "the two do not belong together"
+            )
+        weights["lm_head.weight"] = embedding
     wanted, apart = model.state_dict(), "the two do not belong together"
     if missing := sorted(wanted.keys() - weights.keys()):
         lacking = f"the weights lack {missing[0]} ({len(missing)} missing in all), which the configuration asks for"
@@ -113,6 +144,7 @@ def fit(model, weights, folder):
         if weights[name].shape != tensor.shape:
             shapes = f"{tuple(weights[name].shape)} and the configuration asks for {tuple(tensor.shape)}"
             raise FileError(f"{folder}: {name} has shape {shapes}: {apart}")
+    refuse_unsound(weights, folder)
     model.load_state_dict(weights, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
@@ -131,11 +163,15 @@ def save(model, folder, tokenizer=None):
     content = write_config(config) | {"dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
     if getattr(tokenizer, "eos_id", None) is not None:
         content["eos_token_id"] = tokenizer.eos_id
-    folder = Path(folder)
-    write_tensors(folder / "model.safetensors", to_hf(architecture_of(config), weights))
-    write_json(folder / "config.json", content)
-    if hasattr(tokenizer, "save"):
-        tokenizer.save(folder)
+    if bad := [name for name, tensor in weights.items() if not finite(tensor)]:
+        raise ValueError(f"{bad[0]} holds NaN or infinity, so nothing was saved: train with a lower learning rate")
+    with locked(folder) as folder, replacing(folder / "config.json") as beside:
+        with replacing(folder / "model.safetensors") as file:
+            beside.write_text(as_json(content), encoding="utf-8")
+            put_tensors(file, to_hf(architecture_of(config), weights))
+            remove(folder / "config.json")  # the last moment of what was there: without it nobody reads the weights
+        if hasattr(tokenizer, "save"):
+            tokenizer.save(folder)
 
 
 def settle(model, weights):

@@ -14,6 +14,46 @@ from ..llama import LLaMA, LLaMAConfig
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of its rope_scaling
 
+# What each field of a configuration may be: its type, and for numbers the least and the largest that are believed.
+TYPES = {
+    "vocab_size": (int, 1, 2**24),
+    "hidden_size": (int, 1, 2**18),
+    "intermediate_size": (int, 1, 2**20),
+    "num_hidden_layers": (int, 1, 1024),
+    "num_attention_heads": (int, 1, 2**12),
+    "num_key_value_heads": (int, 1, 2**12),
+    "head_dim": (int, 1, 2**12),
+    "max_position_embeddings": (int, 1, 2**28),
+    "sliding_window": (int, 1, 2**28),
+    "rms_norm_eps": (float, 1e-12, 1e-1),
+    "layer_norm_eps": (float, 1e-12, 1e-1),
+    "rope_theta": (float, 1.0, 1e12),
+    "attention_bias": (bool,),
+    "attention_output_bias": (bool,),
+    "mlp_bias": (bool,),
+    "tie_word_embeddings": (bool,),
+    "factor": (float, 1.0, 1e6),
+    "low_freq_factor": (float, 1e-3, 1e6),
+    "high_freq_factor": (float, 1e-3, 1e6),
+    "original_max_position_embeddings": (float, 1.0, 2**28),
+}
+
+
+def honest(field, value, key=None):
+    """The value of a field, where it is of the field's type and within its bounds. ValueError names the file's key."""
+    kind, *bounds = TYPES[field]
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+        needed = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise ValueError(f"{key or field} is {shortened(value)}; needed is {needed}")
+    if bounds and not bounds[0] <= value <= bounds[1]:
+        raise ValueError(f"{key or field} is {shortened(value)}; it can be {bounds[0]:,} to {bounds[1]:,}")
+    return value
+
+
+def shortened(value):
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a number of more than 20 digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -81,17 +121,18 @@ ARCHITECTURES = {
 def read_config(content):
     """(configuration of ours, row) of a config.json's content; ValueError names a key that cannot be honoured."""
     kind = content.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         *most, last = ARCHITECTURES
-        raise ValueError(f"model_type is {kind!r}; this project has {', '.join(most)} and {last}")
+        raise ValueError(f"model_type is {shortened(kind)}; this project has {', '.join(most)} and {last}")
     row = ARCHITECTURES[kind]
     for key, value in row.honoured.items():
         values = value if isinstance(value, tuple) else (value,)
-        if content.get(key, values[0]) not in values:
-            raise ValueError(f"{key} is {content[key]!r}; only {values[0]!r} can be honoured")
-    known = {own.name for own in dataclasses.fields(row.config)} - {"rope_scaling", *row.fixed}
+        found = content.get(key, values[0])
+        if not any(type(found) is type(value) and found == value for value in values):
+            raise ValueError(f"{key} is {shortened(found)}; only {values[0]!r} can be honoured")
+    known = {own.name for own in dataclasses.fields(row.config)} - {"rope_scaling", "rope_theta", *row.fixed}
     values = {own: content.get(row.keys.get(own, own)) for own in known}
-    values = {own: value for own, value in values.items() if value is not None}
+    values = {own: honest(own, value, row.keys.get(own, own)) for own, value in values.items() if value is not None}
     for key, value in row.absent.items():
         if key not in content:  # an explicit null says None
             values[key] = value
@@ -103,18 +144,25 @@ def read_config(content):
 def read_rope(content):
     """rope_theta and rope_scaling: transformers 5 writes rope_parameters,
     earlier releases rope_theta and rope_scaling."""
-    rope = {**(content.get("rope_scaling") or {}), **(content.get("rope_parameters") or {})}
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = content.get(key) or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{key} is {shortened(found)}; needed is an object with names and values")
+        rope |= found
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 can be honoured")
-    theta = {"rope_theta": float(rope.get("rope_theta", content.get("rope_theta", 10000.0)))}
+        raise ValueError(
+            f"partial_rotary_factor is {shortened(rope['partial_rotary_factor'])}; only 1.0 can be honoured"
+        )
+    theta = {"rope_theta": float(honest("rope_theta", rope.get("rope_theta", content.get("rope_theta", 10000.0))))}
     if kind == "default":
         return theta
     if kind != "llama3":
-        raise ValueError(f"rope_type is {kind!r}; only 'default' and 'llama3' can be honoured")
+        raise ValueError(f"rope_type is {shortened(kind)}; only 'default' and 'llama3' can be honoured")
     if missing := [key for key in LLAMA3 if key not in rope]:
         raise ValueError(f"rope_type is 'llama3' and {missing[0]} is missing beside it")
-    return theta | {"rope_scaling": tuple(float(rope[key]) for key in LLAMA3)}
+    return theta | {"rope_scaling": tuple(float(honest(key, rope[key])) for key in LLAMA3)}
 
 
 def architecture_of(config):
@@ -157,8 +205,11 @@ def rename(name, table):
 
 
 def from_hf(row, weights):
-    """A checkpoint's tensors by our names, in our layout."""
+    """A checkpoint's tensors by our names, in our layout. ValueError where two of them have one name of ours."""
     back, ours = {new: old for old, new in row.words.items()}, {}
+    plain = [name.removeprefix(row.prefix) for name in weights]
+    if twice := sorted(name for name in set(plain) if plain.count(name) > 1):
+        raise ValueError(f"the weights hold {twice[0]} twice, with {row.prefix!r} before it and without")
     for name, tensor in weights.items():
         name = name.removeprefix(row.prefix)
         if name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
@@ -166,6 +217,10 @@ def from_hf(row, weights):
         if row.fused:
             tensor = tensor.T if tensor.dim() == 2 and name.startswith("h.") else tensor
             if ".attn.c_attn." in name:
+                if tensor.dim() == 0 or len(tensor) % 3:
+                    raise ValueError(
+                        f"{name} has {len(tensor) if tensor.dim() else 0} rows, which are not three times as many"
+                    )
                 for proj, part in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
                     ours[rename(name.replace("c_attn", proj), back)] = part.contiguous()
                 continue

@@ -10,7 +10,9 @@ import dataclasses
 import math
 import mmap
 import os
+import re
 import struct
+from collections import Counter
 
 import numpy as np
 import torch
@@ -18,12 +20,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 
 from ..attention import RoPE
 from ..llama import LLaMAConfig
-from .files import FileError
+from .architectures import honest
+from .files import FileError, reading
 from .gguf_tokenizer import read_gguf_tokenizer
 
 STRING, ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
 # as `struct` writes them
 FORMATS = dict(zip((GGUFValueType(kind) for kind in (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)), "BbHhIif?Qqd"))
+NUMPY = {"B": "u1", "b": "i1", "H": "u2", "h": "i2", "I": "u4", "i": "i4", "f": "f4", "Q": "u8", "q": "i8", "d": "f8"}
 PLAIN = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
 CHUNK = 2**20  # weights that are dequantised at once
 
@@ -43,6 +47,8 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+PARTS = "|".join(list(NAMES)[4:])
+NAMED = re.compile(rf"(token_embd|output_norm|output|blk\.\d{{1,4}}\.({PARTS}))\.(weight|bias)|rope_freqs\.weight")
 
 
 def read_gguf(path, dtype=None):
@@ -52,7 +58,8 @@ def read_gguf(path, dtype=None):
     Raises FileError when the file is missing, damaged or not honoured.
     """
     try:
-        fields, tensors = read_header(path)
+        with reading(path):
+            fields, tensors = read_header(path)
         config = read_config(fields, tensors)
         tokenizer = read_gguf_tokenizer(fields)
         factors = tensors.pop("rope_freqs.weight", None)  # read_config has taken it in
@@ -71,8 +78,8 @@ def read_gguf(path, dtype=None):
                         weight = interleaved_to_halves(weight, H)
                 weights[".".join(NAMES.get(word, word) for word in name.split("."))] = weight
         return config, weights, tokenizer
-    except FileNotFoundError:
-        raise FileError(f"{path} is missing: check its name") from None
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from None
     except (struct.error, ArithmeticError, IndexError, MemoryError, UnicodeDecodeError) as error:
@@ -90,7 +97,9 @@ def read_gguf(path, dtype=None):
 def read_header(path):
     """(values by name, {tensor name: (shape, quantisation, place in the file)}), shapes in torch's order.
 
-    The gguf package's own reader makes an array of every string of the vocabulary: 2.3 s and 170 MB for SmolLM2.
+    Refused is what llama.cpp refuses: a name twice, arrays in arrays, an alignment that is no power of two, a tensor
+    that does not begin where the one before it ends. The gguf package's own reader makes an array of every string of
+    the vocabulary: 2.3 s and 170 MB for SmolLM2.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -106,44 +115,94 @@ def read_header(path):
         return values
 
     def text():
-        return take(f"{take('Q')[0]}s")[0].decode("utf-8")
+        return take(f"{fitting(*take('Q'))}s")[0].decode("utf-8")
 
-    def value(kind):
+    def fitting(count, size=1):
+        if count * size > len(data) - at:
+            raise ValueError(
+                f"byte {at:,} promises {count:,} things and the file has {len(data):,} bytes: copy it again"
+            )
+        return count
+
+    def value(kind, within=False):
+        nonlocal at
         if kind == STRING:
             return text()
-        if kind == ARRAY:
+        if kind == ARRAY and not within:
             kind, count = take("IQ")
-            return list(take(f"{count}{FORMATS[kind]}")) if kind in FORMATS else [value(kind) for _ in range(count)]
+            if kind in FORMATS:
+                form = np.dtype(f"<{NUMPY.get(FORMATS[kind], FORMATS[kind])}")
+                numbers = np.frombuffer(data, form, fitting(count, form.itemsize), at).copy()
+                at += numbers.nbytes
+                return numbers
+            return [value(kind, True) for _ in range(fitting(count, 8))]
         if kind not in FORMATS:
-            raise ValueError(
-                f"its header holds a value of kind {kind}, which the format does not have: it is damaged, copy it again"
-            )
+            what = "an array in an array" if kind == ARRAY else f"a value of kind {kind}"
+            raise ValueError(f"its header holds {what}, which the format does not have: it is damaged, copy it again")
         return take(FORMATS[kind])[0]
 
     with data:
         version, tensor_count, field_count = take("IQQ")
         if version not in (2, 3):
             raise ValueError(f"it is of version {version} of the format; needed is 2 or 3: convert the model again")
-        fields = {text(): value(*take("I")) for _ in range(field_count)}
-        table = [(text(), take(f"{take('I')[0]}Q"), *take("IQ")) for _ in range(tensor_count)]
-        start = at + -at % fields.get("general.alignment", 32)
-    known = {kind.value for kind in GGMLQuantizationType}
-    for name, _, kind, _ in table:
+        pairs = [(text(), value(*take("I"))) for _ in range(fitting(field_count, 12))]
+        table = []
+        for _ in range(fitting(tensor_count, 24)):
+            name, (dimensions,) = text(), take("I")
+            if not 1 <= dimensions <= 4:
+                raise ValueError(f"{name} has {dimensions} dimensions; a tensor has 1 to 4: copy it again")
+            table.append((name, take(f"{dimensions}Q"), *take("IQ")))
+        size = len(data)
+    for what, names in (("the key", [name for name, _ in pairs]), ("the tensor", [name for name, *_ in table])):
+        if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+            raise ValueError(f"its header holds {what} {twice[0]!r} twice: it is damaged, copy it again")
+    fields = dict(pairs)
+    alignment = fields.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 8 <= alignment <= 2**16 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {alignment!r}; needed is a power of two from 8: copy it again")
+    return fields, placed(table, at + -at % alignment, alignment, size)
+
+
+def placed(table, start, alignment, size):
+    """{tensor name: (shape, quantisation, place in the file)}; each tensor begins where the one before it ends."""
+    known, tensors, end = {kind.value for kind in GGMLQuantizationType}, {}, 0
+    for name, shape, kind, offset in table:
         if kind not in known:
             raise ValueError(
                 f"{name} is quantised by kind {kind}, which nobody here knows: "
                 "take a file in Q8_0, Q6_K, Q4_K, F16 or BF16"
             )
-    return fields, {
-        name: (shape[::-1], GGMLQuantizationType(kind), start + offset) for name, shape, kind, offset in table
-    }
+        shape, kind = shape[::-1], GGMLQuantizationType(kind)
+        if not NAMED.fullmatch(name):
+            raise ValueError(f"it holds a tensor {name!r}, for which a LLaMA has no place")
+        if kind.name.startswith(("I", "F64")) and not kind.name.startswith("IQ"):
+            raise ValueError(f"{name} holds numbers of kind {kind.name}, in which no weights are kept: copy it again")
+        if len(shape) == 1 and kind != GGMLQuantizationType.F32:
+            raise ValueError(f"{name} is a vector of kind {kind.name}; vectors are kept in F32: copy it again")
+        block, width = GGML_QUANT_SIZES[kind]
+        if 0 in shape or shape[-1] % block:
+            raise ValueError(
+                f"{name} has rows of {shape[-1]} weights and {kind.name} holds {block} a block: "
+                "the file is damaged, copy it again"
+            )
+        if offset != end:
+            raise ValueError(f"{name} begins at {offset:,} and the tensor before it ends at {end:,}: copy it again")
+        length = math.prod(shape) // block * width
+        if start + offset + length > size:
+            raise ValueError(
+                f"{name} should end at byte {start + offset + length:,} and the file has {size:,}: "
+                "it was cut short, copy it again"
+            )
+        tensors[name], end = (shape, kind, start + offset), offset + length + -length % alignment
+    return tensors
 
 
 def read_config(fields, tensors):
     if fields["general.architecture"] != "llama":
         raise ValueError(f"its architecture is {fields['general.architecture']!r}; only 'llama' can be honoured")
     values = {name.removeprefix("llama."): value for name, value in fields.items()}
-    D, H = values["embedding_length"], values["attention.head_count"]
+    D = honest("hidden_size", values["embedding_length"], "llama.embedding_length")
+    H = honest("num_attention_heads", values["attention.head_count"], "llama.attention.head_count")
     head_dim = values.get("attention.key_length", D // H)
     refused = {
         "expert_count": (0,),
@@ -154,8 +213,7 @@ def read_config(fields, tensors):
     for name, honoured in refused.items():
         if values.get(name, honoured[0]) not in honoured:
             raise ValueError(f"llama.{name} is {values[name]!r}; only {honoured[0]!r} can be honoured")
-    return LLaMAConfig(
-        vocab_size=tensors["token_embd.weight"][0][0],
+    found = dict(
         hidden_size=D,
         intermediate_size=values["feed_forward_length"],
         num_hidden_layers=values["block_count"],
@@ -165,7 +223,12 @@ def read_config(fields, tensors):
         max_position_embeddings=values["context_length"],
         rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
         rope_theta=values.get("rope.freq_base", 10000.0),
-        sliding_window=values.get("attention.sliding_window"),
+    )
+    if (window := values.get("attention.sliding_window")) is not None:
+        found["sliding_window"] = window
+    return LLaMAConfig(
+        **{field: honest(field, value) for field, value in found.items()},
+        vocab_size=tensors["token_embd.weight"][0][0],
         attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         tie_word_embeddings="output.weight" not in tensors,
@@ -189,17 +252,7 @@ def read_tensor(file, name, entry, dtype):
     shape, kind, place = entry
     block, size = GGML_QUANT_SIZES[kind]
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    if columns % block:
-        raise ValueError(
-            f"{name} has rows of {columns} weights and {kind.name} holds {block} a block: "
-            "the file is damaged, copy it again"
-        )
     width = columns // block * size  # bytes a row
-    if (length := os.fstat(file.fileno()).st_size) < place + rows * width:
-        raise ValueError(
-            f"{name} should end at byte {place + rows * width:,} and the file has {length:,}: "
-            "it was cut short, copy it again"
-        )
     file.seek(place)
     weight = torch.empty(rows, columns, dtype=dtype)
     for part in weight.split(max(1, CHUNK // columns)):

@@ -23,6 +23,7 @@ CUTS = {
     ),
 }
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+LONGEST = 1024  # letters of a token
 
 
 def read_gguf_tokenizer(fields):
@@ -40,6 +41,7 @@ def read_gguf_tokenizer(fields):
             f"only 'llama', and 'gpt2' with {', '.join(map(repr, CUTS))} can be honoured"
         )
     tokens = ggml["tokens"]
+    check(ggml, tokens)
     vocab = {token: id for id, token in enumerate(tokens)}
     try:
         if model == "gpt2":  # byte-level BPE: 256 letters stand for the bytes
@@ -74,6 +76,20 @@ def read_gguf_tokenizer(fields):
     }
     roles = {role: tokens[ggml[key]] for role, key in ids.items() if key in ggml}
     return TextTokenizer(inner, roles, ggml.get("eos_token_id"), fields.get("tokenizer.chat_template"))
+
+
+def check(ggml, tokens):
+    """Refuses a vocabulary that is none, before anything is built of it."""
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise ValueError("its tokenizer's tokens are no list of texts: it is damaged, copy it again")
+    if (longest := max(map(len, tokens))) > LONGEST:
+        raise ValueError(f"its tokenizer has a token of {longest:,} letters; at most {LONGEST} are believed")
+    for key in ("scores", "token_type"):
+        if key in ggml and (isinstance(ggml[key], str | int | float) or len(ggml[key]) != len(tokens)):
+            raise ValueError(f"its tokenizer has {len(tokens):,} tokens and not as many in {key}: copy it again")
+    for key, id in ggml.items():
+        if key.endswith("_token_id") and not (type(id) is int and 0 <= id < len(tokens)):
+            raise ValueError(f"tokenizer.ggml.{key} is {id!r}; its vocabulary has {len(tokens):,} tokens")
 
 
 def merges_by_score(vocab, scores):
