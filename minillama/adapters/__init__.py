@@ -27,6 +27,7 @@ from torch import nn
 
 from .. import train
 from . import bottleneck, dora, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
+from .options import accepted, known_options
 
 METHODS = {
     "llama_adapter": llama_adapter,
@@ -205,9 +206,10 @@ def adapt(model, method, name="default", **options):
             "and another name begins another"
         )
     attach = METHODS[method].attach
-    known = list(inspect.signature(attach).parameters)[1:]
+    known = known_options(attach)
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"{method} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    options = accepted(attach, options)
     arguments = inspect.signature(attach).bind(model, **options)
     arguments.apply_defaults()
     part = {"method": method, **{option: plain(arguments.arguments[option]) for option in known}}

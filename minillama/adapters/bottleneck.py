@@ -91,7 +91,10 @@ class Adapted(nn.Module):
         return self.base.bias
 
 
-def attach(model, size=16, reduction=None, place="houlsby", activation=None, init="zero", scale=1.0):
+def attach(
+    model, size: int = 16, reduction: int | None = None, place: str = "houlsby", activation: str | None = None,
+    init: str = "zero", scale: float = 1.0,
+):  # fmt: skip
     """Puts a bottleneck of `size` features, or with `reduction` of D // reduction, at every place of that name;
     activation None takes the placement's own. Freezes nothing."""
     if place not in PLACES:

@@ -68,7 +68,7 @@ class IA3Linear(nn.Module):
         return (bias * self.scale).to(bias.dtype)
 
 
-def attach(model, outputs=("k_proj", "v_proj"), inputs=("down_proj",)):
+def attach(model, outputs: tuple[str, ...] = ("k_proj", "v_proj"), inputs: tuple[str, ...] = ("down_proj",)):
     """Wraps every nn.Linear whose own name is in `outputs` or in `inputs`, on that side; defaults as in the paper.
     Freezes nothing."""
     outputs, inputs = ((names,) if isinstance(names, str) else tuple(names) for names in (outputs, inputs))

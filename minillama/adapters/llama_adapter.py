@@ -142,12 +142,13 @@ class AdaptedAttention(nn.Module):
         return out
 
 
-def attach(model, prompt_length=10, layers=None, gate="head", tanh=True, join="before", init="normal"):
-    """Wraps `self_attn` of the top `layers` of `model.layers` (None: of all). The paper: 30 of LLaMA-7B's 32.
-
-    init: "normal", prompts from N(0, 1); "input", the same times the root mean square of the weight of the norm before
-    the attention: as large as the tokens there, which in a pre-trained LLaMA are small (0.04 to 0.42 in SmolLM2-135M).
-    Freezes nothing.
+def attach(
+    model, prompt_length: int = 10, layers: int | None = None, gate: str = "head", tanh: bool = True,
+    join: str = "before", init: str = "normal",
+):  # fmt: skip
+    """Wraps `self_attn` of the top `layers` of `model.layers` (None: of all; the paper: 30 of LLaMA-7B's 32). Freezes
+    nothing. init: "normal", prompts from N(0, 1); "input", these times the root mean square of the weight of the norm
+    before the attention: as large as the tokens there, which in a pre-trained LLaMA are small (SmolLM2: 0.04 to 0.42).
     """
     attentions = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", (None,))]
     if not all(hasattr(attention, verb) for attention in attentions for verb in VERBS):

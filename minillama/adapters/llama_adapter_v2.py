@@ -102,7 +102,7 @@ class TrainedNorm(nn.Module):
         return self.trained.bias.to(bias.dtype) if self.active and bias is not None else bias
 
 
-def attach(model, order="output"):
+def attach(model, order: str = "output"):
     """Wraps every projection and every norm of the model, by their names; the head and the embedding stay as they are.
     Freezes nothing."""
     wrapped = []

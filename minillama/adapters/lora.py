@@ -79,7 +79,9 @@ def linear_layers(model, targets):
     return found
 
 
-def attach(model, rank=8, alpha=16.0, targets=("q_proj", "v_proj"), dropout=0.0):
+def attach(
+    model, rank: int = 8, alpha: float = 16.0, targets: tuple[str, ...] = ("q_proj", "v_proj"), dropout: float = 0.0
+):
     """Wraps every nn.Linear whose own name is in `targets`; query and value by default, as in the paper; "all-linear":
     all but the head. Freezes nothing."""
     for name, module in linear_layers(model, targets):

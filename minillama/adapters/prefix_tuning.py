@@ -39,6 +39,8 @@ class PrefixAttention(nn.Module):
 
     def __init__(self, base, prefix_length=10, reparameterize=None):
         super().__init__()
+        if reparameterize is not None and reparameterize < 1:
+            raise ValueError(f"reparameterize is {reparameterize}; needed is a hidden width of 1 or more, or None")
         if not isinstance(prefix_length, int) or prefix_length < 1:
             raise ValueError(f"prefix_length is {prefix_length!r}; needed is a whole number from 1 on")
         if getattr(base, "join", "before") != "before":
@@ -119,7 +121,7 @@ class ShiftedPositions(nn.Module):
         return self.base(positions + self.shift)
 
 
-def attach(model, prefix_length=10, reparameterize=None):
+def attach(model, prefix_length: int = 10, reparameterize: int | None = None):
     """Wraps `self_attn` of every layer of `model.layers`, and `embed_positions` where the model has it. Freezes
     nothing."""
     if not all(hasattr(getattr(layer, "self_attn", None), "attend") for layer in getattr(model, "layers", (None,))):

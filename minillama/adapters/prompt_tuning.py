@@ -68,7 +68,7 @@ class PromptEmbedding(nn.Module):
         return self.base(ids)
 
 
-def attach(model, prompt_length=10, init="vocabulary", init_ids=None):
+def attach(model, prompt_length: int = 10, init: str = "vocabulary", init_ids: list[int] | None = None):
     """Wraps the model's `embed_tokens`. Freezes nothing."""
     if not hasattr(model, "embed_tokens") or not hasattr(model, "hidden"):
         raise ValueError(

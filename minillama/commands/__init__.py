@@ -14,6 +14,7 @@ from ..checkpoints.files import FileError, write_text
 from ..checkpoints.progress import CHECKPOINT, Keeper, read_settings
 from ..device import pick_device, pick_dtype
 from ..train import train
+from .arguments import LEFT_OPEN
 
 
 def count(parameters):
@@ -27,104 +28,6 @@ def table(rows, left=(0,)):
         [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))] for row in rows
     ]
     return "\n".join(f"  {'  '.join(row)}".rstrip() for row in cells)
-
-
-# ── arguments that several commands have ─────────────────────────────────────────────────────────────────────────────
-
-# What the command line may leave open, by kind of base: a bundled one, whose tokens are bytes, and a real one.
-LEFT_OPEN = {"steps": (300, 120), "batch_size": (16, 16), "test_dates": (500, 200)}
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small; needed is 1 or more")
-    return number
-
-
-def at_least_two(text):
-    if positive(text) < 2:
-        raise argparse.ArgumentTypeError(
-            "1 is too small; needed is room for a token of the prompt and one of the response"
-        )
-    return int(text)
-
-
-def above_zero(text):
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is out of range; needed is a number above 0")
-    return number
-
-
-def probability(text):
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; needed is a number from 0 to 1")
-    return number
-
-
-def names(text):
-    return list(dict.fromkeys(text.split(",")))
-
-
-def add_machine(parser, seed=True):
-    parser.add_argument(
-        "--device", default="auto", help="auto takes CUDA, then the CPU; or cpu, cuda, cuda:1, mps (auto)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", help="float32 or bfloat16; auto takes the second where it is native (auto)"
-    )
-    if seed:
-        parser.add_argument("--seed", type=int, default=0, help="repeats a run bit for bit on one CPU machine (0)")
-
-
-def add_base(parser):
-    parser.add_argument(
-        "--base", default="dates-llama", metavar="NAME",
-        help="dates-llama, dates-gpt2, smollm2, a folder in Hugging Face's layout, a hub name (owner/model), or a "
-        ".gguf file (dates-llama)",
-    )  # fmt: skip
-
-
-def add_training(parser):
-    def default(name):
-        small, real = LEFT_OPEN[name]
-        return f"({small})" if small == real else f"({small}; {real} with a real base)"
-
-    parser.add_argument(
-        "--languages", "--language", type=names, default=["fr"], metavar="NAMES",
-        help=f"one or several, such as en,fr,fi: en, {', '.join(data.LANGUAGES)}, or any locale of CLDR (fr)",
-    )  # fmt: skip
-    parser.add_argument("--steps", type=positive, metavar="N", help=f"training steps {default('steps')}")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help=f"examples per step {default('batch_size')}")
-    parser.add_argument(
-        "--learning-rate", type=above_zero, metavar="RATE",
-        help="peak of warm-up and cosine (what suits the method and base)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--test-dates", type=positive, metavar="N",
-        help=f"dates per language to measure on, never seen in training {default('test_dates')}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--checkpointing", action=argparse.BooleanOptionalAction,
-        help="less memory for about a third more time: layers are computed again for the backward pass (for a real "
-        "base in bfloat16 on the CPU)",
-    )  # fmt: skip
-
-
-def add_keeping(parser):
-    parser.add_argument(
-        "--resume", metavar="FOLDER", help="go on with the run that was interrupted there, with the options it was "
-        "begun with"
-    )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint-every", type=above_zero, default=60.0, metavar="SECONDS",
-        help="how often the run is kept, so that one that is killed can go on; Ctrl-C keeps it too (60)",
-    )  # fmt: skip
-
-
-# ── what several commands do ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def is_real(tokenizer):
@@ -183,8 +86,6 @@ def resumed(args, add_arguments):
 
 def refuse_full(args, weights):
     """Refuses a folder --out that holds weights or an interrupted run, unless that may be overwritten."""
-    if str(args.out).strip() == "":
-        raise ValueError("--out is empty; needed is a folder's name")
     if args.overwrite:
         return
     if (Path(args.out) / weights).exists():

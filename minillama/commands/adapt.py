@@ -4,7 +4,6 @@ picture."""
 import argparse
 import ast
 import contextlib
-import inspect
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from .. import data
 from ..adapters import METHODS, adapt, adapter_parameters, disabled, save_adapter
+from ..adapters.options import accepted, known_options
 from ..adapters.storage import WEIGHTS, fingerprint
 from ..checkpoints.files import FileError, locked
 from ..checkpoints.pairs import read_pairs
@@ -20,11 +20,6 @@ from ..checkpoints.progress import CHECKPOINT
 from ..device import peak_memory
 from ..train import exact_match, mean_loss
 from . import (
-    add_base,
-    add_keeping,
-    add_machine,
-    add_training,
-    at_least_two,
     count,
     is_real,
     keeper,
@@ -38,6 +33,7 @@ from . import (
     train_dates,
     write_history,
 )
+from .arguments import add_base, add_keeping, add_machine, add_training, at_least_two, given
 
 
 def assignment(text):
@@ -53,10 +49,7 @@ def assignment(text):
 def add_arguments(parser):
     add_base(parser)
     add_training(parser)
-    options = "; ".join(
-        f"{name}: {', '.join(list(inspect.signature(method.attach).parameters)[1:])}"
-        for name, method in METHODS.items()
-    )
+    options = "; ".join(f"{name}: {', '.join(known_options(method.attach))}" for name, method in METHODS.items())
     parser.add_argument("--method", default="llama_adapter", choices=list(METHODS), help="(llama_adapter)")
     parser.add_argument(
         "--option", type=assignment, action="append", default=[], metavar="NAME=VALUE",
@@ -76,7 +69,9 @@ def add_arguments(parser):
         help="prompts of --data are questions, put into the base's chat template; else prompt and response stand side "
         "by side as they are",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="FOLDER", help="for what is written (the next free one under runs/)")
+    parser.add_argument(
+        "--out", type=given, metavar="FOLDER", help="for what is written (the next free one under runs/)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter that --out already holds")
     add_keeping(parser)
     add_machine(parser)
@@ -118,9 +113,10 @@ def refuse_early(args):
         data.locales(language)
     if args.data is not None and not Path(args.data).exists():
         raise FileError(f"{args.data} is missing: needed is a .jsonl file or a folder of them")
-    known = list(inspect.signature(METHODS[args.method].attach).parameters)[1:]
-    if unknown := [name for name, _ in args.option if name not in known]:
-        raise ValueError(f"{args.method} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    attach = METHODS[args.method].attach
+    if unknown := [name for name, _ in args.option if name not in known_options(attach)]:
+        raise ValueError(f"{args.method} has no option {unknown[0]!r}; it has {', '.join(known_options(attach))}")
+    accepted(attach, dict(args.option))
     if args.chat and args.data is None:
         raise ValueError(
             "--chat puts the prompts of --data into a chat template, and there is no --data: leave --chat out"

@@ -16,7 +16,7 @@ from ..adapters.llama_adapter import PRESETS
 from ..checkpoints import load, save
 from ..device import pick_device, pick_dtype
 from ..train import answer_loss
-from . import add_machine, positive
+from .arguments import add_machine, positive
 
 
 def both(base, dtype, device):

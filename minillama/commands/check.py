@@ -11,7 +11,7 @@ from ..adapters import adapt, adapter_parameters
 from ..checkpoints import BASES, load
 from ..device import pick_device, pick_dtype
 from ..train import exact_match, train
-from . import add_machine
+from .arguments import add_machine
 
 PACKAGES = (
     "torch", "numpy", "safetensors", "tokenizers", "gguf", "huggingface_hub", "Jinja2", "Babel", "tqdm", "matplotlib"

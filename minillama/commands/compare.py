@@ -9,19 +9,8 @@ from ..adapters import METHODS
 from ..checkpoints import load
 from ..checkpoints.files import write_json
 from ..train import exact_match
-from . import (
-    add_base,
-    add_machine,
-    add_training,
-    count,
-    open_base,
-    positive,
-    settle,
-    table,
-    teach,
-    test_dates,
-    train_dates,
-)
+from . import count, open_base, settle, table, teach, test_dates, train_dates
+from .arguments import add_base, add_machine, add_training, given, positive
 
 
 def add_arguments(parser):
@@ -31,7 +20,7 @@ def add_arguments(parser):
         "--papers", action="store_true", help="instead: the papers' parameter counts from the real shapes"
     )
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs per method (3)")
-    parser.add_argument("--out", metavar="FOLDER", help="for what is written (one under runs/)")
+    parser.add_argument("--out", type=given, metavar="FOLDER", help="for what is written (one under runs/)")
     add_machine(parser)
 
 

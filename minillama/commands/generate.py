@@ -8,7 +8,8 @@ import torch
 from ..adapters import load_adapter
 from ..checkpoints.tokenizers import pieces
 from ..generate import stream
-from . import add_base, add_machine, open_base
+from . import open_base
+from .arguments import add_base, add_machine, given, positive, whole
 
 
 def add_arguments(parser):
@@ -17,17 +18,19 @@ def add_arguments(parser):
     parser.add_argument(
         "--chat", action="store_true", help="the prompt is a question to a model with a chat template; print its answer"
     )
-    parser.add_argument("--adapter", metavar="FOLDER", help="that adapt has written, or one of the PEFT library")
+    parser.add_argument(
+        "--adapter", type=given, metavar="FOLDER", help="that adapt has written, or one of the PEFT library"
+    )
     parser.add_argument(
         "--any-base", action="store_true", help="open the adapter even where its base had another fingerprint"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=40, metavar="N", help="stops there, or at the end token (40)"
+        "--max-new-tokens", type=whole(0), default=40, metavar="N", help="stops there, or at the end token (40)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token each time (0)"
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the k likeliest tokens (all)")
+    parser.add_argument("--top-k", type=positive, metavar="K", help="draw from the k likeliest tokens (all)")
     parser.add_argument(
         "--top-p",
         type=float,

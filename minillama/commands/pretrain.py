@@ -11,36 +11,27 @@ from ..device import pick_device, pick_dtype
 from ..gpt2 import GPT2, GPT2Config
 from ..llama import LLaMA, LLaMAConfig
 from ..train import exact_match, train
-from . import (
-    above_zero,
-    add_keeping,
-    add_machine,
-    count,
-    keeper,
-    positive,
-    probability,
-    refuse_full,
-    resumed,
-    table,
-    write_history,
-)
+from . import count, keeper, refuse_full, resumed, table, write_history
+from .arguments import add_keeping, add_machine, given, positive, rate, share
 
 
 def add_arguments(parser):
     parser.add_argument("--model", default="llama", choices=("llama", "gpt2"), help="architecture (llama)")
-    parser.add_argument("--out", metavar="FOLDER", help="for config.json, model.safetensors, README.md, metrics.jsonl")
+    parser.add_argument(
+        "--out", type=given, metavar="FOLDER", help="for config.json, model.safetensors, README.md, metrics.jsonl"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the base that --out already holds")
     parser.add_argument("--steps", type=positive, default=1500, metavar="N", help="training steps (1500)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="dates per step (64)")
     parser.add_argument(
-        "--learning-rate", type=above_zero, default=1e-3, metavar="RATE", help="peak of warm-up and cosine (0.001)"
+        "--learning-rate", type=rate, default=1e-3, metavar="RATE", help="peak of warm-up and cosine (0.001)"
     )
     parser.add_argument(
         "--test-dates", type=positive, default=1000, metavar="N",
         help="dates per language to measure on, never seen in training (1000)",
     )  # fmt: skip
     parser.add_argument(
-        "--typos", type=probability, default=0.1, metavar="P",
+        "--typos", type=share, default=0.1, metavar="P",
         help="probability that a letter of every second prompt is replaced (0.1)",
     )  # fmt: skip
     add_keeping(parser)

@@ -16,7 +16,8 @@ from ..checkpoints import load
 from ..checkpoints.files import replacing
 from ..device import pick_device, pick_dtype
 from ..train import exact_match, train
-from . import add_machine, is_real, positive
+from . import is_real
+from .arguments import add_machine, positive
 
 LANGUAGES = ("en", "fr", "de", "es", "fi")
 FACTORS = (0.1, 0.25, 0.5, 1, 2.5)  # of the method's learning rate
