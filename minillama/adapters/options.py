@@ -8,7 +8,7 @@ A whole number is the size of something that is trained; a tuple or a list is wh
 
 import inspect
 import math
-import operator
+import numbers
 import types
 import typing
 
@@ -27,8 +27,11 @@ def accepted(attach, options):
     for name, value in options.items():
         if name in annotations and not fits(value, annotations[name]):
             raise ValueError(f"{name} is {value!r}; needed is {said(annotations[name])}")
-    whole = {name: operator.index(value) for name, value in options.items() if hasattr(value, "__index__")}
-    return options | {name: value for name, value in whole.items() if not isinstance(options[name], bool)}
+    return {name: int(value) if whole(value) else value for name, value in options.items()}
+
+
+def whole(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def fits(value, kind):
@@ -36,11 +39,11 @@ def fits(value, kind):
     if origin is types.UnionType:
         return any(fits(value, each) for each in arguments)
     if origin in (tuple, list):
+        value = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
         several = hasattr(value, "__iter__") and not isinstance(value, str | bytes)
         return all(fits(each, arguments[0]) for each in value) if several else fits(value, arguments[0])
     if kind is int:
-        whole = hasattr(value, "__index__") and not isinstance(value, bool)
-        return whole and abs(operator.index(value)) <= LARGEST
+        return whole(value) and abs(value) <= LARGEST
     if kind is float:
         return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < math.inf
     return isinstance(value, kind)
