@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checkpoints.architectures import architecture_of, rename
+from ..checkpoints.files import believed
 from . import METHODS, walk
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -26,6 +27,23 @@ NEUTRAL = {
     "encoder_hidden_size", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
     "tokenizer_kwargs",
 }  # fmt: skip
+
+
+# What the keys that decide may hold, and for numbers the least and the largest that are believed.
+TYPES = {
+    "peft_type": (str,),
+    "r": (int, 1, 2**16),
+    "adapter_len": (int, 1, 2**20),
+    "adapter_layers": (int, 1, 2**12),
+    "num_virtual_tokens": (int, 1, 2**20),
+    "lora_alpha": (float, -1e6, 1e6),
+    "lora_dropout": (float, 0, 1),
+    "fan_in_fan_out": (bool,),
+    "use_dora": (bool,),
+    "use_rslora": (bool,),
+    "target_modules": (list,),
+    "feedforward_modules": (list,),
+}
 
 
 class Layout:
@@ -109,6 +127,9 @@ def to_peft(model, parts, tensors):
 
 def from_peft(model, config, tensors):
     """(parts, tensors) of ours from a PEFT folder's content; ValueError names what it asks and we do not do."""
+    for key, type_ in TYPES.items():
+        if config.get(key) is not None:
+            believed(key, config[key], *type_)
     kind = config.get("peft_type")
     known = {name: method for name, method in METHODS.items() if hasattr(method, "PEFT_TYPE")}
     methods = {name: method for name, method in known.items() if method.PEFT_TYPE == kind}

@@ -144,23 +144,38 @@ def load_adapter(model, folder, name="default", check_base=True):
             f"the model has an adapter {name!r} already: load this one under another name, or delete_adapter that one"
         )
     try:
+        if config.get("peft_type") == "MINILLAMA":
+            parts = own_parts(config)
+        else:
+            parts, tensors = peft.from_peft(model, config, tensors)
+        with torch.device("meta"):  # shapes only: what does not fit is refused before any of it is made
+            shapes = type(model)(model.config)
+        for part in parts:
+            adapt(shapes, **part)
+        refuse_unlike(adapter_tensors(shapes), tensors, path)
         with whole_or_not_at_all(model):
-            if config.get("peft_type") == "MINILLAMA":
-                parts = config["parts"]
-            else:
-                parts, tensors = peft.from_peft(model, config, tensors)
             for part in parts:
                 adapt(model, name=name, **part)
-            fill(adapter_tensors(model, name), tensors, path)
-    except (ValueError, TypeError, KeyError) as error:
-        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+            fill(adapter_tensors(model, name), tensors)
+    except (ValueError, KeyError, RuntimeError) as error:  # the last: a size that no machine has
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise FileError(f"{Path(folder) / CONFIG}: {reason}") from None
     return model
 
 
-@torch.no_grad()
-def fill(own, tensors, path):
-    """Copies a file's tensors into an adapter's, after every name and shape was compared."""
+def own_parts(config):
+    """The arguments of `adapt` for each method of an adapter in our own layout."""
+    parts = config["parts"]
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"parts is {str(parts)[:40]}; needed is a list with the arguments of `adapt` for each method")
+    for part in parts:
+        if not isinstance(part.get("method"), str) or "name" in part:
+            raise ValueError("a part without its method, or with a name: it is damaged, copy it again")
+    return parts
+
+
+def refuse_unlike(own, tensors, path):
+    """Compares every name and shape of a file's tensors with the adapter's."""
     if unlike := sorted(own.keys() ^ tensors.keys()):
         what = "missing" if unlike[0] in own else "one tensor too many"
         raise ValueError(f"{unlike[0]} is {what} in {path.name}: the two files do not belong together")
@@ -170,5 +185,9 @@ def fill(own, tensors, path):
                 f"{key} has shape {tuple(tensors[key].shape)} in {path.name} and this base needs "
                 f"{tuple(tensor.shape)}: it was made for another base"
             )
+
+
+@torch.no_grad()
+def fill(own, tensors):
     for key, tensor in own.items():
         tensor.copy_(tensors[key])

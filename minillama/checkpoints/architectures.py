@@ -11,6 +11,7 @@ import torch
 
 from ..gpt2 import GPT2, GPT2Config
 from ..llama import LLaMA, LLaMAConfig
+from .files import believed, shortened
 
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of its rope_scaling
 
@@ -40,19 +41,8 @@ TYPES = {
 
 
 def honest(field, value, key=None):
-    """The value of a field, where it is of the field's type and within its bounds. ValueError names the file's key."""
-    kind, *bounds = TYPES[field]
-    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-        needed = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise ValueError(f"{key or field} is {shortened(value)}; needed is {needed}")
-    if bounds and not bounds[0] <= value <= bounds[1]:
-        raise ValueError(f"{key or field} is {shortened(value)}; it can be {bounds[0]:,} to {bounds[1]:,}")
-    return value
-
-
-def shortened(value):
-    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a number of more than 20 digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    """The value of a field of ours, where it is of the field's type and within its bounds; ValueError names the key."""
+    return believed(key or field, value, *TYPES[field])
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,26 @@ def no_number(constant):
     raise ValueError(f"it holds {constant}, which is no number")
 
 
+def believed(name, value, kind, least=-math.inf, most=math.inf):
+    """The value that a file gives for a name, where it is of the type `kind` (int, float, bool, str, or list, of names)
+    and within its bounds; else ValueError."""
+    if kind is list:
+        right = isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+    else:
+        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) is (kind is bool)
+    if not right:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "names"}
+        raise ValueError(f"{name} is {shortened(value)}; needed is {words[kind]}")
+    if kind in (int, float) and not least <= value <= most:
+        raise ValueError(f"{name} is {shortened(value)}; it can be {least:,} to {most:,}")
+    return value
+
+
+def shortened(value):
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**64 else "a number of more than 19 digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def read_tensors(path):
     """The tensors of a safetensors file by name, memory-mapped; FileError when it is missing or damaged."""
     path = Path(path)
