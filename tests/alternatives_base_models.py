@@ -160,14 +160,14 @@ def split_by_reshape(weight, bias):
     return weight.T.reshape(3, len(weight), len(weight)), bias.reshape(3, -1)
 
 
-def split_as_lists(weight, bias):
-    return [part.T for part in weight.split(len(weight), dim=1)], list(bias.chunk(3))
+def split_as_a_list(weight, bias):
+    return [torch.stack([part.T for part in weight.split(len(weight), dim=1)]), torch.stack(list(bias.chunk(3)))]
 
 
 def split_by_hand(weight, bias):
     D = weight.shape[0]
     q, k, v = weight[:, :D], weight[:, D : 2 * D], weight[:, 2 * D :]
-    matrices, biases = torch.empty(3, D, D), torch.zeros(3, D)
+    matrices, biases = weight.new_empty(3, D, D), bias.new_zeros(3, D)
     for i, part in enumerate((q, k, v)):
         matrices[i], biases[i] = part.transpose(0, 1), bias[i * D : (i + 1) * D]
     return matrices, biases
@@ -203,7 +203,7 @@ def cached_einsum(attention, x, past):
     old_k, old_v = past or 2 * (torch.zeros(B, attention.num_kv_heads, 0, attention.head_dim, dtype=x.dtype),)
     S = old_k.shape[2]
     q, k, v = attention.project(x, torch.arange(S, S + T))
-    k, v = torch.cat((old_k, k), 2).detach(), torch.cat((old_v, v), 2)
+    k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
     q = q.unflatten(1, (attention.num_kv_heads, -1))  # (B, G, H/G, T, d)
     new_k = torch.cat((old_k, attention.project(x, torch.arange(S, S + T))[1]), 2)
     scores = torch.einsum("bgitd,bgsd->bgits", q, new_k) / math.sqrt(attention.head_dim)
@@ -255,7 +255,7 @@ ALTERNATIVES = {
         attention_with_an_added_mask,
     ],
     "swiglu": [swiglu_sigmoid, swiglu_fused, swiglu_by_exponent, swiglu_token_by_token, swiglu_einsum],
-    "split_fused": [split_of_the_columns, split_by_reshape, split_as_lists, split_by_hand, split_einsum],
+    "split_fused": [split_of_the_columns, split_by_reshape, split_as_a_list, split_by_hand, split_einsum],
     "cached_attention": [cached_with_a_mask, cached_token_by_token, cached_by_scores, cached_einsum],
     "answer_labels": [labels_by_clone, labels_by_where, labels_filled],
 }  # fmt: skip

@@ -133,8 +133,8 @@ def blend(linear, x, gate, share):
 
 
 ROWS = (
-    ("tanh_forgotten", "y.tanh()", "y", "the tanh left out"),
-    ("share_forgotten", "share * gate", "gate", "the share left out"),
+    ("tanh_forgotten", ("y.tanh()",), ("y",), "the tanh left out"),
+    ("share_forgotten", ("share * gate",), ("gate",), "the share left out"),
     ("gate_twice", ("gate.to", "y = linear(x)"), ("gate**2 * gate.to", "y = linear(x)  # and so on"), "the gate cubed"),
 )
 

@@ -9,19 +9,12 @@ from ...attention import Attention, RoPE, rotate
 from ...llama import RMSNorm
 from ..papers import smollm2
 from .catalogue import catalogue, tables
-from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, gradients, in_bfloat16
+from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, floating, gradients, in_bfloat16, named
 from .predictions import questions
 
 # The mistakes, in the Markdown file beside this one. They edit no shipped module; what puts them in a part's place is
 # tests/test_base_model_mistakes.py.
 TABLES = tables(__file__)
-
-
-def pair(result, names):
-    """The two things an answer returned."""
-    if not isinstance(result, tuple | list) or len(result) != 2:
-        raise Wrong("not_a_pair", f"needed are two things, {names}; it returned {describe(result)}.")
-    return result
 
 
 def rms_norm(x, weight, eps):
@@ -30,24 +23,24 @@ def rms_norm(x, weight, eps):
     return (x32 / torch.sqrt(mean_square + eps) * weight).to(x.dtype)
 
 
-NORMS = catalogue(rms_norm, TABLES["norms"])
-OVERFLOW = next(mistake for mistake in NORMS if mistake.name == "squares_in_half_precision")
-
-
 def more_of_rms_norm(answer, draw):
     x, weight = draw(2, 5, 8), draw(8)
     yield Piece("the output (D)", answer(x[0, 0], weight, 0.3), "for one vector, x (D,),")
     yield Piece("the output (B, T, D)", answer(torch.zeros(1, 2, 8), weight, 1e-6), "for zeros")
+    yield Piece("the output (B, T, D)", answer(1e-4 * x, weight, 1e-9), "for a small x and a small eps")
     large = answer((400 * x).half(), weight.half(), 0.3)
+    why = f"{str(large.dtype)[6:]} returned for a float16 input; cast back with .to(x.dtype)."
+    yield fact(large.dtype == torch.float16, "left_in_another_dtype", why, "the dtype in float16")
     lost = not large.isfinite().all() or bool(large.abs().max() < 0.01)
-    why = f"this equals a known mistake: {OVERFLOW.sentence}."
-    yield fact(lost, OVERFLOW.name, why)
+    squares = next(row for row in TABLES["rms_norm"] if row[0] == "squares_in_half_precision")
+    overflow = squares[0], f"this equals a known mistake: {squares[-1]}."
+    yield fact(lost, *overflow)
     tiny = answer(torch.full((1, 1, 8), 1e-8), torch.ones(8), 0.3).abs().max() > 3e-7
     yield fact(tiny, "eps_hard_coded", "a tiny x comes out large; eps, which is given, keeps it small.", "a tiny x")
     for dtype in (torch.bfloat16, torch.float16):
         x, one = draw(512, 8).index_fill(1, torch.tensor(0), 1.0).to(dtype), torch.ones(8, dtype=dtype)
         off = answer(x[None], one, 0.3)[0, :, 0] != rms_norm(x, one, 0.3)[:, 0]  # what 1 becomes, to the last digit
-        yield fact(off.float().mean() > 0.02, OVERFLOW.name, why, f"last digits in {dtype}")
+        yield fact(off.float().mean() > 0.02, *overflow, f"last digits in {dtype}")
 
 
 probe_rms_norm = calls(
@@ -73,7 +66,7 @@ def inputs_of_rope(draw, B, H, T, d, theta, start):
 probe_rope = calls(inputs_of_rope, "the output (B, H, T, d)", (
     dict(B=2, H=3, T=5, d=8, theta=100.0, start=2), dict(B=1, H=2, T=4, d=6, theta=20000.0, start=301),
     dict(B=3, H=4, T=4, d=4, theta=500.0, start=0), dict(B=1, H=2, T=3, d=16, theta=10000.0, start=1200),
-    dict(B=1, H=1, T=1, d=2, theta=50.0, start=9),
+    dict(B=1, H=1, T=1, d=2, theta=50.0, start=2049),
 ), again=dict(theta=30.0, start=40))  # fmt: skip
 
 
@@ -86,10 +79,12 @@ def grouped_query_attention(q, k, v):
 
 
 def attention_of_one_token(answer, draw):
-    """Without gradients: those of q and k are 0 up to rounding."""
+    """And of very low scores; without gradients: those of q and k are 0 up to rounding."""
     for B, H, G, d in ((2, 6, 2, 8), (1, 1, 1, 3)):
         out = answer(draw(B, H, 1, d), draw(B, G, 1, d), draw(B, G, 1, d))
         yield Piece("the output (B, H, T, d)", out, f"for B = {B}, H = {H}, G = {G}, T = 1, d = {d}")
+    q, k = (draw(1, 1, 3, 4).index_fill(3, torch.tensor(0), number) for number in (-12.0, 13.0))  # scores near -78
+    yield Piece("the output (B, H, T, d)", answer(q, k, draw(1, 1, 3, 4)), "where all scores lie far below 0")
 
 
 probe_attention = calls(
@@ -116,14 +111,10 @@ def split_fused(weight, bias):
     return matrices, torch.stack(bias.chunk(3))
 
 
-def probe_split(answer, draw):
-    names = "the three matrices (3, D, D)", "the three biases (3, D)"
-    for i, D in enumerate((8, 6, 1, 8)):
-        result = answer(draw(D, 3 * D), draw(3 * D))
-        for what, value in zip(names, pair(result, "the three matrices, then the three biases")):
-            if isinstance(value, tuple | list) and len({getattr(part, "shape", None) for part in value}) == 1:
-                value = torch.stack(tuple(value))  # a list of three counts as their stack
-            yield Piece(what, value, (f"for D = {D}" + " again" * (i > 2)) * (i > 0))
+probe_split = calls(
+    lambda draw, D: dict(weight=draw(D, 3 * D), bias=draw(3 * D)),
+    ("the three matrices (3, D, D)", "the three biases (3, D)"), [dict(D=D) for D in (8, 6, 1)], again={},
+)  # fmt: skip
 
 
 def cached_attention(attention, x, past):
@@ -141,24 +132,30 @@ def cached_attention(attention, x, past):
 CACHE_SIZES = (2, 40, 6, 2, 8, (4, 3, 1)), (1, 10, 3, 3, 4, (1, 2, 2)), (3, 6, 4, 1, 2, (2, 1, 9))  # B, D, H, G, d, T …
 
 
+def pair(result):
+    """The output and the cache that an answer returned."""
+    (_, out), (_, past) = named(("the output", "the cache"), result)
+    return out, tuple(value for _, value in named(("keys", "values"), list(past) if floating(past) else past))
+
+
 def probe_cached(answer, draw):
     for halved in (False, True):
         for B, D, H, G, d, portions in CACHE_SIZES:
-            attention, past, S = filled(Attention(D, H, G, d, RoPE(d, 50.0 * H), bias=True), draw), None, 0
+            attention, past, xs = filled(Attention(D, H, G, d, RoPE(d, 50.0 * H), bias=True), draw), None, []
             attention = in_bfloat16(attention) if halved else attention
             for T in portions:
+                S = sum(x.shape[1] for x in xs)
                 where = f"for H = {H}, G = {G}, d = {d}, " * (D < 40)
                 where += f"of {T} token{'s' * (T > 1)}" + f" behind {S} cached" * (S > 0) + ", in bfloat16" * halved
-                x, S = draw(B, T, D), S + T
-                x = (in_bfloat16(x) if halved else x).requires_grad_()
-                out, past = pair(answer(attention, x.clone(), past), "the output, then the cache")
-                past = pair(past.unbind() if isinstance(past, torch.Tensor) else past, "keys and values")
+                xs.append(in_bfloat16(draw(B, T, D)) if halved else draw(B, T, D))
+                xs[-1].requires_grad_()
+                out, past = pair(answer(attention, xs[-1].clone(), past))
                 yield Piece("the output (B, T, D)", out, where)
                 yield from (Piece(f"the {kind} (B, G, S, d)", z, where) for kind, z in zip(("keys", "values"), past))
-                if T > 1:  # a single token that sees one key has no gradient but rounding
-                    found = gradients(out, x)[0]  # a cache may be cut off from the graph, the new tokens may not
-                    yield Piece("the gradient with respect to x", found, where, "gradient", "x")
-                past = tuple(value.detach() for value in past)
+                # a single token that sees one key has no gradient but rounding; what came first, through the cache
+                for x, of in ((xs[-1], "x"),) * (T > 1) + ((xs[0], "past"),) * (S > 0):
+                    found = gradients(out, x)[0]
+                    yield Piece(f"the gradient with respect to {of}", found, where, "gradient", of)
         if not halved:
             yield from probe_turns(answer, draw)
 
@@ -167,7 +164,7 @@ def probe_turns(answer, draw):
     """Two texts by turns, then the same past twice: whatever is kept between calls is another's."""
     attention, pasts = filled(Attention(40, 6, 2, 8, RoPE(8, 70.0), bias=True), draw), [None, None]
     for i, T in ((0, 4), (1, 2), (0, 3), (1, 3), (1, 1), (1, 1)):
-        out, past = pair(answer(attention, draw(2, T, 40), pasts[i]), "the output, then the cache")
+        out, past = pair(answer(attention, draw(2, T, 40), pasts[i]))
         yield Piece("the output (B, T, D)", out, "where two texts take turns, each with its past given again")
         pasts[i] = past if T > 1 else pasts[i]
 
@@ -182,19 +179,22 @@ def answer_labels(prompt_ids, answer_ids):
 
 
 def probe_labels(answer, draw):
-    long = [i * i % 53 for i in range(90)]
+    long, first = [i * i % 53 for i in range(90)], []
     for prompt, reply in (([5, 9, 7, 5], [7, 0, 3]), ([4], [6, 2, 6, 4, 8, 2, 1]), ([3, 0, 8, 2, 6], [9]), ([2], [2]),
-                          (long[:50], long[50:])):  # fmt: skip
+                          (long[:50], long[50:]), ([1, 2, 3, 4], [5, 6, 7])):  # fmt: skip
         given = list(prompt), list(reply)
         result = answer(*given)
         why = "your function changes a list it was given (`+=` lengthens it): write prompt_ids + answer_ids, a new one."
         yield fact(given != (prompt, reply), "in place", why)
-        for what, value in zip(("ids (T)", "labels (T)"), pair(result, "ids and labels")):
+        for what, value in named(("ids (T)", "labels (T)"), result):
             if not isinstance(value, torch.Tensor):
                 raise Wrong("not_a_tensor", f"{what} should be a tensor, torch.tensor(…); it is {describe(value)}.")
             why = f"{what} is {str(value.dtype)[6:]}; ids are whole numbers, torch.int64."
             yield fact(value.dtype == torch.int64, "not_int64", why, f"whether {what} is int64")
-            yield Piece(what, value.long(), f"for {len(prompt)} + {len(reply)} ids" if prompt[0] != 5 else "")
+            yield Piece(what, value.long(), f"for {len(prompt)} + {len(reply)} ids" if first else "")
+        first = first or result
+    for what, value in zip(("ids (T)", "labels (T)"), first):
+        yield Piece(what, value, "of the first call, looked at again at the end")
 
 
 def cache_numbers():
@@ -215,46 +215,35 @@ def shifted(family, config, by=100):
 
 
 INSTEAD = "does what you are to write here; do without it"
+SIDE_BY_SIDE = "Which key head belongs to which query head? With H = 6 and G = 2: a a a b b b."
 FUSED_ATTENTION = (
     F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention,
     torch._scaled_dot_product_attention_math,
 )  # fmt: skip
+FORBIDDEN = {
+    rms_norm: dict.fromkeys((F.rms_norm, torch.rms_norm), f"F.rms_norm, which nn.RMSNorm calls too, {INSTEAD}")
+    | {RMSNorm.forward: f"minillama's RMSNorm {INSTEAD}"},
+    rope: {rotate: f"attention.rotate {INSTEAD}", RoPE.__call__: f"attention.RoPE {INSTEAD}"},
+    grouped_query_attention: dict.fromkeys(FUSED_ATTENTION, f"scaled_dot_product_attention {INSTEAD}")
+    | {Attention.attend: f"attention.attend {INSTEAD}"},
+    cached_attention: {Attention.attend: f"attention.attend, which attention(…) calls too, {INSTEAD}"},
+}
 EXERCISES = {
-    "rms_norm": Exercise(
-        "rms_norm(x, weight, eps) -> (B, T, D)", rms_norm, NORMS, probe_rms_norm,
-        forbidden=dict.fromkeys((F.rms_norm, torch.rms_norm), f"F.rms_norm, which nn.RMSNorm calls too, {INSTEAD}")
-        | {RMSNorm.forward: f"minillama's RMSNorm {INSTEAD}"},
-    ),
-    "rope": Exercise(
-        "rope(x, positions, theta) -> (B, H, T, d)", rope, catalogue(rope, TABLES["ropes"]), probe_rope,
-        forbidden={rotate: f"attention.rotate {INSTEAD}", RoPE.__call__: f"attention.RoPE {INSTEAD}"},
-    ),
-    "grouped_query_attention": Exercise(
-        "grouped_query_attention(q, k, v) -> (B, H, T, d)", grouped_query_attention,
-        catalogue(grouped_query_attention, TABLES["attentions_all"]), probe_attention,
-        hints={"H": "Which key head belongs to which query head? With H = 6 and G = 2: a a a b b b."},
-        forbidden=dict.fromkeys(FUSED_ATTENTION, f"scaled_dot_product_attention {INSTEAD}")
-        | {Attention.attend: f"attention.attend {INSTEAD}"},
-    ),
-    "swiglu": Exercise(
-        "swiglu(x, gate, up, down) -> (B, T, D)", swiglu, catalogue(swiglu, TABLES["swiglus_all"]), probe_swiglu,
-    ),
-    "split_fused": Exercise(
-        "split_fused(weight, bias) -> matrices (3, D, D), biases (3, D)", split_fused,
-        catalogue(split_fused, TABLES["splits"]), probe_split,
-    ),
-    "cached_attention": Exercise(
-        "cached_attention(attention, x, past) -> output (B, T, D), (keys, values)", cached_attention,
-        catalogue(cached_attention, TABLES["caches_all"]), probe_cached,
-        forbidden={Attention.attend: f"attention.attend, which attention(…) calls too, {INSTEAD}"},
-    ),
-    "answer_labels": Exercise(
-        "answer_labels(prompt_ids, answer_ids) -> ids (T,), labels (T,)", answer_labels,
-        catalogue(answer_labels, TABLES["labels"]), probe_labels,
-    ),
-    **questions(
-        cache_numbers=cache_numbers,
-        shifted_llama=lambda: shifted(minillama.LLaMA, minillama.LLaMAConfig),
-        shifted_gpt2=lambda: shifted(minillama.GPT2, minillama.GPT2Config),
-    ),
-}  # fmt: skip
+    right.__name__: Exercise(
+        right.__name__ + call, right, catalogue(right, TABLES[right.__name__]), probe,
+        hints={"H": SIDE_BY_SIDE} if right is grouped_query_attention else {}, forbidden=FORBIDDEN.get(right, {}),
+    )
+    for right, call, probe in (
+        (rms_norm, "(x, weight, eps) -> (B, T, D)", probe_rms_norm),
+        (rope, "(x, positions, theta) -> (B, H, T, d)", probe_rope),
+        (grouped_query_attention, "(q, k, v) -> (B, H, T, d)", probe_attention),
+        (swiglu, "(x, gate, up, down) -> (B, T, D)", probe_swiglu),
+        (split_fused, "(weight, bias) -> matrices (3, D, D), biases (3, D)", probe_split),
+        (cached_attention, "(attention, x, past) -> output (B, T, D), (keys, values)", probe_cached),
+        (answer_labels, "(prompt_ids, answer_ids) -> ids (T,), labels (T,)", probe_labels),
+    )
+} | questions(
+    cache_numbers=cache_numbers,
+    shifted_llama=lambda: shifted(minillama.LLaMA, minillama.LLaMAConfig),
+    shifted_gpt2=lambda: shifted(minillama.GPT2, minillama.GPT2Config),
+)  # fmt: skip

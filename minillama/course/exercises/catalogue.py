@@ -1,13 +1,9 @@
 """Mistakes as edits of the right answer's source: what stands there, what one writes in its place, and the sentence.
 
-    MISTAKES = catalogue(swiglu, (
-        ("relu_for_silu", "F.silu", "F.relu", "ReLU for SiLU, which is ReGLU; SiLU is z · sigmoid(z)"),
-        ...
-    ))
-
-A row is (name, old, new, sentence); for several edits at once `old` and `new` are tuples. Each `old` must stand in the
-source exactly once, so that no row outlives its reference. What is edited is a function, a class, or a whole module of
-the package: then the same rows plant the mistakes in the models, where the tests must catch each.
+They stand as rows in the Markdown file beside each topic. A row is (name, old, new, sentence), `old` and `new` being
+tuples, for several edits at once. Each `old` must stand in the source exactly once, so that no row outlives its
+reference. What is edited is a function, a class, or a whole module of the package: then the same rows plant the
+mistakes in the models, where the tests must catch each.
 """
 
 import difflib
@@ -23,15 +19,13 @@ from pathlib import Path
 class Mistake:
     """One wrong answer: `name`, `sentence`, and `answer`, the function or class that makes it.
 
-    edited: the function, class or module whose source `edits`, pairs (old, new), change; None where the mistake is a
-    function of its own.  thing: what the edited source defines.  wrap: makes of it what the exercise asks for.
+    edited: the function, class or module whose source `edits`, pairs (old, new), change.
+    thing: what the edited source defines.  wrap: makes of it what the exercise asks for.
     """
 
-    def __init__(self, name, sentence, edited=None, edits=(), wrap=None, answer=None):
+    def __init__(self, name, sentence, edited, edits=(), wrap=None):
         self.name, self.sentence, self.edited, self.edits = name, sentence, edited, tuple(edits)
         self.wrap = wrap or (lambda thing: thing)
-        if answer is not None:
-            self.answer = answer
 
     def __repr__(self):
         return f"<mistake {self.name}>"
@@ -62,15 +56,13 @@ class Mistake:
         return self.wrap(self.thing)
 
     def diff(self):
-        """The mistake as lines of a diff against what it edits; its own source where it edits nothing."""
-        if self.edited is None:
-            return source_of(self.answer).splitlines()
+        """The mistake as lines of a diff against what it edits."""
         lines = difflib.unified_diff(source_of(self.edited).splitlines(), self.source.splitlines(), n=1, lineterm="")
         return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
     def __add__(self, other):
         """Both mistakes in one answer, or None where they cannot stand together."""
-        if self.edited is None or self.edited is not other.edited:
+        if self.edited is not other.edited:
             return None
         both = Mistake(f"{self.name}+{other.name}", self.sentence, self.edited, self.edits + other.edits, self.wrap)
         try:
@@ -113,14 +105,6 @@ def plain(text):
     return re.sub(r"\\(.)", lambda found: {"n": "\n", "p": "|", "q": "`"}.get(found[1], found[1]), text)
 
 
-def catalogue(edited, rows, *functions, wrap=None):
-    """Mistakes of a table of rows (name, old, new, sentence) applied to the source of `edited`, and of functions or
-    classes, for what an edit cannot make: their names and the first paragraph of their docstrings."""
-    mistakes = []
-    for name, old, new, sentence in rows:
-        edits = [(old, new)] if isinstance(old, str) else zip(old, new, strict=True)
-        mistakes.append(Mistake(name, sentence, edited, edits, wrap))
-    for function in functions:
-        sentence = " ".join(function.__doc__.split("\n\n")[0].split())
-        mistakes.append(Mistake(function.__name__, sentence, answer=function))
-    return tuple(mistakes)
+def catalogue(edited, rows, wrap=None):
+    """Mistakes of a table of rows (name, old, new, sentence) applied to the source of `edited`."""
+    return tuple(Mistake(name, sentence, edited, zip(old, new, strict=True), wrap) for name, old, new, sentence in rows)

@@ -7,7 +7,7 @@ tried in order, from the most particular (a mistake of the catalogue) to the mos
 import contextlib
 import functools
 import re
-from itertools import combinations, zip_longest
+from itertools import combinations, islice, zip_longest
 
 import torch
 
@@ -20,16 +20,19 @@ class Case:
 
     def __init__(self, exercise, answer, seen, right):
         self.exercise, self.answer, self.seen, self.right = exercise, answer, seen, right
-        self.wrong = wrong_pieces(seen, right)
+        self.wrong = [(a, b) for a, b in zip(seen, right) if isinstance(a, Piece) and not agree(a, b)]
         self.first = self.wrong[0][0] if self.wrong else None  # the first Piece that is wrong
-        self.end = end_of(seen)
+        self.end = seen[-1] if seen and isinstance(seen[-1], End) else None
         self.ends_in_half = self.end and right[min(len(seen), len(right)) - 1].half
 
 
 @functools.cache
 def expected(exercise):
     """What the right answer does, which does not change."""
-    return tuple(observe(exercise, exercise.right))
+    right = tuple(observe(exercise, exercise.right))
+    if isinstance(right[-1], End):
+        raise RuntimeError(f"the reference does not answer its own exercise: {right[-1].why}")
+    return right
 
 
 def judge(exercise, answer):
@@ -42,8 +45,6 @@ def judge(exercise, answer):
         seen = list(observe(exercise, answer))
     with torch.random.fork_rng(devices=[]):
         right = expected(exercise)
-        if end_of(right):
-            raise RuntimeError(f"the reference does not answer its own exercise: {end_of(right).why}")
         case, asked = Case(exercise, answer, seen, right), len(right)
         if getattr(exercise.probe, "told", False):
             asked = next(i for i, piece in enumerate(right) if piece.half)
@@ -104,15 +105,6 @@ def alike(seen, others):
     return all(agree(a, b) for a, b in zip_longest(seen, others))
 
 
-def wrong_pieces(seen, right):
-    """Pairs (seen, needed) of Pieces that differ."""
-    return [(a, b) for a, b in zip(seen, right) if not isinstance(a, End) and not agree(a, b)]
-
-
-def end_of(seen):
-    return seen[-1] if seen and isinstance(seen[-1], End) else None
-
-
 # ── the explanations, each a function of a Case -> (mistake, sentence) or None ────────────────────────────────────────
 
 
@@ -123,13 +115,13 @@ def begins(exercise, mistake):
         return next(pieces, None)
 
 
-def equals(case, mistake, roughly=False):
-    """Whether a mistake does what was seen, however often it runs a module."""
+def equals(case, mistake, roughly=False, upto=None):
+    """Whether a mistake does what was seen, up to that many Pieces; all of them, however often it runs a module."""
     if not agree(case.seen[0], begins(case.exercise, mistake), roughly):
         return False
     with contextlib.closing(observe(case.exercise, mistake.answer)) as pieces:
-        both = zip_longest(case.seen, pieces)
-        return all(getattr(a, "kind", "") == "count" or agree(a, b, roughly) for a, b in both)
+        both = zip_longest(case.seen[:upto], islice(pieces, upto))
+        return all(upto is None and getattr(a, "kind", "") == "count" or agree(a, b, roughly) for a, b in both)
 
 
 def known(case):
@@ -138,6 +130,17 @@ def known(case):
         for mistake in case.exercise.mistakes:
             if equals(case, mistake, roughly=roughly):
                 return mistake.name, f"this equals a known mistake: {mistake.sentence}."
+
+
+def known_so_far(case):
+    """A mistake of the catalogue, up to where the answer stops or goes on in another dtype: two mistakes in one."""
+    dtypes = [a.value.dtype == b.value.dtype for a, b in zip(case.seen, case.right) if isinstance(a, Piece)]
+    upto = dtypes.index(False) if False in dtypes else len(case.seen) - bool(case.end)
+    if upto < len(case.right) and not all(map(agree, case.seen[:upto], case.right)):
+        for mistake in case.exercise.mistakes:
+            if equals(case, mistake, upto=upto):
+                also = "It also fails elsewhere; mend this first."
+                return mistake.name, f"this equals a known mistake: {mistake.sentence}. {also}"
 
 
 def fact_missed(case):
@@ -150,7 +153,7 @@ def fact_missed(case):
 def pairs(exercise):
     """Two mistakes of the catalogue at once, (the first, both), where both can be made: of those that stand first in
     it, as many as are tried in a few seconds."""
-    rows = [mistake for mistake in exercise.mistakes if mistake.edited is not None]
+    rows = exercise.mistakes
     places = sorted(combinations(range(len(rows)), 2), key=sum)[:400]
     both = ((rows[i], rows[i] + rows[j]) for i, j in places)
     return [(one, pair) for one, pair in both if pair]
@@ -164,7 +167,11 @@ def known_pair(case):
 
 
 def unstable(case, upto=None):
-    """Other results for the same input: something kept, or drawn anew."""
+    """Other results for the same input: something kept, or drawn anew; or an earlier result written over."""
+    value = next((a for a, _ in case.wrong if a.kind == "value"), None)
+    if value is not None and "again" in value.where:
+        why = "something is kept from an earlier call, or written over by a later one"
+        return "kept", f"right at first; but {value} is wrong: {why}."
     for salt, mistake, reason in (
         (0, "kept", "something is kept from an earlier call."),
         (1, "random", "is a dropout left on, or something drawn anew?"),
@@ -249,7 +256,7 @@ def ended(case):
 
 
 EXPLANATIONS = (
-    known, fact_missed, detached, not_cast, one_size, known_pair, ended, unread, unstable,
+    known, fact_missed, known_so_far, detached, not_cast, unstable, one_size, known_pair, ended, unread,
 )  # fmt: skip
 
 

@@ -109,6 +109,7 @@ def calls(inputs, outputs, sizes, float32=(), once=(), half=True, gradient=True,
     sizes = [sizes] if isinstance(sizes, dict) else list(sizes)
 
     def probe(answer, draw):
+        first = []
         for halved in (False, True) if half else (False,):
             repeated = [] if again is None or halved else [{**sizes[0], **again}]
             for i, size in enumerate(sizes + repeated):
@@ -121,6 +122,9 @@ def calls(inputs, outputs, sizes, float32=(), once=(), half=True, gradient=True,
                 more = then(answer, draw, given) if then else ()
                 for piece in itertools.chain(called(answer, given, outputs, once, gradient), more):
                     yield dataclasses.replace(piece, where=where)
+                    if not i and not halved and piece.kind == "value":
+                        first.append(dataclasses.replace(piece, where="of the first call, looked at again at the end"))
+            yield from () if halved else first  # no copies: a later call may have written over them
         yield from last(answer, draw) if last else ()
 
     probe.inputs, probe.told = lambda draw: inputs(draw, **sizes[0]), half == "told"
@@ -170,7 +174,8 @@ def floating(value):
 def named(names, result):
     """Pairs (name, tensor) of an answer that returns several tensors."""
     if not isinstance(result, tuple | list) or len(result) != len(names):
-        raise Wrong("shape", f"needed are {len(names)} tensors, {' and '.join(names)}; it returned {describe(result)}.")
+        needed = f"needed are {len(names)} things, {' and '.join(names)}"
+        raise Wrong("how_many_things", f"{needed}; it returned {describe(result)}.")
     return list(zip(names, result))
 
 
@@ -235,25 +240,6 @@ def as_function(build, names):
         return torch.func.functional_call(made["module"], own, inputs)
 
     return function
-
-
-def normal(numbers, mistake, what, deviation=1.0):
-    """Pieces of numbers that should be N(0, deviation²), to a tenth; needs some thousand of them."""
-    numbers = numbers.detach().double() / deviation
-    mean, found = numbers.mean().item(), numbers.std().item()
-    uniform = found > 0 and ((numbers - mean) / found).pow(4).mean().item() < 2.1  # 1.8 of uniform, 3 of normal ones
-    shown = f"N(0, {deviation:g}²)" if deviation != 1 else "N(0, 1)"
-    drawn, needed = f"{shown}, from torch.randn", f"needed is {deviation:g}: {shown}"
-    for fine, name, why in (
-        (uniform, "uniform", f"numbers are uniform, as torch.rand draws them; needed are normal ones, {drawn}"),
-        (abs(mean) < 0.1, "mean_of", f"mean is {mean * deviation:.2g}; needed is 0: {drawn}"),
-        (abs(found - 1) < 0.1, "deviation_of", f"standard deviation is {found * deviation:.2g}; {needed}"),
-    ):
-        yield fact(fine, f"{name}_{mistake}", f"{what}'s {why}.")
-    if numbers.dim() > 1:
-        alike = len(torch.unique(numbers.round(decimals=9), dim=0)) < len(numbers)
-        why = f"{what} has equal rows: equal rows get equal gradients and stay equal; draw each number by itself."
-        yield fact(alike, f"equal_rows_of_{mistake}", why)
 
 
 planted = mock.patch.object  # planted(module, name, mistake): within the block the module's name stands for the mistake

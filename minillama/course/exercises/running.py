@@ -110,8 +110,11 @@ def unchanged_module(name, module, tensors, trained, training, own):
     if changed := sorted(now.keys() ^ tensors.keys()):
         raise Wrong("in place", f"your function changes what {name} is made of ({names(changed)}); leave it as it is.")
     if changed := sorted(attributes(module) ^ own):
+        if any(attribute.rpartition(".")[2] == "requires_grad" for attribute in changed):
+            freeze = "where it is a mere attribute and freezes nothing: set that of each parameter"
+            raise Wrong("nothing_frozen", f"your function sets requires_grad on a module, {freeze}.")
         left = "which the next call meets: use a variable"
-        raise Wrong("in place", f"your function sets {names(changed)} on {name}, {left}.")
+        raise Wrong("in place", f"your function sets {names(changed[:3])} on {name}, {left}.")
     if [p.requires_grad for p in module.parameters()] > trained and not hasattr(module, "may_train"):  # a probe's mark
         raise Wrong("unfrozen", f"your function makes {name}'s own weights trainable; the base stays frozen.")
     if module.training != training:
@@ -124,7 +127,9 @@ def attributes(module):
 
 
 def same(a, b):
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return a.is_meta or torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
 def whole(result):

@@ -1,5 +1,6 @@
 """Lessons 00 and 08: which parameters train, whom an adapter changes, and what a guess costs."""
 
+import functools
 import math
 
 import torch
@@ -10,8 +11,6 @@ import minillama
 from .catalogue import catalogue, tables
 from .observing import Exercise, Piece, fact
 from .predictions import questions
-
-TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
 
 def right_freeze(model, words):
@@ -24,23 +23,26 @@ def right_freeze(model, words):
     return count
 
 
-FREEZE = catalogue(right_freeze, TABLES["freeze"])
-
-
 def probe_freeze(answer, draw):
     adapted, linear = minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), nn.Linear(5, 3)
     minillama.adapters.llama_adapter.attach(adapted, prompt_length=3)  # which freezes nothing
     tied = minillama.GPT2(minillama.GPT2Config(31, 16, 24, 2, 2))
     odd = nn.Sequential(nn.Conv1d(2, 3, 5), nn.BatchNorm1d(3), nn.ModuleDict({"gate": nn.Linear(2, 2)}))
     odd[2]["gate-proj"], odd.scale, odd.Gate = nn.Linear(3, 2), nn.Parameter(torch.tensor(1.0)), nn.Linear(1, 7)
-    for model, words in ((adapted, ["prompt", "gate"]), (adapted, ["down_proj", "norm"]), (linear, ["bias"]),
-                         (linear, []), (tied, ["embed_tokens", "lm_head"]), (tied, ["mlp", "bias"]),
-                         (tied, ["embed_tokens"]), (odd, ["0"]), (odd, ["1", "scale"]), (odd, ["gate"])):  # fmt: skip
+    odd[2]["base"], deep = nn.Linear(4, 2), functools.reduce(lambda inner, _: nn.Sequential(inner), range(9), linear)
+    for i, (model, words) in enumerate((
+        (adapted, ["prompt", "gate"]), (adapted, ["prompt", "gate"]), (adapted, ["down_proj", "norm"]),
+        (linear, ["bias"]), (linear, []), (tied, ["embed_tokens", "lm_head"]), (tied, ["mlp", "bias"]),
+        (tied, ["embed_tokens"]), (tied, ["lm_head"]), (odd, ["0"]), (odd, ["1", "scale"]), (odd, ["gate"]),
+        (odd, ["base"]), (odd, ["gate+", "gat.", "weight_norm", "model"]), (deep, ["bias"]),
+        (nn.Linear(3, 2, device="meta"), ["weight", "bias"]),
+    )):  # fmt: skip
         model.may_train = True
-        names = list(dict(model.named_parameters()))
-        count, where = answer(model, words), "" if words[:1] == ["prompt"] else f"for words = {words}"
+        names, given = list(dict(model.named_parameters())), list(words)
+        count, where = answer(model, given), f"for words = {words}" + " again" * (i == 1) if i else ""
         lost = names != list(dict(model.named_parameters()))
         yield fact(lost, "parameters_lost", "parameters were taken out of the model or put into it: only freeze them.")
+        yield fact(given != words, "in place", "your function changes the list of words that it was given; leave it.")
         for name, p in model.named_parameters():
             train = any(word in name.split(".") for word in words)
             why = ("named_frozen", "is frozen: one") if train else ("others_train", "still trains: none")
@@ -49,9 +51,12 @@ def probe_freeze(answer, draw):
 
 
 EXERCISES = {
-    "freeze_all_but": Exercise("freeze_all_but(model, words) -> a whole number", right_freeze, FREEZE, probe_freeze),
+    "freeze_all_but": Exercise(
+        "freeze_all_but(model, words) -> a whole number", right_freeze,
+        catalogue(right_freeze, tables(__file__)["freeze"]), probe_freeze,
+    ),
     **questions(
         languages_changed=lambda: frozenset(("en", "fr", "fi")),  # the lesson's own run shows it
         guess=lambda: math.log(49152),
     ),
-}
+}  # fmt: skip
