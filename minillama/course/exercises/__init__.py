@@ -26,9 +26,8 @@ TOPICS = ("tour", "base_models", "prefix_tuning", "llama_adapter", "ia3", "bottl
 @dataclass(frozen=True)
 class Verdict:
     """passed, and mistake: a name of the catalogue, of what any answer can get wrong (blank, form, in place, unfrozen,
-    detached, not_cast, precision, one_size, unread, run_twice, left_behind, shortcut, prediction), or what can be
-    described and not named (error, shape, dtype, sign, scale, place, value, random, kept); None where nothing is wrong.
-    """
+    detached, not_cast, precision, kept, one_size, unread, run_twice, left_behind, shortcut, prediction), or what can
+    be described and not named (error, shape, how_many_things, dtype, sign, scale, place, value, random); None if passed."""
 
     passed: bool
     mistake: str | None

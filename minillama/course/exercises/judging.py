@@ -155,8 +155,7 @@ def pairs(exercise):
     it, as many as are tried in a few seconds."""
     rows = exercise.mistakes
     places = sorted(combinations(range(len(rows)), 2), key=sum)[:400]
-    both = ((rows[i], rows[i] + rows[j]) for i, j in places)
-    return [(one, pair) for one, pair in both if pair]
+    return [(rows[i], both) for i, j in places if (both := rows[i] + rows[j])]
 
 
 def known_pair(case):
@@ -255,9 +254,7 @@ def ended(case):
     return (case.end.mistake, case.end.why) if case.end and not case.wrong else None
 
 
-EXPLANATIONS = (
-    known, fact_missed, known_so_far, detached, not_cast, unstable, one_size, known_pair, ended, unread,
-)  # fmt: skip
+EXPLANATIONS = known, fact_missed, known_so_far, detached, not_cast, unstable, one_size, known_pair, ended, unread
 
 
 # ── how numbers differ ──────────────────────────────────────────────────────────────────────────────────────────────
