@@ -27,7 +27,7 @@ TOPICS = ("tour", "base_models", "prefix_tuning", "llama_adapter", "ia3", "bottl
 class Verdict:
     """passed, and mistake: a name of the catalogue, of what any answer can get wrong (blank, form, in place, unfrozen,
     detached, not_cast, precision, kept, one_size, unread, run_twice, left_behind, shortcut, prediction), or what can
-    be described and not named (error, shape, how_many_things, dtype, sign, scale, place, value, random); None if passed."""
+    be described and not named (error, shape, how_many_things, dtype, sign, scale, place, value, random); else None."""
 
     passed: bool
     mistake: str | None
