@@ -211,7 +211,7 @@ def describe(value):
         name = str(value.dtype).removeprefix("torch.")
         return f"{'an' if name[0] == 'i' else 'a'} {name} tensor of shape {tuple(value.shape)}"
     if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}: {', '.join(map(describe, value))}"
+        return f"a {type(value).__name__} of {len(value)}: {', '.join(dict.fromkeys(map(describe, value)))}"
     return f"{value!r}" if value is None else f"{'an' if type(value) is int else 'a'} {type(value).__name__}"
 
 
