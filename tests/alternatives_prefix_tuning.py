@@ -46,14 +46,15 @@ def prefix_attention_words_moved(attention, x, positions, keys, values, cache=No
     return attention.output(attention.attend(q, k, v))
 
 
-def prefix_attention_kept_in_the_cache(attention, x, positions, keys, values, cache=None):
-    """The prefix goes into the cache once, before the first words."""
-    K = keys.shape[1]
-    q, k, v = attention.project(x, positions)
-    if cache is None or cache.k is None:
-        turned = rotate(keys, *attention.rope(torch.full((K,), -K)))
-        k, v = (torch.cat((p.to(x.dtype).expand(len(x), -1, -1, -1), w), 2) for p, w in ((turned, k), (values, v)))
-    return attention.output(attention.attend(q, k, v, cache=cache))
+def prefix_attention_cached_first(attention, x, positions, keys, values, cache=None):
+    """The tokens go into the cache before anything else is done with them, the prefix is turned feature by feature."""
+    q, *kv = attention.project(x, positions)
+    kv = kv if cache is None else cache.append(*kv)
+    cos, sin = attention.rope(torch.tensor([keys.shape[1]]))
+    left, right = keys.chunk(2, -1)
+    turned = keys * cos + torch.cat((right, -left), -1) * sin
+    kv = [torch.cat((p.to(x).expand(len(x), -1, -1, -1), z), 2) for p, z in zip((turned, values), kv)]
+    return attention.output(attention.attend(q, *kv))
 
 
 def prefix_attention_head_by_head(attention, x, positions, keys, values, cache=None):
@@ -202,8 +203,9 @@ def step_with_a_closure(model, optimizer, ids, labels):
     return optimizer.step(closure).item()
 
 
-def step_zeroed_at_the_end(model, optimizer, ids, labels):
+def step_zeroed_at_both_ends(model, optimizer, ids, labels):
     model.train()
+    model.zero_grad(set_to_none=False)
     loss = minillama.answer_loss(model, ids, labels)
     loss.backward()
     optimizer.step()
@@ -239,12 +241,12 @@ ALTERNATIVES = {
     ],
     "turn_back": [turn_back_as_complex, turn_back_pair_by_pair, turn_back_by_a_matrix, turn_back_key_by_key],
     "prefix_attention": [
-        prefix_attention_words_moved, prefix_attention_kept_in_the_cache, prefix_attention_head_by_head,
+        prefix_attention_words_moved, prefix_attention_cached_first, prefix_attention_head_by_head,
         prefix_attention_masked_by_hand, prefix_attention_as_a_blend,
     ],
     "prefix_share": [
         share_by_logsumexp, share_by_attention, share_token_by_token, share_with_the_largest_taken_off,
     ],
     "split_softmax": [split_by_attention, split_from_one_softmax, split_by_einsum],
-    "training_step": [step_with_a_closure, step_zeroed_at_the_end, step_by_cross_entropy, step_row_by_row],
+    "training_step": [step_with_a_closure, step_zeroed_at_both_ends, step_by_cross_entropy, step_row_by_row],
 }  # fmt: skip

@@ -1,5 +1,7 @@
 """Lesson 03: zero-init gated prefix attention and V2, with the wrong versions that one writes easily."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from ...adapters import llama_adapter, llama_adapter_v2
 from ...attention import Attention, RoPE, rotate  # noqa: F401 (rows of the table keys_values name it)
 from ...llama import RMSNorm
 from .catalogue import catalogue, tables
-from .modules import merged, opened, own_of, reached, repeats, started, trains
+from .modules import follows, merged, opened, own_of, reached, repeats, some, stale, started, trains
 from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, frozen, left_behind, named
 from .predictions import moved
 from .wording import question, teller, wording
@@ -17,7 +19,10 @@ from .wording import question, teller, wording
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 SAYS = wording(__file__)  # there too: what is said of facts and predictions
 
-# ── the modules themselves, whose mistakes are planted in the models too ──────────────────────────────────────────────
+
+def made_of(module, table, wrap):
+    """The right answer and the mistakes, where both are made of a module."""
+    return wrap(module), catalogue(module, TABLES[table], wrap=wrap)
 
 
 def prefix_of(module):
@@ -30,37 +35,20 @@ def start_of(module):
     return lambda K, D, H: started(module.AdaptedAttention(Attention(D, H), K))
 
 
-def circulating(module):
-    """The module's AdaptedAttention as the layer that circulates is meant: one gate, no tanh."""
-    return lambda attention, prompt_length: module.AdaptedAttention(attention, prompt_length, "layer", False)
-
-
-def flowing(module):
-    """The module's GatedPrefixAttention as the layer of its own that circulates is meant."""
-    return lambda width, heads, length: module.GatedPrefixAttention(width, heads, length, "feature", False)
-
-
 def scaled_by(module):
     return as_function(lambda base, **own: module.ScaledLinear(base), ("scale", "adapter_bias"))
 
 
-def merged_by(module):
-    return lambda linear, scale, shift: merged(module.ScaledLinear(linear), scale, shift)
-
-
 PREFIXES = catalogue(llama_adapter, TABLES["prefixes"], wrap=prefix_of)
 STARTS = catalogue(llama_adapter, TABLES["starts"], wrap=start_of)
-FLOW = catalogue(llama_adapter, TABLES["flow"], wrap=flowing)
 SCALINGS = catalogue(llama_adapter_v2, TABLES["scalings"], wrap=scaled_by)
-MERGED = catalogue(llama_adapter_v2, TABLES["merged_module"], wrap=merged_by)
 NORM = catalogue(llama_adapter_v2, TABLES["norm"], wrap=lambda module: module.TrainedNorm)
+MERGED = catalogue(
+    llama_adapter_v2, TABLES["merged_module"],
+    wrap=lambda module: lambda linear, scale, shift: merged(module.ScaledLinear(linear), scale, shift),
+)  # fmt: skip
 PLANTED = PREFIXES[:25] + STARTS[:2] + SCALINGS[:1] + MERGED + NORM[:1]  # each must fail a test in the models
-HARMLESS = {
-    "BiasTwice": ("llama",),  # no bias there
-    "HeadsInTheWrongOrder": ("llama", "gpt2"),  # nothing is repeated there
-}
-
-# ── right answers of their own ────────────────────────────────────────────────────────────────────────────────────────
+HARMLESS = {"BiasTwice": ("llama",), "HeadsInTheWrongOrder": ("llama", "gpt2")}  # no bias, nothing repeated there
 
 
 def right_keys_values(attention, prompt):
@@ -81,18 +69,12 @@ def right_attach(model, wrap):
 
 
 ATTACH = catalogue(right_attach, TABLES["attach"])
-said = teller(SAYS["said"], (*STARTS, *FLOW, *ATTACH))
-
-# ── keys and values, and where prompt and gate start ──────────────────────────────────────────────────────────────────
+said = teller(SAYS["said"], (*STARTS, *ATTACH))
 
 
-def attention_of(draw, H, G, d, D):
-    """A frozen attention with grouped queries, RoPE and biases, wider than the model: nothing can hide."""
-    return filled(Attention(D, H, G, d, RoPE(d), bias=True), draw)
-
-
-# G · d can be cut by D / H and by H as well, so that a wrong cut is seen in the shape
-KEYS_SIZES = (dict(K=7, H=6, G=3, d=8, D=18), dict(K=5, H=4, G=4, d=6, D=12), dict(K=1, H=2, G=1, d=4, D=8))
+# H · d is more than D, so that nothing can hide; G · d can be cut by D / H and by H too: a wrong cut shows in the shape
+PREFIX_SIZES = (dict(B=2, T=5, K=7, H=6, G=3, d=8, D=18), dict(B=3, T=2, K=5, H=4, G=4, d=6, D=12),
+                dict(B=1, T=1, K=1, H=2, G=1, d=4, D=8))  # fmt: skip
 
 
 def probe_start(answer, draw):
@@ -122,47 +104,44 @@ def drawn(prompt):
     yield said(kinds < len(flat) / 2, "few_numbers_in_prompt", kinds=kinds)
     kurtosis = ((numbers - mean) / deviation).pow(4).mean()  # 1.8 of uniform, 3 of normal ones
     yield said(bool(kurtosis < 2.1), "uniform_prompt")
+    yield said(bool(numbers.abs().max() < 2.5) and abs(deviation - 1) < 0.1, "cut_prompt")
     for name, found, needed in ("mean", mean, 0), ("deviation", deviation, 1):
         near = needed if abs(found - needed) < 0.1 else round(found, 1 if abs(found) > 0.3 else 2)
         yield said(float(near), f"{name}_of_prompt", near=near)
 
 
-def learns(out, gate):
-    """A fact: whether a gate at 0, of which `out` was made, gets a gradient."""
-    return said(reached(out, gate), "closed_for_good")
-
-
-# ── the layer ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-PREFIX_SIZES = tuple({"B": B, "T": T} | size for (B, T), size in zip(((2, 5), (3, 2), (1, 1)), KEYS_SIZES))
-
-
 def inputs_of_prefix(draw, B, T, K, H, G, d, D):
     positions = 4 + torch.arange(T) + 2 * (torch.arange(T) > 2)  # they need not start at 0, nor follow one another
-    return dict(attention=attention_of(draw, H, G, d, D), x=draw(B, T, D), positions=positions, prompt=draw(K, D),
-                gate=draw(H, 1, 1))  # fmt: skip
+    attention = filled(Attention(D, H, G, d, RoPE(d), bias=True), draw)
+    return dict(attention=attention, x=draw(B, T, D), positions=positions, prompt=draw(K, D), gate=draw(H, 1, 1))
 
 
-calls_of_prefix = calls(inputs_of_prefix, "the output (B, T, D)", PREFIX_SIZES, float32=("prompt", "gate"))
+def next_step(answer, draw, given):
+    """The same layer where the prompt has changed, and where the gate is closed."""
+    yield from follows("prompt")(answer, draw, given)
+    closed = torch.zeros_like(given["gate"]).requires_grad_(True)
+    shut = answer(*(given | {"gate": closed}).values())
+    yield Piece("the output at gate 0 (B, T, D)", shut)
+    yield said(reached(shut, closed), "closed_for_good")
 
 
-def probe_prefix(answer, draw):
-    again = False
-    for piece in calls_of_prefix(answer, draw):
-        if piece.half and not again:  # the same layer, in the next step of training
-            attention, x, positions, prompt, gate = inputs_of_prefix(draw, **PREFIX_SIZES[0]).values()
-            answer(attention, x, positions, prompt, gate)
-            changed = answer(attention, x, positions, prompt + 1, gate)
-            yield Piece("the output (B, T, D)", changed, "after the prompt has changed")
-            closed = (gate * 0).requires_grad_(True)
-            shut = answer(attention, x, positions, prompt, closed)
-            yield Piece("the output (B, T, D)", shut, "at gate 0")
-            yield learns(shut, closed)
-            again = True
-        yield piece
+probe_prefix = calls(inputs_of_prefix, "the output (B, T, D)", PREFIX_SIZES, float32=("prompt", "gate"), then=next_step)
 
 
-probe_prefix.inputs = calls_of_prefix.inputs
+def prompted(module, own, draw, where, *inputs):
+    """What is seen of a module that has a prompt and a gate: fresh, after the prompt has changed, and open."""
+    prompt, gate = own["prompt"], own["gate"]
+    yield said(bool(gate.any()), "OpenGate")
+    yield said(bool(prompt.any()), "ZeroPrompt")
+    yield from drawn(prompt) if len(prompt) == 50 else ()
+    yield trains(own)
+    fresh = module.eval()(*inputs)
+    yield Piece("the fresh module's output, its gate at 0 (B, T, D)", fresh, where)
+    yield said(reached(fresh, gate), "closed_for_good")
+    gate.data = draw(*gate.shape)
+    before, prompt.data = module(*inputs), draw(*prompt.shape)
+    yield stale(torch.equal(module(*inputs), before))
+    yield from opened(module, own, where, *inputs)
 
 
 def probe_circulating(answer, draw):
@@ -170,28 +149,15 @@ def probe_circulating(answer, draw):
         B, T, K, H, G, d, D = size.values()
         given, K = inputs_of_prefix(draw, **size), K if i else 50
         attention, x, positions, where = *list(given.values())[:3], f"for B = {B}, T = {T}, K = {K}" if i else ""
-        module = answer(attention, K).eval()
-        own = own_of(module, attention)
-        prompts = [p for p in own.values() if p.shape == (K, D)]
-        gates = [p for p in own.values() if p.numel() == 1 and p not in set(prompts)]
-        if len(prompts) != 1 or len(gates) != 1 or len(own) != 2:
+        module = answer(attention, K)
+        found = {name: tuple(p.shape) for name, p in own_of(module, attention).items()}
+        own = {"prompt" if p.shape == (K, D) else "gate": p for p in own_of(module, attention).values()}
+        if len(found) != 2 or len(own) != 2 or own["gate"].numel() != 1:
             needed = f"a prompt of shape ({K}, {D}) for prompt_length {K} and width {D}, and a gate of one number"
-            found = {name: tuple(p.shape) for name, p in own.items()} or "none"
-            raise Wrong("parameters", f"needed are two parameters of its own, {needed}; it has {found}.")
-        (prompt,), (gate,) = prompts, gates
-        yield said(bool(gate.any()), "OpenGate")
-        yield from drawn(prompt) if not i else ()
-        yield trains(own)
-        fresh = module(x, positions)
-        yield Piece("the fresh module's output: the base's (B, T, D)", fresh, where)
-        yield learns(fresh, gate)
+            raise Wrong("parameters", f"needed are two parameters of its own, {needed}; it has {found or 'none'}.")
+        yield from prompted(module, own, draw, where, x, positions)
         yield from frozen(attention)
-        prompt.data, gate.data = draw(*prompt.shape), draw(*gate.shape)
-        yield from opened(module, {"prompt": prompt, "gate": gate}, where, x, positions)
-        x = draw(B + 1, T, D)
-        yield Piece("the output (B, T, D)", module(x, positions), f"for another batch, of {B + 1}")
-        prompt.data = prompt.data + 1
-        yield Piece("the output (B, T, D)", module(x, positions), "after the prompt has changed")
+        yield Piece("the output (B, T, D)", module(draw(B + 1, T, D), positions), f"for another batch, of {B + 1}")
         yield from left_behind(module)
 
 
@@ -204,33 +170,16 @@ def probe_flow(answer, draw):
         if shapes != needed:
             raise Wrong("parameters", f"needed are {needed}, matrices without biases, for width {D}, num_heads {H} and "
                         f"prompt_length {K}; it has {shapes}.")  # fmt: skip
-        own = {name: own[name] for name in needed}
-        yield said(bool(own["gate"].any()), "GateAtOne")
-        yield said(bool(own["prompt"].any()), "PromptAtZero")
-        yield from drawn(own["prompt"]) if not i else ()
-        yield trains(own)
-        for name, p in own.items():
-            p.data = draw(*p.shape) * (D**-0.5 if name.startswith("c_") else 1)
-        x = draw(B, T, D)
-        yield from opened(module.eval(), own, where, x)
-        own["gate"].data = own["gate"].data * 0
-        shut = module(x)
-        yield Piece("the output at gate 0 (B, T, D)", shut, where)
-        yield learns(shut, own["gate"])
+        for name in ("c_attn", "c_proj"):
+            own[name].data = draw(*needed[name]) / D**0.5
+        yield from prompted(module, {name: own[name] for name in needed}, draw, where, draw(B, T, D))
 
-
-# ── LLaMA-Adapter V2 ────────────────────────────────────────────────────────────────────────────────────────────────
 
 SCALED_SIZES = (dict(B=2, T=5, n_in=10, n_out=7), dict(B=3, T=2, n_in=6, n_out=6), dict(B=1, T=1, n_in=3, n_out=5))
 
 
 def inputs_of_scaled(draw, B, T, n_in, n_out):
     return dict(linear=filled(nn.Linear(n_in, n_out), draw), x=draw(B, T, n_in), scale=draw(n_out), shift=draw(n_out))
-
-
-def inputs_of_merge(draw, **sizes):
-    given = inputs_of_scaled(draw, **sizes)
-    return {name: given[name] for name in ("linear", "scale", "shift")}
 
 
 def probe_norm(answer, draw):
@@ -243,11 +192,14 @@ def probe_norm(answer, draw):
         yield Piece("the fresh module's output (B, T, D)", module(x), where)
         yield from frozen(norm)
         trained = [q for q in own_of(module, norm).values() if q.requires_grad]
-        pairs = ((name, p, q) for name, p in norm.named_parameters() for q in trained)
-        own = {name: q for name, p, q in pairs if q.shape == p.shape and torch.equal(q, p)}
+        own = {name: q for name, p in norm.named_parameters() for q in trained if torch.equal(q, p)}
         needed, number = len(list(norm.parameters())), len(trained)
+        if not number and module(x).requires_grad:
+            hides = any(isinstance(value, list | tuple | dict) for n, value in vars(module).items() if n[0] != "_")
+            yield said(False, "hidden_copy" if hides else "copy_in_forward")
         name = "not_a_copy" if number else "copy_stays_frozen"
         yield said(len(own) == needed == number, name, number=number, needed=needed)
+        yield said(len(own_of(module, norm)) - number, "second_copy")
         for q in own.values():
             q.data = draw(*q.shape)
         yield from opened(module, own, where, x)
@@ -260,49 +212,32 @@ def probe_norm(answer, draw):
         yield Piece("the output with `active` True again (B, T, D)", module(x), where)
 
 
-# ── a whole model ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Louder(nn.Module):
-    """Another wrapper to try: what the attention says, times a number."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.volume = base, nn.Parameter(torch.ones(1))
-
-    def forward(self, *inputs):
-        return self.base(*inputs) * self.volume
-
-
 def probe_attach(answer, draw):
-    for L, kind in (3, lambda base: llama_adapter.AdaptedAttention(base, 3)), (1, Louder):
+    for L, gate in (3, "head"), (1, "layer"):
         config = minillama.LLaMAConfig(31, 16, 24, L, 4, 2, attention_bias=True, mlp_bias=True)
         model = filled(minillama.LLaMA(config), draw).requires_grad_(True)
         ids, inside, names, made = torch.arange(8).view(2, 4), [], dict(model.named_parameters()), []
-        attentions, logits = [layer.self_attn for layer in model.layers], model(ids).detach()
+        layers, attentions = list(model.layers), [layer.self_attn for layer in model.layers]
+        logits = model(ids).detach()
 
-        def wrap(attention, kind=kind, made=made, inside=inside):
+        def wrap(attention, gate=gate, made=made, inside=inside):
             if not isinstance(attention, Attention) and not any(attention is wrapper for wrapper in made):
                 raise Wrong("another_module", f"wrap was given {describe(attention)}; it is for a layer's self_attn.")
-            inside.append(attention), made.append(kind(attention))
+            inside.append(attention), made.append(llama_adapter.AdaptedAttention(attention, 3, gate))
             return made[-1]
 
-        try:
-            result = answer(model, wrap)
-        except Wrong as wrong:
-            if wrong.args[1].startswith("it returned nothing"):
-                raise Wrong("not_returned", "it returns nothing: end with `return model`.") from None
-            raise
+        result = answer(model, wrap)
         yield said(result is model, "not_returned")
-        found = [layer.self_attn for layer in model.layers]
+        yield said(list(model.layers) == layers, "layer_replaced")
+        found = [layer.self_attn for layer in layers]
         at = [i for i, attention in enumerate(found) if any(attention is wrapper for wrapper in made)]
         yield said(len(at), "not_every_layer" if at else "never_stored", at=at, L=L)
         yield said(len(set(map(id, found))), "shared")
         twice = any(attention is wrapper for attention in inside for wrapper in made) or len(inside) > L
         yield said(twice, "wrapped_twice")
-        around_own = [getattr(new, "base", None) is old for new, old in zip(found, attentions)]
-        yield said(sum(around_own), "another_attention")
+        yield said(sum(getattr(new, "base", None) is old for new, old in zip(found, attentions)), "another_attention")
         training = [name for name, p in names.items() if p.requires_grad]
+        yield said("requires_grad" in vars(model), "mere_attribute")
         yield said(len(training), "base_trains", names=f"{', '.join(training[:3])}{' …' * (len(training) > 3)}")
         own = [p for wrapper in made for n, p in wrapper.named_parameters() if "base." not in n]
         yield said(sum(not p.requires_grad for p in own), "frozen_after")
@@ -317,8 +252,8 @@ EXERCISES = {
     "prefix_keys_values": Exercise(
         "prefix_keys_values(attention, prompt) -> keys (G, K, d), values (G, K, d)", right_keys_values,
         catalogue(right_keys_values, TABLES["keys_values"]),
-        calls(lambda draw, K, H, G, d, D: dict(attention=attention_of(draw, H, G, d, D), prompt=draw(K, D)),
-              ("the keys (G, K, d)", "the values (G, K, d)"), KEYS_SIZES),
+        calls(some(inputs_of_prefix, "attention", "prompt"), ("the keys (G, K, d)", "the values (G, K, d)"),
+              PREFIX_SIZES, then=follows("prompt")),
     ),
     "gated_prefix_attention": Exercise(
         "gated_prefix_attention(attention, x, positions, prompt, gate) -> (B, T, D)", prefix_of(llama_adapter),
@@ -335,11 +270,13 @@ EXERCISES = {
     ),
     "adaption_prompt_layer": Exercise(
         "a class: AdaptionPromptLayer(attention, prompt_length), called as layer(x, positions) -> (B, T, D)",
-        circulating(llama_adapter), catalogue(llama_adapter, TABLES["circulated"], wrap=circulating), probe_circulating,
+        *made_of(llama_adapter, "circulated", lambda mod: partial(mod.AdaptedAttention, gate="layer", tanh=False)),
+        probe_circulating,
     ),
     "prefix_layer": Exercise(
         "a class: PrefixLayer(width, num_heads, prompt_length), called as layer(x) -> (B, T, D)",
-        flowing(llama_adapter), FLOW, probe_flow,
+        *made_of(llama_adapter, "flow", lambda mod: partial(mod.GatedPrefixAttention, gate="feature", tanh=False)),
+        probe_flow,
     ),
     "scaled_linear": Exercise(
         "scaled_linear(linear, x, scale, shift) -> (B, T, out)", scaled_by(llama_adapter_v2), SCALINGS,
@@ -348,8 +285,8 @@ EXERCISES = {
     "scaled_merge": Exercise(
         "scaled_merge(linear, scale, shift) -> weight (out, in), bias (out)", right_merge,
         MERGED + catalogue(right_merge, TABLES["merges"]),
-        calls(inputs_of_merge, ("the merged weight (out, in)", "the merged bias (out)"), SCALED_SIZES, half=False,
-              gradient=False),
+        calls(some(inputs_of_scaled, "linear", "scale", "shift"),
+              ("the merged weight (out, in)", "the merged bias (out)"), SCALED_SIZES, half=False, gradient=False),
     ),
     "trained_norm": Exercise(
         "a class: TrainedNorm(norm), a module with `active`, called as module(x) -> (B, T, D)",

@@ -60,3 +60,25 @@ def repeats(answer, *sizes):
     """Whether the first of the tensors that a start draws, or torch's random state behind it, is the same twice."""
     made = [(torch.manual_seed(seed), answer.unseeded(*sizes)[0], torch.get_rng_state()) for seed in (1, 2)]
     return any(torch.equal(one, other) for one, other in list(zip(*made))[1:])
+
+
+def some(inputs, *names):
+    """Of what another exercise is given, these."""
+    return lambda draw, **sizes: {name: value for name, value in inputs(draw, **sizes).items() if name in names}
+
+
+def follows(*names):
+    """For the `then` of `calls`: a fact, whether what is returned follows these inputs, which training changes."""
+
+    def then(answer, draw, given):
+        changed = {name: value + 1 if name in names else value for name, value in given.items()}
+        both = [answer(*values.values()) for values in (given, changed)]
+        yield stale(torch.equal(*both) if isinstance(both[0], torch.Tensor) else all(map(torch.equal, *both)))
+
+    return then
+
+
+def stale(same):
+    """A fact: whether what comes out is the same where a prompt has changed."""
+    why = "the prompt has changed, as each step of training changes it, and what comes out has not: is something kept?"
+    return fact(same, "stale", f"{why} Make it anew in each call.", "stale")

@@ -11,10 +11,12 @@ import minillama
 from ...adapters import adapter_parameters, prefix_tuning, prompt_tuning
 from ...attention import Attention, Cache, LayerCache, RoPE, embed, rotate
 from .catalogue import catalogue, tables
-from .observing import Exercise, Piece, Wrong, as_function, calls, describe, fact, filled, gradients
+from .modules import follows, some
+from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, gradients
 from .predictions import questions
+from .wording import teller, wording
 
-TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
+TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one; what is said of facts stands there too
 
 
 def prompt_of(module):
@@ -49,7 +51,8 @@ PROMPT_SIZES = [dict(zip(("B", "T", "K", "D", "past", "active"), size)) for size
     (2, 5, 3, 8, 0, True), (2, 4, 3, 8, 2, True), (3, 1, 4, 6, 1, True), (3, 2, 5, 6, 0, False), (2, 3, 2, 4, 9, True),
     (2, 3, 4, 4, 7, False), (4, 3, 2, 6, 0, True), (1, 1, 1, 5, 0, True),
 )]  # fmt: skip
-probe_prompt = calls(inputs_of_prompt, "what enters the first layer (B, S, D)", PROMPT_SIZES, float32=("prompt",))
+probe_prompt = calls(inputs_of_prompt, "what enters the first layer (B, S, D)", PROMPT_SIZES, float32=("prompt",),
+                     then=follows("prompt"))  # fmt: skip
 
 
 def right_turn_back(rope, keys):
@@ -66,10 +69,9 @@ TURNED_KEYS = calls(
 
 def probe_turn(answer, draw):
     keys = draw(2, 3, 8)
-    both = [z for z in (keys, answer(RoPE(8, 60.0), keys)) if getattr(z, "shape", None) == keys.shape]
+    both = [z for z in (keys, answer(RoPE(8, 60.0), keys)) if getattr(z, "shape", ()) == keys.shape]
     lengths = [z.unflatten(-1, (2, 4)).norm(dim=-2) for z in both]
-    why = "pairs (i, i + d/2) change their length: a rotation is (left · cos - right · sin, right · cos + left · sin)."
-    yield fact(torch.allclose(lengths[0], lengths[-1], atol=1e-4), "no_rotation", why)
+    yield said(torch.allclose(lengths[0], lengths[-1], atol=1e-4), "no_rotation")
     yield from TURNED_KEYS(answer, draw)
 
 
@@ -77,10 +79,9 @@ def layer_of(module):
     """The module's PrefixAttention as a function, kept as long as the layer stays the same (see as_function)."""
     built = as_function(lambda base, keys, values: module.PrefixAttention(base, keys.shape[1]), ("keys", "values"))
 
-    def prefix_attention(attention, x, positions, keys, values, cache=None):
-        return built(attention, x, positions, None, cache, keys, values)
-
-    return prefix_attention
+    return lambda attention, x, positions, keys, values, cache=None: built(
+        attention, x, positions, None, cache, keys, values
+    )
 
 
 LAYERS = catalogue(prefix_tuning, TABLES["layers_all"], wrap=layer_of)
@@ -94,13 +95,13 @@ def inputs_of_layer(draw, B, T, K, D, H, G, d, theta):
 
 def with_a_cache(answer, draw, given):
     attention, x, positions, keys, values = given.values()
-    out = answer(attention, x, positions, keys + 1, values - 1)
-    yield Piece("the output after the prefix has changed (B, T, D)", out)
-    (B, T, D), cache = x.shape, LayerCache()
+    (B, T, D), cache, changed = x.shape, LayerCache(), answer(attention, x, positions, keys + 1, values - 1)
+    yield Piece("the output after the prefix has changed (B, T, D)", changed)
     x = torch.cat((x, draw(B, 3, D).to(x.dtype)), 1)
     positions = torch.cat((positions, positions[-1] + torch.tensor([1, 2, 5])))  # with a gap
     for a, b, which in ((0, T, "the first tokens"), (T, T + 2, "two more tokens"), (T + 2, T + 3, "one more token")):
         out = answer(attention, x[:, a:b], positions[a:b], keys, values, cache)
+        yield said(b if cache.k is None else cache.k.shape[2], "PrefixInTheCacheOnce", f"cached after {which}")
         yield Piece(f"the output for {which} with a cache (B, T, D)", out)
 
 
@@ -110,19 +111,17 @@ probe_layer = calls(inputs_of_layer, "the output (B, T, D)", (
 ), ("keys", "values"), once=tuple(f"attention.{name}_proj" for name in "qkvo"), then=with_a_cache)  # fmt: skip
 
 
-def right_share(q, k, prefix_keys):
+def right_split(q, k, v, prefix_keys, prefix_values):
     scale, T, K = q.shape[-1] ** 0.5, q.shape[2], prefix_keys.shape[1]
     on_prefix, on_tokens = q @ prefix_keys.mT / scale, q @ k.mT / scale
     on_tokens = on_tokens.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
-    return torch.cat((on_prefix, on_tokens), -1).softmax(-1)[..., :K].sum(-1)
-
-
-def right_split(q, k, v, prefix_keys, prefix_values):
-    scale, T = q.shape[-1] ** 0.5, q.shape[2]
-    on_prefix, on_tokens = q @ prefix_keys.mT / scale, q @ k.mT / scale
-    on_tokens = on_tokens.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
-    share = torch.sigmoid(on_prefix.logsumexp(-1) - on_tokens.logsumexp(-1))
+    share = torch.cat((on_prefix, on_tokens), -1).softmax(-1)[..., :K].sum(-1)
     return share, on_tokens.softmax(-1) @ v, on_prefix.softmax(-1) @ prefix_values
+
+
+def share_of(split):
+    """The share that comes out of a function like right_split, for what it is made of."""
+    return lambda q, k, prefix_keys: split(q, k, k, prefix_keys, prefix_keys)[0]
 
 
 def whole_gradient(answer, draw, given):
@@ -131,28 +130,33 @@ def whole_gradient(answer, draw, given):
     whole = torch.cat([z.flatten() for z in answer(*given.values())])
     for name, found in zip(given, gradients(whole, *given.values())):
         yield Piece(f"the gradient with respect to {name}", found, kind="gradient", of=name)
+    yield from large_scores(answer, draw, given)
 
 
 def large_scores(answer, draw, given):
-    q, k, prefix_keys = (z.detach() for z in given.values())
-    yield Piece("the share where all scores lie hundreds below 0 (B, H, T)", answer(q + 8, k - 8, prefix_keys - 8))
-    yield Piece("the share where all scores are hundreds (B, H, T)", answer(q + 8, k + 8, prefix_keys + 8))
+    given = {name: z.detach() + 8 * (name == "q") for name, z in given.items()}
+    k, prefix_keys = given["k"], given["prefix_keys"]
     last = torch.arange(k.shape[2])[:, None] == k.shape[2] - 1
-    what = "the share where the last token's score is hundreds, and the others lie hundreds below (B, H, T)"
-    yield Piece(what, answer(q + 8, torch.where(last, k + 8, k - 8), prefix_keys - 8))
+    for where, keys, before in (
+        ("all scores lie hundreds below 0", k - 8, prefix_keys - 8),
+        ("all scores are hundreds", k + 8, prefix_keys + 8),
+        ("the last token's score is hundreds, and the others lie hundreds below",
+         torch.where(last, k + 8, k - 8), prefix_keys - 8),
+    ):  # fmt: skip
+        found = answer(*(given | dict(k=keys, prefix_keys=before)).values())
+        yield Piece(f"the share where {where} (B, H, T)", found[0] if "v" in given else found)
 
 
+def inputs_of_heads(draw, B, T, K, H, d):
+    names = "q", "k", "v", "prefix_keys", "prefix_values"
+    return dict(zip(names, (*draw(3, B, H, T, d), *draw(2, H, K, d))))
+
+
+PARTS = "the share (B, H, T)", "the tokens' part (B, H, T, d)", "the prefix's part (B, H, T, d)"
 HEADS_SIZES = dict(B=2, T=5, K=3, H=4, d=8), dict(B=3, T=2, K=5, H=1, d=4), dict(B=1, T=1, K=1, H=2, d=6)
-probe_share = calls(
-    lambda draw, B, T, K, H, d: dict(q=draw(B, H, T, d), k=draw(B, H, T, d), prefix_keys=draw(H, K, d)),
-    "the share (B, H, T)", HEADS_SIZES, half=False, then=large_scores,
-)  # fmt: skip
-probe_split = calls(
-    lambda draw, B, T, K, H, d: dict(zip(("q", "k", "v", "prefix_keys", "prefix_values"),
-                                         (*draw(3, B, H, T, d), *draw(2, H, K, d)))),
-    ("the share (B, H, T)", "the tokens' part (B, H, T, d)", "the prefix's part (B, H, T, d)"),
-    HEADS_SIZES, half=False, gradient=False, then=whole_gradient,
-)  # fmt: skip
+probe_share = calls(some(inputs_of_heads, "q", "k", "prefix_keys"), PARTS[0], HEADS_SIZES, half=False,
+                    then=large_scores)  # fmt: skip
+probe_split = calls(inputs_of_heads, PARTS, HEADS_SIZES, half=False, gradient=False, then=whole_gradient)
 
 
 def right_step(model, optimizer, ids, labels):
@@ -164,18 +168,19 @@ def right_step(model, optimizer, ids, labels):
 
 
 STEPS = catalogue(right_step, TABLES["steps"])
-SAID = {mistake.name: mistake.sentence for mistake in STEPS} | {
-    "left_in_eval_mode": "the model is left in eval mode; leave the mode as it is",
-    "frozen_moved": "frozen weights of the base have moved",
-    "adapter_frozen": "the adapter's own numbers no longer train",
-}  # fmt: skip
+said = teller(wording(__file__)["said"], (*LAYERS, *STEPS))
 
 
 def watched(model, optimizer, own):
     """A count of what happens from now on: rows read, calls in eval mode, gradients, steps, and steps before any."""
-    seen = Counter()
-    next(iter(own.values())).register_hook(lambda gradient: seen.update(backward=1))
-    optimizer.register_step_post_hook(lambda *_: seen.update(steps=1, early=not seen["backward"]))
+    seen, first = Counter(), next(iter(own.values()))
+    first.register_hook(lambda gradient: seen.update(backward=1, gradient=gradient.clone()))
+
+    def stepped(*_):
+        changed = first.grad is None or bool((first.grad - seen["gradient"]).abs().max() > 1e-5)
+        seen.update(steps=1, early=not seen["backward"], changed=changed)
+
+    optimizer.register_step_post_hook(stepped)
     model.layers[0].register_forward_pre_hook(lambda layer, x: seen.update(rows=len(x[0]), eval=not layer.training))
     return seen
 
@@ -186,6 +191,7 @@ def probe_step(answer, draw):
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(draw(*p.shape) / p.shape[-1] ** 0.5 + (p.dim() == 1))
+                p.grad = draw(*p.shape) if p.requires_grad else None  # left there by whatever came before
         own = adapter_parameters(model)
         base = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
         if method == "llama_adapter":
@@ -209,9 +215,10 @@ def probe_step(answer, draw):
                 "adapter_frozen": not all(p.requires_grad for p in own.values()),
                 "backward_forgotten": not seen["backward"], "step_forgotten": not seen["steps"],
                 "two_steps": seen["steps"] > 1, "step_before_backward": seen["early"] > 0,
+                "gradients_changed": seen["changed"] > 0,
             }.items():  # fmt: skip
-                yield fact(value, name, f"{SAID[name]}.", f"{name} in step {step}")
-            why = "the model runs twice on the same rows in one step; one pass gives the loss and its gradients."
+                yield said(value, name, f"{name} in step {step}")
+            why = said.sentences["run_twice"]
             yield Piece("rows", torch.tensor(seen["rows"]), kind="count", mistake="run_twice", why=why)
             yield Piece(f"the loss of step {step}", torch.tensor(float(loss.detach() if tensor else loss)))
             yield from (Piece(f"{name} after step {step}", p) for name, p in own.items())
@@ -219,7 +226,7 @@ def probe_step(answer, draw):
 
 def zero_share(n):
     """What 5 zero keys take of the softmax of a token that sees n tokens, itself among them, each with score 0."""
-    return lambda: right_share(*torch.zeros(2, 1, 1, n, 8), torch.zeros(1, 5, 8))[0, 0, -1].item()
+    return lambda: share_of(right_split)(*torch.zeros(2, 1, 1, n, 8), torch.zeros(1, 5, 8))[0, 0, -1].item()
 
 
 def zero_prefix_makes():
@@ -262,14 +269,12 @@ EXERCISES = {
         layer_of(prefix_tuning), LAYERS, probe_layer,
     ),
     **questions(
-        share_of_ten=zero_share(10),
-        share_of_the_first=zero_share(1),
-        longer_zero_prefix=zero_prefix_makes,
+        share_of_ten=zero_share(10), share_of_the_first=zero_share(1), longer_zero_prefix=zero_prefix_makes,
         tokens_after_zeros=tokens_after_zeros,
     ),
     "prefix_share": Exercise(
-        "prefix_share(q, k, prefix_keys) -> (B, H, T)", right_share, catalogue(right_share, TABLES["shares_all"]),
-        probe_share,
+        "prefix_share(q, k, prefix_keys) -> (B, H, T)", share_of(right_split),
+        catalogue(right_split, TABLES["shares_all"], wrap=share_of), probe_share,
     ),
     "training_step": Exercise(
         "training_step(model, optimizer, ids, labels) -> the loss as a float", right_step, STEPS, probe_step,
