@@ -155,7 +155,7 @@ def probe_circulating(answer, draw):
         if len(found) != 2 or len(own) != 2 or own["gate"].numel() != 1:
             needed = f"a prompt of shape ({K}, {D}) for prompt_length {K} and width {D}, and a gate of one number"
             raise Wrong("parameters", f"needed are two parameters of its own, {needed}; it has {found or 'none'}.")
-        yield from prompted(module, own, draw, where, x, positions)
+        yield from prompted(module, {name: own[name] for name in ("prompt", "gate")}, draw, where, x, positions)
         yield from frozen(attention)
         yield Piece("the output (B, T, D)", module(draw(B + 1, T, D), positions), f"for another batch, of {B + 1}")
         yield from left_behind(module)
