@@ -10,11 +10,11 @@ from ...llama import Layer, LLaMAConfig
 from .catalogue import catalogue, tables
 from .judging import close, other
 from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, named
-from .predictions import moved
-from .wording import question, teller, wording
+from .predictions import moved, questions
+from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)  # there too: what is said of facts and predictions
+SAYS = wording(__file__)  # there too: what is said of facts
 
 OUT = "the output (B, T, D)"
 TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -239,7 +239,6 @@ SIZES = (dict(B=2, T=5, D=10, m=4), dict(B=3, T=2, D=6, m=6), dict(B=1, T=1, D=5
 SCALED = [dict(size, scale=scale) for size, scale in zip(SIZES, (5.5, -1.5, 0.0))]
 LAYERS = (dict(positions=[3, 4, 6, 9, 14], B=2, D=24, H=4, G=2), dict(positions=[0, 5], B=3, D=12, H=3, G=3),
           dict(positions=[7], B=1, D=16, H=2, G=1))  # fmt: skip
-NAMES = tuple(name.replace("_", ".") for name in TENSORS)
 
 
 def learned(steps, prepare=None):
@@ -261,10 +260,10 @@ EXERCISES = {
         "bottleneck_start(D, m) -> down_weight (m, D), down_bias (m), up_weight (D, m), up_bias (D)", right_start,
         START, probe_start,
     ),
-    "bottleneck_moves_first": question(learned(1), SAYS["bottleneck_moves_first"], NAMES),
-    "bottleneck_moves_second": question(learned(2), SAYS["bottleneck_moves_second"], NAMES),
-    "bottleneck_all_zero": question(
-        learned(20, lambda own: [p.zero_() for p in own.values()]), SAYS["bottleneck_all_zero"], NAMES
+    **questions(
+        bottleneck_moves_first=learned(1),
+        bottleneck_moves_second=learned(2),
+        bottleneck_all_zero=learned(20, lambda own: [p.zero_() for p in own.values()]),
     ),
     "adapted_sublayer": Exercise(
         "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", behind(bottleneck), BEHIND,

@@ -82,7 +82,7 @@ def sections(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             rows = found[line[3:]] = []
-        elif line.startswith("| "):
+        elif " | " in line:
             rows.append(line.removeprefix("| ").removesuffix(" |").split(" | "))
     return {title: rows[1:] for title, rows in found.items()}  # without the tables' heads
 
@@ -92,6 +92,7 @@ def tables(topic):
     return {
         title: tuple((name, edits_of(old), edits_of(new), plain(sentence)) for name, old, new, sentence in rows)
         for title, rows in sections(Path(topic).with_suffix(".md")).items()
+        if title != "said"  # wording.py
     }
 
 

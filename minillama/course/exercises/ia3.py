@@ -16,10 +16,11 @@ from ...llama import Layer, LLaMA, LLaMAConfig
 from .catalogue import catalogue, tables
 from .modules import merged, started, trained_numbers
 from .observing import Exercise, Wrong, called, calls, describe, fact, filled, in_bfloat16
-from .wording import question, teller, wording
+from .predictions import questions
+from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)  # there too: what is said of facts and predictions
+SAYS = wording(__file__)  # there too: what is said of facts
 
 # ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
 
@@ -190,7 +191,7 @@ def moved_to_queries(model_class, paired=False):
     return truth
 
 
-SAME, SMOLLM2 = ("the same", "different"), LLaMAConfig(49152, 960, 2560, 32, 15, 5)  # of 360M parameters
+SMOLLM2 = LLaMAConfig(49152, 960, 2560, 32, 15, 5)  # of 360M parameters
 EXERCISES = {
     "ia3_linear": Exercise(
         'ia3_linear(linear, x, scale, side) -> (B, T, out), side "output" or "input"', right_linear,
@@ -215,8 +216,10 @@ EXERCISES = {
         on_both_sides(inputs_of_mixed, "the output (B, T, out)",
         sizes("B T N in out", (4, 4, 5, 6, 6), (7, 2, 6, 10, 7), (1, 1, 3, 5, 8))),
     ),
-    "ia3_queries_gpt2": question(moved_to_queries((GPT2, GPT2Config)), SAYS["ia3_queries_gpt2"], SAME),
-    "ia3_queries_llama": question(moved_to_queries((LLaMA, LLaMAConfig)), SAYS["ia3_queries_llama"], SAME),
-    "ia3_queries_paired": question(moved_to_queries((LLaMA, LLaMAConfig), True), SAYS["ia3_queries_paired"], SAME),
-    "ia3_parameters": question(lambda: trained_numbers(SMOLLM2, "ia3"), SAYS["ia3_parameters"]),
+    **questions(
+        ia3_queries_gpt2=moved_to_queries((GPT2, GPT2Config)),
+        ia3_queries_llama=moved_to_queries((LLaMA, LLaMAConfig)),
+        ia3_queries_paired=moved_to_queries((LLaMA, LLaMAConfig), True),
+        ia3_parameters=lambda: trained_numbers(SMOLLM2, "ia3"),
+    ),
 }  # fmt: skip

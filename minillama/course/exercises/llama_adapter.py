@@ -13,11 +13,11 @@ from ...llama import RMSNorm
 from .catalogue import catalogue, tables
 from .modules import follows, merged, opened, own_of, reached, repeats, some, stale, started, trains
 from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, frozen, left_behind, named
-from .predictions import moved
-from .wording import question, teller, wording
+from .predictions import moved, questions
+from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)  # there too: what is said of facts and predictions
+SAYS = wording(__file__)  # there too: what is said of facts
 
 
 def made_of(module, table, wrap):
@@ -263,8 +263,10 @@ EXERCISES = {
         "initial_values(K, D, H) -> prompt (K, D), gate (H, 1, 1)", start_of(llama_adapter),
         STARTS, probe_start,
     ),
-    "moves_first": question(moved("llama_adapter", prompt_length=3, steps=1), SAYS["moves_first"]),
-    "moves_second": question(moved("llama_adapter", prompt_length=3, steps=2), SAYS["moves_second"]),
+    **questions(
+        moves_first=moved("llama_adapter", prompt_length=3, steps=1),
+        moves_second=moved("llama_adapter", prompt_length=3, steps=2),
+    ),
     "attach_adapters": Exercise(
         "attach_adapters(model, wrap) -> the model", right_attach, ATTACH, probe_attach, changes=(0,)
     ),

@@ -11,11 +11,11 @@ from .catalogue import catalogue, tables
 from .judging import close
 from .modules import merged, opened, reached, repeats, started, trained_numbers, trains
 from .observing import Exercise, Piece, Wrong, calls, describe, filled, floating, named
-from .predictions import moved
-from .wording import question, teller, wording
+from .predictions import moved, questions
+from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)  # there too: what is said of facts and predictions
+SAYS = wording(__file__)  # there too: what is said of facts
 
 # ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
 
@@ -341,11 +341,13 @@ EXERCISES = {
     "lora_start": Exercise(
         "lora_start(in_features, out_features, rank) -> A (r, in), B (out, r)", start_of(lora), STARTS, probe_start,
     ),
-    "lora_moves_first": question(moved("lora", rank=2, steps=1), SAYS["lora_moves_first"]),
-    "lora_moves_second": question(moved("lora", rank=2, steps=2), SAYS["lora_moves_second"]),
-    "lora_parameters": question(lambda: trained_numbers(LLaMAConfig(), "lora", rank=8), SAYS["lora_parameters"]),
-    "lora_rank": question(lambda: rank_of(1), SAYS["lora_rank"]),
-    "lora_rank_of_two": question(lambda: rank_of(2), SAYS["lora_rank_of_two"]),
+    **questions(
+        lora_moves_first=moved("lora", rank=2, steps=1),
+        lora_moves_second=moved("lora", rank=2, steps=2),
+        lora_parameters=lambda: trained_numbers(LLaMAConfig(), "lora", rank=8),
+        lora_rank=lambda: rank_of(1),
+        lora_rank_of_two=lambda: rank_of(2),
+    ),
     "lora_linear": Exercise(
         "lora_linear(linear, x, A, B, alpha) -> (B, T, out)", path_of(lora), PATHS,
         with_factor(calls(inputs_of_path, "the output (B, T, out)", [a | b for a, b in zip(TOKENS, SIZES)], ("A", "B")),

@@ -1,4 +1,5 @@
-"""Predictions: what will happen, asked before it is run. What is said to each answer stands in questions.md."""
+"""Predictions: what will happen, asked before it is run. What is said to each answer stands in questions.md, for all
+topics."""
 
 import contextlib
 import functools

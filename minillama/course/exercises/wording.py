@@ -1,28 +1,15 @@
-"""What a topic says, in the Markdown file beside its module, so that the module is code alone.
-
-The section "said" has a sentence for each fact by its mistake's name, that of a prediction the rows "why" and "nudge"
-and one for each wrong answer that is foreseen, written as a student writes it: `{"A", "B"}`, `"the same"`, `32 * 640`.
-These tables have no bar at either end of a line, unlike those of the mistakes (catalogue.py).
-"""
+"""What a topic says of facts: a sentence for each mistake's name, in the section "said" of the Markdown file beside its
+module, so that the module is code alone."""
 
 from pathlib import Path
 
+from .catalogue import sections
 from .observing import fact
-from .predictions import Question
 
 
 def wording(topic):
-    """{section: {name or answer: sentence}} of the Markdown file beside a topic's module."""
-    sections = {}
-    for line in Path(topic).with_suffix(".md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
-            rows = sections[line[3:]] = {}
-        elif line == "---|---":
-            rows.clear()  # of the table's head
-        elif " | " in line and not line.startswith("|"):
-            name, sentence = line.split(" | ")
-            rows[name.strip("`")] = sentence
-    return sections
+    """{"said": {name: sentence}} of the Markdown file beside a topic's module."""
+    return {"said": dict(sections(Path(topic).with_suffix(".md"))["said"])}
 
 
 def teller(said, mistakes=()):
@@ -37,13 +24,3 @@ def teller(said, mistakes=()):
 
     tell.sentences = sentences
     return tell
-
-
-def question(truth, said, choices=()):
-    """A Question with the sentences of its section."""
-    wrong = {}
-    for answer, sentence in said.items():
-        if answer not in ("why", "nudge"):
-            value = eval(answer)
-            wrong[frozenset(value) if isinstance(value, set) else value] = sentence
-    return Question(truth, said["why"], wrong, choices, said["nudge"])
