@@ -95,8 +95,7 @@ def start_in_one_buffer(D, m):
     return down.view(m, D), zeros[0], zeros[1].view(m, D).T, zeros[2]
 
 
-def start_by_seed(D, m):
-    torch.manual_seed(0)
+def start_turned(D, m):
     return torch.randn(D, m).T.div(D**0.5), torch.zeros(m), torch.zeros(D, m), torch.zeros(D)
 
 
@@ -255,7 +254,7 @@ ALTERNATIVES = {
         start_orthogonal,
         start_of_coins,
         start_in_one_buffer,
-        start_by_seed,
+        start_turned,
     ],
     "adapted_sublayer": [
         sequential_in_another_order,

@@ -9,6 +9,7 @@ from ...attention import RoPE
 from ...llama import Layer, LLaMAConfig
 from .catalogue import catalogue, tables
 from .judging import close, other
+from .modules import repeats
 from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, named
 from .predictions import moved, questions
 from .wording import teller, wording
@@ -44,7 +45,7 @@ def beside(module):
 # ── what an answer is the sum of ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def as_sum(value, terms, needed, right=None):
+def as_sum(value, terms, needed, right=None, given=""):
     """A fact: of which terms {name: tensor} an answer is the sum, to be held against the factors needed; those are
     given where it is no sum of them, for the usual probe to judge."""
     terms = {name: term for name, term in terms.items() if term.any()}
@@ -56,7 +57,8 @@ def as_sum(value, terms, needed, right=None):
         if (columns @ solved - value).abs().max() < 1e-4 * value.abs().max() + 1e-9:
             found = dict(zip(terms, solved.round(decimals=2).tolist()))
     parts = [name if f == 1 else f"{f:g} · {name}" for name, f in found.items() if f]
-    why = f"what it returns is {' + '.join(parts) or '0'}: hold that against the equation, term by term."
+    total = " + ".join(parts).replace("+ -", "− ") or "0"
+    why = f"{given}what it returns is {total}: hold that against the equation, term by term."
     found = [found.get(name, 0.0) + 0.0 for name in (*needed, *(term for term in terms if term not in needed))]
     return fact(torch.tensor(found), "sum", why, "the factors of its terms")
 
@@ -70,7 +72,8 @@ def around(inputs, sizes, once, terms, needed, right):
         wanted = right(*given.values()).detach().double()
         with outputs(given, [name for name in (*once, "first", "second") if name.partition(".")[0] in given]) as seen:
             out = answer(*given.values())
-        yield as_sum(out, terms(given, seen), {name: given.get(n, n) for name, n in needed.items()}, wanted)
+        at = f"for scale = {given['scale']} " if "scale" in given else ""
+        yield as_sum(out, terms(given, seen), {name: given.get(n, n) for name, n in needed.items()}, wanted, at)
         so_far = isinstance(out, torch.Tensor) and close(out.detach().double(), wanted)
         for name in [name for name in ("x", "scale") if name in given]:
             again = so_far and torch.equal(out, answer(*(given | {name: other(given[name])}).values()))
@@ -168,12 +171,14 @@ def probe_start(answer, draw):
         size, rank = down.std(), torch.linalg.matrix_rank(down, rtol=1e-5)
         yield said((down == 0).all(1).any(), "unit_at_zero")
         yield said(len(down.unique(dim=0)) < m, "units_alike")
+        yield said(len(down.unique()) > D / 2 and len(down.sort(1).values.unique(dim=0)) < m, "units_reordered")
         yield said((down == 0).double().mean() > 0.5, "mostly_zero")
         yield said((down == down[:, :1]).all(), "features_alike")
         yield said(rank < m, "low_rank")
         yield said(abs(down.mean()) > 0.4 * size, "not_centred")
         yield said(not size < 0.115, "down_too_large")
         yield said(not size > 0.0008, "down_too_small")
+        yield said(repeats(answer, D, m), "same_start")
 
 
 # ── in a block, and how many numbers train ────────────────────────────────────────────────────────────────────────────
@@ -193,7 +198,7 @@ def parameters(D, m, L, places):
 
 
 def probe_parameters(answer, draw):
-    sizes = torch.randint(2, 10, (40, 4), generator=torch.Generator().manual_seed(0))
+    sizes = torch.randint(1, 10, (40, 4), generator=torch.Generator().manual_seed(0))
     D, m, L, places = sizes.double().T
     terms = {"m·D": m * D, "D": D, "m": m, "1": D * 0 + 1, "D·D": D * D}
     often = {"L·places·": L * places, "L·": L, "places·": places, "": D * 0 + 1, "places·places·": places**2}
@@ -236,7 +241,7 @@ def inputs_of_layer(draw, positions, B, D, H, G):
 
 
 SIZES = (dict(B=2, T=5, D=10, m=4), dict(B=3, T=2, D=6, m=6), dict(B=1, T=1, D=5, m=1))
-SCALED = [dict(size, scale=scale) for size, scale in zip(SIZES, (5.5, -1.5, 0.0))]
+SCALED = [dict(size, scale=scale) for size, scale in zip(SIZES, (5.5, -1.37, 0.0))]
 LAYERS = (dict(positions=[3, 4, 6, 9, 14], B=2, D=24, H=4, G=2), dict(positions=[0, 5], B=3, D=12, H=3, G=3),
           dict(positions=[7], B=1, D=16, H=2, G=1))  # fmt: skip
 

@@ -10,7 +10,7 @@ from ...llama import LLaMAConfig
 from .catalogue import catalogue, tables
 from .judging import close
 from .modules import merged, opened, reached, repeats, started, trained_numbers, trains
-from .observing import Exercise, Piece, Wrong, calls, describe, filled, floating, named
+from .observing import Exercise, Piece, Wrong, calls, describe, filled, floating, gradients, named
 from .predictions import moved, questions
 from .wording import teller, wording
 
@@ -59,10 +59,12 @@ def begun(A, B, n_in, n_out, r):
             raise Wrong(name, f"{what} is {describe(value)}; {needed}.")
         right = value.dtype == torch.float32
         yield said(right, "start_dtype", f"whether {what} is float32", which=what, value=describe(value))
+        yield said(0 in value.stride(), "expanded", f"whether {what} is expanded", which=what)
     zero = [not A.any(), not B.any()]
     name = "BothZero" if all(zero) else "WrongOneZero" if zero[0] else "BothRandom"
     yield said(zero[0] + 2 * zero[1], name, "which of the two is 0")
     yield said(len(torch.unique(A.detach(), dim=0)) < r, "equal_rows")
+    yield said(not zero[0] and bool((A == 0).double().mean() > 0.5), "mostly_zero")
     rank = int(torch.linalg.matrix_rank(A.detach().double(), rtol=1e-4))
     yield said(rank, "low_rank", rank=rank, r=r)
 
@@ -103,6 +105,27 @@ def steady(function, unseeded, x, dropout):
     yield said(not close(at[2] - at[0], -2 * (at[1] - at[0])), "activated")
 
 
+def at_first(function, given, square, wrong=(), otherwise=None):
+    """What the function returns for what is given. Where it stops, but not for square matrices, Wrong by the name of
+    what it returns there, of `wrong`, pairs (name, value)."""
+    try:
+        return function(*given.values())
+    except Exception as error:
+        name = None
+        with contextlib.suppress(Exception):
+            found = function(*square.values())
+            name = next((name for name, value in wrong if close(found, value)), otherwise)
+        raise (Wrong(name, said.sentences[name]) if name and not isinstance(error, Wrong) else error) from None
+
+
+def turned_in_square(draw):
+    """For lora_linear: square inputs, and what comes out where A and B change places or are not transposed."""
+    of = inputs_of_path(draw, 4, 4, 4, 4.0, B=2, T=3)
+    x, A, B, base = of["x"], of["A"], of["B"], of["linear"](of["x"])
+    exchanged = ("exchanged", base + x @ B @ A), ("exchanged", base + x @ B.T @ A.T)
+    return of, (*exchanged, *(("untransposed", base + x @ z) for z in (A @ B, A @ B.T, A.T @ B)))
+
+
 def with_factor(probe, base, product):
     """The probe, and before it what B A is multiplied by: the result should be base(given) + α / r · product(given)."""
 
@@ -110,7 +133,8 @@ def with_factor(probe, base, product):
         given = probe.inputs(draw)
         A, B, alpha, r = given["A"], given["B"], given["alpha"], len(given["A"])
         with torch.no_grad():
-            result, plain = answer(*given.values()), base(given)
+            square = turned_in_square(draw) if "x" in given else (given,)
+            result, plain = at_first(answer, given, *square), base(given)
             if not floating(result) or result.shape != plain.shape:
                 why = f"needed is a tensor of shape {tuple(plain.shape)}; it is {describe(result)}."
                 raise Wrong("shape" if floating(result) else "no_tensor", why)
@@ -132,6 +156,25 @@ def with_factor(probe, base, product):
 
     longer.inputs = probe.inputs
     return longer
+
+
+def further_calls(answer, draw):
+    """Facts of lora_linear: without a bias, where x asks for no gradient, and after a step that changes A in place."""
+    linear, x, A, B = filled(nn.Linear(6, 4, bias=False), draw), draw(2, 3, 6), draw(3, 6), draw(4, 3)
+    with_bias = filled(nn.Linear(6, 4), draw)
+    answer(with_bias, x, A, B, 3.0)
+    try:
+        out = answer(linear, x, A.requires_grad_(), B.requires_grad_(), 3.0)
+    except Exception as error:
+        raise Wrong("needs_a_bias", f"{said.sentences['needs_a_bias']} It stopped with {error!r}.") from None
+    yield said(close(out, linear(x) + x @ A.T @ B.T), "needs_a_bias")
+    yield said(not all(z.any() for z in gradients(out, A, B)), "learns_with_x_alone")
+    for dtype in (torch.float32, torch.bfloat16):
+        linear, x = linear.to(dtype), x.to(dtype)
+        for _ in range(2):
+            out = answer(linear, x, A, B, 3.0)
+            yield said(close(out, linear(x) + x @ A.to(dtype).T @ B.to(dtype).T), "stale_path", f"{dtype}")
+            A.data *= -2
 
 
 # ── the path and the merges ───────────────────────────────────────────────────────────────────────────────────────────
@@ -173,7 +216,7 @@ def rows_of_change(result, n_in, n_out, r):
     if found != [(2 * r, n_in), (3 * n_out, 2 * r)]:
         known = {(3 * n_out, r): "not_as_wide", (2 * r, 3 * n_out): "turned_round",
                  (2 * n_out, 2 * r): "no_rows_for_keys", (2 * r, n_in): "exchanged"}  # fmt: skip
-        name = known.get(found[1], "shape")
+        name = "side_by_side" if found[0] == (r, 2 * n_in) else known.get(found[1], "shape")
         if floating(A) and found == [(len(A), n_in), (3 * n_out, len(A))]:
             name = "another_rank"
         why = SAYS["said"].get(name, "")
@@ -196,8 +239,12 @@ def probe_fused(answer, draw):
         return rows_of_change(answer(A_q, B_q, A_v, B_v, alpha), A_q.shape[1], *B_q.shape)
 
     given = inputs_of_fused(draw, 10, 6, 3, 5.0)
-    query, key, value = changes(**given)
+    square = inputs_of_fused(draw, 4, 4, 2, 5.0)
+    query, key, value = at_first(changes, given, square, otherwise="in_is_out")
+    rows = torch.cat((query, key, value))
+    yield said(bool(rows.any() and not rows[1::3].any()), "interleaved")
     yield said(bool(key.any()), "keys_changed")
+    yield said(bool(query.any() and not value.any()), "no_value")
     yield from multiplied(query, given["B_q"] @ given["A_q"], 5.0, 3, "in the query's rows ")
     yield from multiplied(value, given["B_v"] @ given["A_v"], 5.0, 3, "in the value's rows ")
     yield from calls(inputs_of_fused, ROWS, SIZES, half=False)(changes, draw)
@@ -240,6 +287,13 @@ def probe_layer(answer, draw):
     for sizes in ((2, 5), 10, 7, 3, 5.0), ((3, 2), 6, 6, 4, 3.0), ((1, 1), 5, 8, 1, 0.5):
         yield from facts_of_layer(answer, draw, *sizes)
 
+    def start(make):
+        return lambda n_in, n_out, r: tuple(getattr(make(nn.Linear(n_in, n_out), r, 1.0), name) for name in ("A", "B"))
+
+    begin = start(answer)
+    begin.unseeded = start(answer.unseeded)
+    yield from probe_start(begin, draw)
+
 
 def facts_of_layer(answer, draw, tokens, n_in, n_out, r, alpha):
     """One after another, in the order in which they are to be mended."""
@@ -253,8 +307,8 @@ def facts_of_layer(answer, draw, tokens, n_in, n_out, r, alpha):
 
     def only_path_trains(name="BaseStillTrains"):
         yield trains({"A": layer.A, "B": layer.B})
-        more = {p.shape for own, p in layer.named_parameters() if p.requires_grad and own not in ("A", "B")}
-        yield said(bool(more & {before.shape, before.shape[:1]}), name)
+        more = [p for own, p in layer.named_parameters() if p.requires_grad and own not in ("A", "B")]
+        yield said(any(p is linear.weight or p is linear.bias for p in more), name)
         yield said(len(more), "third_trains")
 
     def seen(when):
@@ -298,6 +352,8 @@ def facts_of_layer(answer, draw, tokens, n_in, n_out, r, alpha):
     yield Piece("the output after merge() (B, T, out)", folded)
     yield from only_path_trains("merged_trains")
     yield said(close(output(2), folded), "still_a_path")
+    yield said(close(layer.train()(x).detach(), folded), "path_in_training")
+    layer.eval()
     for name in ("KeptIsNoCopy", "CopyOverwritten"):
         layer.unmerge()
         again = layer(x).detach()
@@ -350,7 +406,8 @@ EXERCISES = {
     ),
     "lora_linear": Exercise(
         "lora_linear(linear, x, A, B, alpha) -> (B, T, out)", path_of(lora), PATHS,
-        with_factor(calls(inputs_of_path, "the output (B, T, out)", [a | b for a, b in zip(TOKENS, SIZES)], ("A", "B")),
+        with_factor(calls(inputs_of_path, "the output (B, T, out)", [a | b for a, b in zip(TOKENS, SIZES)], ("A", "B"),
+                          last=further_calls),
                     lambda of: of["linear"](of["x"]), lambda of: of["x"] @ of["A"].T @ of["B"].T),
     ),
     "lora_merge": Exercise(

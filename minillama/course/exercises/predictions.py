@@ -6,6 +6,8 @@ import functools
 import math
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -115,7 +117,7 @@ def in_form(question, truth, answer):
         if kind is int and isinstance(given, float) and given.is_integer():
             given = int(given)
         needed, yours = f"a {'whole ' * (kind is int)}number", f"{yours}, {describe(answer)}"
-        fits = isinstance(given, kind) and not isinstance(given, bool)
+        fits = isinstance(given, kind) and not isinstance(given, bool) and math.isfinite(given)
     if not fits:
         raise Wrong("form", f"the answer is {needed}; yours is {yours}.")
     return given
@@ -136,6 +138,8 @@ def as_number(answer):
     with contextlib.suppress(ValueError, RuntimeError, TypeError):
         if hasattr(answer, "item") and getattr(answer, "size", 0) != 0:
             return answer.item()
+        if isinstance(answer, Fraction | Decimal):
+            return float(answer)
         if isinstance(answer, str):
             return float(answer.replace(",", "").replace("_", ""))
     return answer
