@@ -57,7 +57,7 @@ def merge_row_by_row(linear, scale, side):
     if side == "output":
         weight = torch.stack([row * number for row, number in zip(linear.weight, scale)])
         return weight, torch.stack([b * number for b, number in zip(linear.bias, scale)])
-    return torch.stack([row * scale for row in linear.weight]), linear.bias
+    return torch.stack([row * scale for row in linear.weight]), linear.bias.clone()
 
 
 def layer_by_hand(layer, x, positions, l_k, l_v, l_ff):
@@ -176,7 +176,7 @@ def merge_by_einsum(linear, scale, side):
 
 def merge_by_transposing(linear, scale, side):
     if side == "input":
-        return torch.nn.Parameter(linear.weight.mul(scale)), linear.bias
+        return torch.nn.Parameter(linear.weight.mul(scale)), linear.bias.clone()
     return (linear.weight.T * scale).T.contiguous(), torch.stack([linear.bias, scale]).prod(0)
 
 

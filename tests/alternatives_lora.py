@@ -134,7 +134,7 @@ class WeightNeverTouched(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.base, self.alpha, self.merged = linear.requires_grad_(False), alpha, False
-        self.A = nn.Parameter(torch.rand(rank, linear.in_features) - 0.5)
+        self.A = nn.Parameter((2 * torch.rand(rank, linear.in_features) - 1) / linear.in_features**0.5)
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def weight(self):
@@ -155,7 +155,7 @@ class CopyOfTheBase(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight.detach(), linear.bias.detach()
         linear.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(rank, linear.in_features))
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / (3 * linear.in_features) ** 0.5)
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
         self.scale, self.folded = alpha / rank, None
 

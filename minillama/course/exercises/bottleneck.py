@@ -15,7 +15,6 @@ from .predictions import moved, questions
 from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)  # there too: what is said of facts
 
 OUT = "the output (B, T, D)"
 TENSORS = ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -70,7 +69,12 @@ def around(inputs, sizes, once, terms, needed, right):
     def probe(answer, draw):
         given = inputs(draw, **sizes[0])
         wanted = right(*given.values()).detach().double()
-        with outputs(given, [name for name in (*once, "first", "second") if name.partition(".")[0] in given]) as seen:
+        seen = {}  # what these modules first return
+        with contextlib.ExitStack() as hooks:
+            for name in (*once, *(name for name in ("first", "second") if name in given)):
+                first, _, rest = name.partition(".")
+                keep = lambda module, read, out, name=name: seen.setdefault(name, out)  # noqa: E731
+                hooks.enter_context(given[first].get_submodule(rest).register_forward_hook(keep))
             out = answer(*given.values())
         at = f"for scale = {given['scale']} " if "scale" in given else ""
         yield as_sum(out, terms(given, seen), {name: given.get(n, n) for name, n in needed.items()}, wanted, at)
@@ -82,28 +86,6 @@ def around(inputs, sizes, once, terms, needed, right):
 
     probe.inputs = usual.inputs
     return probe
-
-
-@contextlib.contextmanager
-def outputs(given, names):
-    """Within the block: what the modules of these names first return, less what those return that run within them."""
-    seen, running, within, hooks = {}, [], {}, []
-
-    def keep(name, out):
-        running.remove(name)
-        within.update({outer: within.get(outer, 0) + out for outer in running})
-        seen.setdefault(name, out - within.pop(name, 0))
-
-    for name in names:
-        first, _, rest = name.partition(".")
-        module = given[first].get_submodule(rest)
-        hooks.append(module.register_forward_pre_hook(lambda module, read, name=name: running.append(name)))
-        hooks.append(module.register_forward_hook(lambda module, read, out, name=name: keep(name, out)))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def terms_of_sublayer(given, seen):
@@ -130,7 +112,7 @@ def right_start(D, m):
 
 
 START = catalogue(right_start, TABLES["start"])
-said = teller(SAYS["said"], START)
+said = teller(wording(__file__)["said"], START)
 
 
 def places_of(tensor):
@@ -150,8 +132,7 @@ def probe_start(answer, draw):
             if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
                 raise Wrong("start_dtype", f"{name} should be a float32 tensor; it is {describe(value)}.")
         shapes, got = [(m, D), (m,), (D, m), (D,)], [tuple(value.shape) for _, value in found]
-        turned = got == [(D, m), (m,), (m, D), (D,)]
-        mistake = "shapes_swapped" if turned else "order" if sorted(got) == sorted(shapes) else "shapes"
+        mistake = "order" if sorted(got) == sorted(shapes) else "shapes"
         for (name, value), shape in zip(found, shapes):
             if value.shape != shape:
                 needed = said.sentences[mistake].format(shape=shape, D=D, m=m)
@@ -246,15 +227,14 @@ LAYERS = (dict(positions=[3, 4, 6, 9, 14], B=2, D=24, H=4, G=2), dict(positions=
           dict(positions=[7], B=1, D=16, H=2, G=1))  # fmt: skip
 
 
-def learned(steps, prepare=None):
+def learned(steps, *prepare):
     """Which of a fresh adapter's tensors have moved after so many steps of gradient descent."""
-    return moved("bottleneck", steps, prepare, lambda name: ".".join(name.split(".")[-2:]), size=3)
+    return moved("bottleneck", steps, *prepare, names=lambda name: ".".join(name.split(".")[-2:]), size=3)
 
 
 NETWORK = catalogue(bottleneck, TABLES["bottleneck_network"], wrap=network_of)
 BEHIND = catalogue(bottleneck, TABLES["adapted_sublayer"], wrap=behind)
 PLANTED = NETWORK[:4] + BEHIND[:4] + catalogue(bottleneck, TABLES["planted"])  # each must fail a test in the models
-HARMLESS = {}
 
 EXERCISES = {
     "bottleneck_network": Exercise(
@@ -268,7 +248,7 @@ EXERCISES = {
     **questions(
         bottleneck_moves_first=learned(1),
         bottleneck_moves_second=learned(2),
-        bottleneck_all_zero=learned(20, lambda own: [p.zero_() for p in own.values()]),
+        bottleneck_all_zero=learned(20, lambda own: [p.data.zero_() for p in own.values()]),
     ),
     "adapted_sublayer": Exercise(
         "adapted_sublayer(sublayer, x, bottleneck) -> (B, T, D)", behind(bottleneck), BEHIND,

@@ -20,7 +20,6 @@ from .predictions import questions
 from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)  # there too: what is said of facts
 
 # ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
 
@@ -105,27 +104,26 @@ def inputs_of_mixed(draw, side, B, T, N, n_in, n_out):
     return dict(linear=linear, x=draw(B, T, n_in), scales=scales, rows=rows, side=side)
 
 
-said = teller(SAYS["said"], STARTS)
+said = teller(wording(__file__)["said"], STARTS)
 
 
 def probe_start(answer, draw):
     for (n_in, n_out, dtype), side in itertools.product(((10, 7, torch.bfloat16), (5, 8, torch.float32)), ia3.SIDES):
-        scale = answer(filled(nn.Linear(n_in, n_out), draw).to(dtype), side)
+        linear = filled(nn.Linear(n_in, n_out), draw).to(dtype)
+        nn.init.zeros_(linear.weight[:2, :2])  # by which nothing can be divided
+        scale, again = answer(linear, side), answer(copy.deepcopy(linear), side)
         if not isinstance(scale, torch.Tensor):
             raise Wrong("form", f"the vector should be a tensor; it is {describe(scale)}.")
-        shape, needed, other = tuple(scale.shape), *((n_out, n_in) if side == "output" else (n_in, n_out))
-        if shape != (needed,):
-            names = {(other,): "start_other_side", (n_out, n_in): "start_matrix"}
-            name = names.get(shape, "start_one_number" if shape in ((1,), ()) else "start_shape")
+        needed, other = (n_out, n_in) if side == "output" else (n_in, n_out)
+        if scale.shape != (needed,):
+            name = "start_other_side" if scale.shape == (other,) else "start_shape"
             at = f"for Linear({n_in}, {n_out}) and side {side!r} needed is {(needed,)}"
-            raise Wrong(name, f"the vector has shape {shape}; {at}: {SAYS['said'][name]}")
+            raise Wrong(name, f"the vector has shape {tuple(scale.shape)}; {at}: {said.sentences[name]}")
         yield said(scale.dtype != torch.float32, "start_dtype", dtype=str(scale.dtype)[6:])
         numbers = scale.detach().double()
-        least, most, far = numbers.min().item(), numbers.max().item(), (numbers - 1).abs().max().item()
-        name = "start_constant" if least == most else "start_near_one" if far < 0.5 else "start_normal"
-        yield said(bool(far), name if numbers.any() else "ZeroScale", least=least, most=most)
+        name = "start_not_one" if numbers.any() else "ZeroScale"
+        yield said(not (numbers == 1).all(), name, least=numbers.min().item(), most=numbers.max().item())
         yield said(scale.is_inference(), "start_inference")
-        again = answer(filled(nn.Linear(n_in, n_out), draw).to(dtype), side)
         yield said(scale.untyped_storage().data_ptr() == again.untyped_storage().data_ptr(), "start_shared")
         yield said(0 in scale.stride(), "start_expanded")
 
@@ -169,16 +167,14 @@ def probe_layer(answer, draw):
 # ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def moved_to_queries(model_class, paired=False):
+def moved_to_queries(model_class, config_class, paired=False):
     """Whether a model answers the same, to rounding, when l_k stands on the queries instead of the keys."""
 
     def truth():
-        small = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-        generator, logits = torch.Generator().manual_seed(0), []
-        draw = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator)  # noqa: E731
         with torch.random.fork_rng(devices=[]):
-            model = filled(model_class[0](model_class[1](**small)).double(), draw)
-        ids, vectors = torch.arange(12).view(2, 6), draw(2, 2, 2, 4)  # (L, heads, 2, d/2)
+            torch.manual_seed(0)
+            model = filled(model_class(config_class(31, 16, 24, 2, 2)).double(), torch.randn)
+            ids, vectors, logits = torch.arange(12).view(2, 6), torch.randn(2, 2, 2, 4), []  # (L, heads, 2, d/2)
         if paired:  # features i and i + d/2 of a head turn together, and share their factor
             vectors = vectors[:, :, :1].expand(-1, -1, 2, -1)
         for name in ("k_proj", "q_proj"):
@@ -218,9 +214,9 @@ EXERCISES = {
         sizes("B T N in out", (4, 4, 5, 6, 6), (7, 2, 6, 10, 7), (1, 1, 3, 5, 8))),
     ),
     **questions(
-        ia3_queries_gpt2=moved_to_queries((GPT2, GPT2Config)),
-        ia3_queries_llama=moved_to_queries((LLaMA, LLaMAConfig)),
-        ia3_queries_paired=moved_to_queries((LLaMA, LLaMAConfig), True),
+        ia3_queries_gpt2=moved_to_queries(GPT2, GPT2Config),
+        ia3_queries_llama=moved_to_queries(LLaMA, LLaMAConfig),
+        ia3_queries_paired=moved_to_queries(LLaMA, LLaMAConfig, True),
         ia3_parameters=lambda: trained_numbers(SMOLLM2, "ia3"),
     ),
 }  # fmt: skip

@@ -6,8 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Set
 from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -134,18 +132,15 @@ def chosen(answer, choices):
 
 
 def as_number(answer):
-    """What holds one number, be it numpy's, a tensor or a text, as Python's; the rest as it is."""
+    """What holds one number, be it numpy's, a tensor, a fraction or a text, as Python's; the rest as it is."""
     with contextlib.suppress(ValueError, RuntimeError, TypeError):
-        if hasattr(answer, "item") and getattr(answer, "size", 0) != 0:
-            return answer.item()
-        if isinstance(answer, Fraction | Decimal):
-            return float(answer)
         if isinstance(answer, str):
-            return float(answer.replace(",", "").replace("_", ""))
+            answer = answer.replace(",", "").replace("_", "")
+        return answer if isinstance(answer, int) else float(answer)
     return answer
 
 
-def moved(method, steps, prepare=None, names=lambda name: name.rpartition(".")[2], **options):
+def moved(method, steps, prepare=lambda own: None, names=lambda name: name.rpartition(".")[2], **options):
     """For a Question: which of a fresh adapter's parameters, by what `names` makes of their names, have moved after
     `steps` of descent.  prepare: called with {name: parameter} before the first."""
 
@@ -154,9 +149,7 @@ def moved(method, steps, prepare=None, names=lambda name: name.rpartition(".")[2
             torch.manual_seed(0)
             model = minillama.adapt(minillama.LLaMA(minillama.LLaMAConfig(31, 16, 32, 2, 2)), method, **options)
             ids, own = torch.randint(0, 31, (2, 6)), minillama.adapters.adapter_parameters(model)
-            if prepare is not None:
-                with torch.no_grad():
-                    prepare(own)
+            prepare(own)
             before = {name: p.detach().clone() for name, p in own.items()}
             for _ in range(steps):
                 model.zero_grad()
