@@ -1,7 +1,6 @@
 """Lesson 04: IA3, with the wrong versions that one writes easily."""
 
 import copy
-import functools
 import itertools
 from dataclasses import replace
 
@@ -145,21 +144,16 @@ def right_layer(layer, x, positions, l_k, l_v, l_ff):
     return x + mlp.down_proj(l_ff * hidden)
 
 
-def inputs_of_layer(draw, B, T, D, H, G, d, F, silent=False):
-    """A frozen block with biases everywhere. silent: its down_proj is 0, so that only attention adds to x."""
+def inputs_of_layer(draw, B, T, D, H, G, d, F):
+    """A frozen block with biases everywhere."""
     config = LLaMAConfig(31, D, F, 1, H, G, d, rms_norm_eps=0.2, attention_bias=True, mlp_bias=True)
     layer, positions = filled(Layer(config, RoPE(d, theta=60.0)), draw), torch.tensor([3, 4, 7, 8, 12])[:T]
-    for parameter in layer.mlp.down_proj.parameters() if silent else ():
-        nn.init.zeros_(parameter)
     return dict(layer=layer, x=draw(B, T, D), positions=positions, l_k=draw(G * d), l_v=draw(G * d), l_ff=draw(F))
 
 
 def probe_layer(answer, draw):
-    name = "x and what attention adds to it, where down_proj is 0 (B, T, D)"
     shapes = sizes("B T D H G d F", (2, 5, 24, 3, 3, 8, 24), (3, 4, 20, 6, 2, 4, 40), (1, 1, 16, 2, 1, 6, 10))
-    once, silent = ("layer.self_attn.o_proj", "layer.mlp.down_proj"), functools.partial(inputs_of_layer, silent=True)
-    yield from calls(silent, name, shapes[0], half=False)(answer, draw)
-    vectors = ("l_k", "l_v", "l_ff")
+    once, vectors = ("layer.self_attn.o_proj", "layer.mlp.down_proj"), ("l_k", "l_v", "l_ff")
     yield from read(answer, inputs_of_layer(draw, **shapes[0]), "positions", *vectors)
     yield from calls(inputs_of_layer, "the output (B, T, D)", shapes, float32=vectors, once=once)(answer, draw)
 

@@ -55,8 +55,7 @@ def begun(A, B, n_in, n_out, r):
             name = {shape[::-1]: "turned_round", (n_out, r): "exchanged"}.get(found, "shape")
             needed = f"needed is a float32 tensor of shape {shape} for in = {n_in}, out = {n_out} and r = {r}"
             raise Wrong(name, f"{what} is {describe(value)}; {needed}.")
-        right = value.dtype == torch.float32
-        yield said(right, "start_dtype", f"whether {what} is float32", which=what, value=describe(value))
+        yield said(value.dtype == torch.float32, "start_dtype", f"{what} in float32", which=what, value=describe(value))
         yield said(0 in value.stride(), "expanded", f"whether {what} is expanded", which=what)
     zero = [not A.any(), not B.any()]
     name = "BothZero" if all(zero) else "WrongOneZero" if zero[0] else "BothRandom"
