@@ -122,11 +122,7 @@ def encode(pairs, tokenizer, max_length=None, chat=False):
     rows, end = [], [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for prompt, answer in pairs:
         if isinstance(answer, str):
-            prompt = (
-                tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]), special=True)
-                if chat
-                else tokenizer.encode(prompt)
-            )
+            prompt = tokenizer.question(prompt) if chat else tokenizer.encode(prompt)
             answer = tokenizer.encode(answer)
             answer = answer if answer[-1:] == end else answer + end
             if max_length is not None:

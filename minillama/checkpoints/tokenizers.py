@@ -4,16 +4,15 @@
 [{"role": "user", "content": "Hi"}] ──chat──▶ "<|im_start|>user\\nHi<|im_end|>\\n..." ──encode(special=True)──▶ ids
 """
 
-import datetime
 import json
+import re
 
-import jinja2
 import tokenizers
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .files import FileError, read_json, replacing, write_json
+from . import templates
+from .files import FileError, read_json, reading, replacing, shortened, write_json
 
+LONGEST = 2**20  # bytes of a chat template
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may ask for by name
 
 
@@ -53,10 +52,20 @@ class TextTokenizer:
             dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
             | self.tokens
         )
-        try:
-            return ENVIRONMENT.from_string(self.template).render(values)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+        return templates.render(self.template, values)
+
+    def question(self, text):
+        """Ids of a user's question in the model's own template, up to where its answer begins. What looks like a
+        special token in the question stays text, so that nobody who asks can end the turn and begin another."""
+        special = [token.content for token in self.inner.get_added_tokens_decoder().values() if token.special]
+        pattern, mark, ids = re.compile("|".join(map(re.escape, special))), "\ue000", []
+        while mark in text:
+            mark += "\ue000"
+        found = pattern.findall(text) if special else []
+        text = pattern.sub(mark, text) if special else text
+        for i, part in enumerate(self.chat([{"role": "user", "content": text}]).split(mark)):
+            ids += (self.encode(found[i - 1]) if i else []) + self.encode(part, special=True)
+        return ids
 
     def save(self, folder):
         """Writes tokenizer.json and tokenizer_config.json; transformers and `read_tokenizer` read them."""
@@ -70,52 +79,42 @@ class TextTokenizer:
 
 def read_tokenizer(folder):
     """The TextTokenizer of a folder in Hugging Face's layout, None where it has no tokenizer.json."""
-    path = folder / "tokenizer.json"
+    path, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.exists():
         return None
+    read_json(path)  # that it is JSON, of a size and depth that can be believed
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise FileError(f"{path} is not a tokenizer ({error}): it may have been cut short, copy it again") from None
+    except BaseException as error:  # the library raises nothing narrower, and where it panics not even an Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileError(f"{path} is not a tokenizer ({reason}): it may have been cut short, copy it again") from None
     inner.no_truncation()
     inner.no_padding()
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    tokens = {
-        role: token["content"] if isinstance(token, dict) else token for role in ROLES if (token := settings.get(role))
-    }
+    settings = read_json(beside) if beside.exists() else {}
+    tokens = {}
+    for role in ROLES:
+        token = settings.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise FileError(f"{beside}: {role} is {shortened(token)}; needed is a text")
+        if token:
+            tokens[role] = token
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[0].get("template") if entries else None
+    if (jinja := folder / "chat_template.jinja").exists():
+        with reading(jinja):
+            template = jinja.read_bytes()[:LONGEST].decode("utf-8", "replace")
+    if template is not None and not isinstance(template, str):
+        raise FileError(f"{beside}: chat_template is {shortened(template)}; needed is a text, or texts by name")
     eos = read_json(folder / "config.json").get("eos_token_id")
-    eos_id = None if "eos_token" in tokens else eos[0] if isinstance(eos, list) else eos
-    return TextTokenizer(inner, tokens, eos_id, template)
-
-
-# ── what chat templates are written for: the sandbox and the few names that transformers gives them ──────────────────
-
-
-class Generation(Extension):
-    """{% generation %} … {% endgeneration %} marks the model's turn for training; the text is what stands inside."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
-def refuse(message):
-    raise jinja2.TemplateError(message)
-
-
-ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-ENVIRONMENT.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
-    value, ensure_ascii=ensure_ascii, **options
-)
-ENVIRONMENT.globals["raise_exception"] = refuse
-ENVIRONMENT.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    if eos is not None and not (type(eos) is int and 0 <= eos < inner.get_vocab_size()):
+        raise FileError(f"{folder / 'config.json'}: eos_token_id is {shortened(eos)}, which is none of the tokenizer's ids")
+    return TextTokenizer(inner, tokens, None if "eos_token" in tokens else eos, template)
 
 
 # ── streaming ────────────────────────────────────────────────────────────────────────────────────────────────────────

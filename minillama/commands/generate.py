@@ -50,7 +50,7 @@ def run(args):
                 f"{args.base} has no chat template, since it was not taught to answer: leave --chat out, and it "
                 "continues the prompt"
             )
-        ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": args.prompt}]), special=True)
+        ids = tokenizer.question(args.prompt)
     else:
         ids = tokenizer.encode(args.prompt)
     if not ids:
