@@ -33,7 +33,9 @@ def render(template, values):
         timer.cancel()
         if not answer.endswith("\n"):
             stop()
-            raise ValueError(f"the model's chat template takes more than {SECONDS} s or {MEGABYTES} MB, and was stopped")
+            raise ValueError(
+                f"the model's chat template takes more than {SECONDS} s or {MEGABYTES} MB, and was stopped"
+            )
     answer = json.loads(answer)
     if "error" in answer:
         raise ValueError(f"the model's chat template refuses these messages: {answer['error']}")
@@ -66,7 +68,7 @@ def environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %} marks the model's turn for training; the text is what stands inside."""
+        """{% generation %} … {% endgeneration %} marks the model's turn for training; the text stands inside."""
 
         tags = {"generation"}
 

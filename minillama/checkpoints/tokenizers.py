@@ -113,7 +113,9 @@ def read_tokenizer(folder):
     eos = read_json(folder / "config.json").get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos
     if eos is not None and not (type(eos) is int and 0 <= eos < inner.get_vocab_size()):
-        raise FileError(f"{folder / 'config.json'}: eos_token_id is {shortened(eos)}, which is none of the tokenizer's ids")
+        raise FileError(
+            f"{folder / 'config.json'}: eos_token_id is {shortened(eos)}, which is none of the tokenizer's ids"
+        )
     return TextTokenizer(inner, tokens, None if "eos_token" in tokens else eos, template)
 
 

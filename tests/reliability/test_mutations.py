@@ -1,4 +1,4 @@
-"""Damaged and hostile files of every kind, drawn anew; `python tests/reliability/mutations.py` draws as many as one likes."""
+"""Damaged and hostile files of every kind; `python tests/reliability/mutations.py` draws as many as one likes."""
 
 import mutations
 import pytest
