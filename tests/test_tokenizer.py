@@ -262,7 +262,7 @@ def test_a_template_that_fails_is_one_sentence(template, words):
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr(templates, "SECONDS", 0.5)
     forever = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    for template in (forever, "{{ 10 ** 10 ** 9 }}"):
+    for template in (forever, "{{ 10 ** (10 ** 9) }}"):
         with pytest.raises(ValueError, match="0.5 s or 512 MB"):
             TextTokenizer(small(), template=template).chat([USER])
     monkeypatch.undo()

@@ -217,7 +217,7 @@ TEMPLATES = st.sampled_from([
     "{{ strftime_now(1) }}",
     "{{ [0] * 10**9 }}",
     "{{ messages[9]['content'] }}",
-    "{{ 10 ** 10 ** 9 }}",
+    "{{ 10 ** (10 ** 9) }}",
 ])  # fmt: skip
 
 
