@@ -356,9 +356,9 @@ def test_numbers_that_are_none_are_neither_saved_nor_read(model, tmp_path):
             load_adapter(model, tmp_path)
 
 
-def test_two_writers_do_not_mix(model, tmp_path):
+def test_two_writers_do_not_mix(tmp_path):
     """Another process holds the folder; this one says so, and writes when it is free."""
-    adapt(model, "ia3")
+    model = adapt(make("llama"), "ia3")
     held = "import sys; from minillama.checkpoints.files import locked\n"
     held += "with locked(sys.argv[1]): print('held', flush=True); input()"
     with subprocess.Popen(

@@ -113,9 +113,8 @@ def test_chat_puts_the_prompt_into_the_template():
         def encode(self, text, special=False):
             return super().encode(text.replace("<user>", "\1") if special else text)
 
-        def chat(self, messages):
-            (message,) = messages
-            return f"<{message['role']}>{message['content']}<"
+        def question(self, text):
+            return self.encode(f"<user>{text}<", special=True)
 
     pair = [("Who?", "<user>")]
     assert data.encode(pair, Chatty(), chat=True) == [([1, *b"Who?<"], [*b"<user>\n"])]

@@ -201,6 +201,7 @@ def test_a_gate_is_called_what_it_is():
         assert heat.axes[0].get_title(loc="left") == f"{name} · softmax"
 
 
+@pytest.mark.slow
 def test_a_png_keeps_the_colours_of_a_heat_map():
     """No channel of any pixel is off by more than 12 of 255 levels; with the palette that Pillow makes by itself some
     are off by 92."""

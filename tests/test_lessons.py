@@ -114,6 +114,7 @@ def test_blanks_say_so_and_each_has_its_solution_below(path):
         assert i - 1 in code or i - 2 in code, notebook.cells[i].source
 
 
+@pytest.mark.slow
 @each
 def test_solutions_pass(path):
     """Executed after the notebook's imports, in its folder's place."""

@@ -60,6 +60,7 @@ def test_the_catalogue_is_large_and_each_mistake_has_a_sentence():
     assert all(len(mistake.sentence) > 10 and mistake.diff() for mistake in PLANTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", CASE_OF)
 def test_a_module_planted_unedited_is_caught_in_nothing(module, ids, monkeypatch):
     """What the planted mistakes are edits of is right, and planting breaks nothing by itself."""

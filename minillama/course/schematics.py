@@ -11,7 +11,7 @@ def block_schematic():
         box(axes, x, 5.08, 0.3, 0.2, kind=kind)
         note(axes, x + 0.23, 5.08, text, 10)
 
-    names, heights = ("embed_tokens", "layer 1", "layer $L$", "norm", "lm_head"), (1.08, 1.72, 2.64, 3.28, 3.86)
+    names, heights = ("embed_tokens", "layer 0", "layer $L-1$", "norm", "lm_head"), (1.08, 1.72, 2.64, 3.28, 3.86)
     inner, ends = dict(width=1.45, height=0.36, kind="frozen"), dict(width=0.75, height=0.36)
     stack = [box(axes, 1.05, 0.5, text="ids", **ends)]
     stack += [box(axes, 1.05, y, text=name, **inner) for name, y in zip(names, heights)]
