@@ -34,7 +34,7 @@ def read_lines(file):
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # of thousands of digits, or of brackets, too
             raise FileError(f"{file}:{number} is not valid JSON ({error}): each line is one object") from None
         for key in ("prompt", "response"):
             if not isinstance(record, dict) or key not in record:

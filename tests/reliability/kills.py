@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -129,4 +130,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(told(bench(arguments.command, arguments.kills, arguments.seed)))
+    counts = bench(arguments.command, arguments.kills, arguments.seed)
+    print(told(counts))
+    sys.exit(any(counts[what] for what in ("wrong", "unreadable", "failed", "left over", "missing")))

@@ -15,6 +15,7 @@ import select
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import time
 import warnings
@@ -412,3 +413,4 @@ if __name__ == "__main__":
     for kind, file, outcome, said, data in bad:
         print(f"{kind} {file} {outcome}: {said}\n    {data[:300] if len(data) < 4000 else len(data)}")
     print(told(counts))
+    sys.exit(bool(bad))
