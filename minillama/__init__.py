@@ -1,5 +1,13 @@
 """A small LLaMA and GPT-2 in plain PyTorch, and adapters that start as the identity, bit for bit."""
 
+import signal
+import sys
+from pathlib import PurePath
+
+if "-m" in sys.argv[:1] or PurePath(*sys.argv[:1]).stem == "minillama":  # at the command line, not in a program
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of importing without a traceback
+
 from .adapters import (
     adapt,
     delete_adapter,

@@ -5,10 +5,14 @@ imported.
 """
 
 import argparse
+import contextlib
 import importlib
+import os
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from .checkpoints.files import first_line, printable
 from .checkpoints.progress import Stopped
 
 COMMANDS = {
@@ -38,29 +42,53 @@ def parser(argv):
         if argv and argv[0] == name:
             module = importlib.import_module(f"minillama.commands.{name.replace('-', '_')}")
             module.add_arguments(sub)
+            sub.add_argument("--debug", action="store_true", help="show where in the code an error arose")
             sub.set_defaults(run=module.run)
     return top
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    """Runs the command that argv names; its exit status. Whatever goes wrong in it ends here, in one sentence."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["adapt", *argv]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone shows \xb7 for ·
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # which the package set while it was imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parser(argv).parse_args(argv)
-        return args.run(args) or 0
-    except Stopped as error:
-        print(f"minillama: {error}", file=sys.stderr)
-        return error.code
-    except (ValueError, OSError) as error:
-        print(f"minillama: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"minillama: this needs the package {error.name!r}: pip install -r requirements.txt", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nminillama: interrupted", file=sys.stderr)
-        return 130
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in argv and not isinstance(error, Stopped):
+            raise
+        code, sentence = ending(error)
+        with contextlib.suppress(OSError):
+            print(printable(f"minillama: {sentence}"), file=sys.stderr)
+        return code
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk, or a reader who has gone: at exit it would be tried again, with a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def ending(error):
+    """(exit status, sentence) of what ended a command."""
+    if isinstance(error, Stopped):
+        return error.code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, ModuleNotFoundError):
+        return 2, f"this needs the package {error.name!r}: pip install -r requirements.txt"
+    if isinstance(error, ValueError | OSError):
+        return 2, str(error)
+    if isinstance(error, MemoryError) or "memory" in str(error):
+        return 2, f"not enough memory ({first_line(error)}): take a smaller --batch-size, or --checkpointing"
+    return 1, f"{type(error).__name__}: {first_line(error)}; this is a fault of minillama's: --debug shows where"
 
 
 if __name__ == "__main__":

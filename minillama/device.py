@@ -15,10 +15,10 @@ def pick_device(name="auto"):
     else ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "meta":
+        raise ValueError("device 'meta' holds shapes and no numbers: take 'auto' or 'cpu'")
     try:
         device = torch.device(name)
-        if device.type == "meta":
-            raise NotImplementedError("it holds shapes and no numbers")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(

@@ -21,7 +21,7 @@ from minillama import adapt, load_adapter, save_adapter
 from minillama.adapters import adapter_parameters, delete_adapter, wrappers
 from minillama.adapters.llama_adapter import PRESETS
 from minillama.checkpoints import files
-from minillama.checkpoints.files import read_metadata
+from minillama.checkpoints.files import read_safetensors
 
 NATIVE = list(CASES) + [dict(method="llama_adapter", gate="feature", layers=2, prompt_length=3)]
 # What PEFT has and computes alike: our arguments of `adapt`, and its configuration.
@@ -207,7 +207,7 @@ def test_peft_refuses_what_it_would_compute_otherwise(pair, tmp_path):
 def without_its_own_config(folder):
     """The folder as another library would have written it."""
     path = folder / "adapter_model.safetensors"
-    kept = {"base_fingerprint": read_metadata(path)["base_fingerprint"]}
+    kept = {"base_fingerprint": read_safetensors(path)[1]["base_fingerprint"]}
     save_file(load_file(path), path, metadata=kept)
 
 

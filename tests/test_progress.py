@@ -90,7 +90,7 @@ def test_a_signal_ends_the_run_after_the_step(number, tmp_path, capsys):
     assert stopped.value.code == 128 + number and signal.getsignal(number) == before
     assert "after step 1" in str(stopped.value) and "go on with: minillama adapt --resume here" in str(stopped.value)
     assert "once more ends at once" in capsys.readouterr().err
-    assert progress.said(tmp_path / CHECKPOINT)["history"][0]["step"] == 1
+    assert progress.read_run(tmp_path / CHECKPOINT)[1]["history"][0]["step"] == 1
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -26,8 +26,7 @@ from ..checkpoints.files import (
     parse_json,
     put_tensors,
     read_json,
-    read_metadata,
-    read_tensors,
+    read_safetensors,
     refuse_unsound,
     remove,
     replacing,
@@ -107,7 +106,7 @@ def read_adapter(folder):
     path, beside = Path(folder) / WEIGHTS, Path(folder) / CONFIG
     if not path.exists() and not beside.exists():
         raise FileError(f"{folder} holds no adapter: needed are {WEIGHTS} and {CONFIG}; check the folder's name")
-    tensors, metadata = read_tensors(path), read_metadata(path)
+    tensors, metadata = read_safetensors(path)
     refuse_unsound(tensors, path)
     if "adapter_config" not in metadata:  # written by another library
         return read_json(beside, LARGEST), tensors, metadata.get("base_fingerprint")

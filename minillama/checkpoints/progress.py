@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .files import FileError, parse_json, read_metadata, read_tensors, remove, write_tensors
+from .files import FileError, parse_json, read_safetensors, remove, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -39,14 +39,15 @@ def read_settings(folder):
     path = Path(folder) / CHECKPOINT
     if not path.exists():
         raise FileError(f"{folder} holds no run to go on with: {CHECKPOINT} is missing, so it has ended or never saved")
-    return said(path)["settings"]
+    return read_run(path)[1]["settings"]
 
 
-def said(path):
-    metadata = read_metadata(path)
+def read_run(path):
+    """({name: tensor}, {"settings": ..., "history": ...}) of a kept run."""
+    tensors, metadata = read_safetensors(path)
     if "run" not in metadata:
         raise FileError(f"{path} was not written by a training run of this project: name another folder")
-    return parse_json(metadata["run"].encode(), f"{path}, its account of the run,")
+    return tensors, parse_json(metadata["run"].encode(), f"{path}, its account of the run,")
 
 
 class Keeper:
@@ -86,7 +87,7 @@ class Keeper:
             return []
         if not self.path.exists():
             return []
-        tensors, run = read_tensors(self.path), said(self.path)
+        tensors, run = read_run(self.path)
         kept = run["settings"]
         if unlike := sorted(
             key for key in kept.keys() | self.settings.keys() if kept.get(key) != self.settings.get(key)

@@ -10,7 +10,7 @@ import re
 import tokenizers
 
 from . import templates
-from .files import FileError, read_json, reading, replacing, shortened, write_json
+from .files import FileError, first_line, read_json, reading, replacing, shortened, write_json
 
 LONGEST = 2**20  # bytes of a chat template
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")  # what a chat template may ask for by name
@@ -88,8 +88,9 @@ def read_tokenizer(folder):
     except BaseException as error:  # the library raises nothing narrower, and where it panics not even an Exception
         if isinstance(error, KeyboardInterrupt):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileError(f"{path} is not a tokenizer ({reason}): it may have been cut short, copy it again") from None
+        raise FileError(
+            f"{path} is not a tokenizer ({first_line(error)}): it may have been cut short, copy it again"
+        ) from None
     inner.no_truncation()
     inner.no_padding()
     settings = read_json(beside) if beside.exists() else {}

@@ -59,7 +59,7 @@ def settle(args, model, tokenizer):
         args.checkpointing = real and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
-ELSEWHERE = {"run", "command", "resume", "checkpoint_every", "out", "overwrite"}  # say where and how, not what
+ELSEWHERE = {"run", "command", "debug", "resume", "checkpoint_every", "out", "overwrite"}  # say where and how, not what
 
 
 def resumed(args, add_arguments):
@@ -72,7 +72,7 @@ def resumed(args, add_arguments):
     for action in defaults._actions:
         action.required = False
     defaults = vars(defaults.parse_args([]))
-    free = {"run", "command", "resume", "checkpoint_every"}
+    free = ELSEWHERE - {"out", "overwrite"}
     if given := [name for name, value in vars(args).items() if name not in free and value != defaults[name]]:
         raise ValueError(
             f"--resume goes on with the options that the run was begun with: leave --{given[0].replace('_', '-')} out"

@@ -6,6 +6,7 @@ import time
 import torch
 
 from ..adapters import load_adapter
+from ..checkpoints.files import printable
 from ..checkpoints.tokenizers import pieces
 from ..generate import stream
 from . import open_base
@@ -67,7 +68,7 @@ def run(args):
                 yield drawn[-1]
 
     for piece in pieces(tokenizer, ids, shown()):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     seconds = time.perf_counter() - start
     print(flush=True)
     print(f"{len(drawn)} tokens in {seconds:.1f} s: {len(drawn) / seconds:.1f} tokens/s", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Looking into a model while it reads: what its parts are given, where its attention looks, what its gates let in."""
 
 import contextlib
+import html
 
 import torch
 
@@ -96,8 +97,9 @@ def gate_slider(model, tokenizer, prompt):
     def update(change=None):
         with turned(model, slider.value):
             written, figure = answers(model, tokenizer, [prompt])[0].strip(), attention_figure(model, tokenizer, prompt)
+        shown = f"{html.escape(prompt)}<b>{html.escape(written)}</b>"
         note = " (the base, bit for bit)" if slider.value == 0 else ""
-        answer.value = f"<span style='font-family: monospace; font-size: 120%'>{prompt}<b>{written}</b></span>{note}"
+        answer.value = f"<span style='font-family: monospace; font-size: 120%'>{shown}</span>{note}"
         picture.outputs = ()
         picture.append_display_data(figure)
 
