@@ -373,11 +373,14 @@ def test_two_writers_do_not_mix(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_swept(model, tmp_path):
-    left = tmp_path / ".adapter_model-abcdefgh.safetensors"
-    left.write_bytes(b"half")
+    """Its half file, and the one that safetensors writes beside that."""
+    left = tmp_path / ".adapter_model.safetensors-abcdefgh"
+    left.mkdir()
+    for name in ("adapter_model.safetensors", ".tmpXyZ123"):
+        (left / name).write_bytes(b"half")
     with files.replacing(tmp_path / "adapter_model.safetensors") as mine:  # one that is being written stays
         save_adapter(adapt(model, "ia3"), tmp_path)
-        assert mine.exists() and not left.exists()
+        assert mine.parent.exists() and not left.exists()
         mine.write_bytes((tmp_path / "adapter_model.safetensors").read_bytes())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 

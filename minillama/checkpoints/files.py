@@ -5,10 +5,12 @@ leaves the old one or the new one. Read is what the size and kind of a file allo
 """
 
 import contextlib
+import glob
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -167,31 +169,33 @@ def umask():
 
 @contextlib.contextmanager
 def replacing(path):
-    """Gives a temporary path beside `path`, and once the block has ended well syncs the file there and moves it into
-    place. What a killed process left of its own is removed."""
+    """Gives a temporary path, in a folder of its own beside `path`, and once the block has ended well syncs the file
+    there and moves it into place. What a killed process left of its own is removed: also what a library left there
+    that writes beside and moves, as safetensors does."""
     path = Path(path)
-    temporary = None
+    own = handle = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        try:
-            lock(handle)
-            yield Path(temporary)
-            with open(temporary, "rb+") as file:  # the block may have put another file there
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~umask())
-            os.replace(temporary, path)
-        finally:
-            os.close(handle)
+        own = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        handle = os.open(own, os.O_RDONLY) if fcntl else None
+        lock(handle)
+        temporary = own / path.name
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~umask())  # safetensors' own are for their owner alone
+        os.replace(temporary, path)
         sync(path.parent)
     except FileError:
         raise
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def lock(handle):
@@ -203,13 +207,13 @@ def lock(handle):
 
 
 def sweep(path):
-    """Removes the temporary files beside `path` whose writers have died: a living one holds a lock on its own."""
-    for old in path.parent.glob(f".{path.stem}-????????{path.suffix}") if fcntl else ():
+    """Removes the temporary folders beside `path` whose writers have died: a living one holds a lock on its own."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}-????????") if fcntl else ():
         with contextlib.suppress(OSError):
-            handle = os.open(old, os.O_RDWR | os.O_NOFOLLOW)
+            handle = os.open(old, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
             try:
                 if lock(handle):
-                    old.unlink()
+                    shutil.rmtree(old)
             finally:
                 os.close(handle)
 

@@ -111,6 +111,8 @@ def bench(command, kills, seed=0, folder=None):
                 counts["unreadable"] += 1
             if code == 0:  # it ended before it was killed
                 names = {path.name for path in out.iterdir()}
+                if odd := names ^ WRITTEN[command]:
+                    print("left over or missing:", *odd)
                 counts["ended"] += 1
                 counts["left over"] += len(names - WRITTEN[command])
                 counts["missing"] += len(WRITTEN[command] - names)
