@@ -28,7 +28,7 @@ def test_the_right_answer_passes(name):
 @pytest.mark.parametrize("name", ANSWERS)
 def test_every_mistake_is_named(name, few):
     """Within its exercise no two mistakes are the same, and each has a sentence."""
-    for mistake in ANSWERS[name].mistakes[: 2 if few else None]:
+    for mistake in ANSWERS[name].mistakes[: 1 if few else None]:
         verdict = check(name, mistake.answer)
         assert not verdict.passed and verdict.mistake == mistake.name, f"{mistake}: {verdict.message}"
         assert len(mistake.sentence) > 10 and not mistake.sentence.endswith("."), mistake
@@ -39,7 +39,7 @@ def test_every_mistake_is_named(name, few):
 def test_the_catalogue_is_large_and_its_code_short():
     """What differs in a token is a row of a table; code is for what rows cannot say."""
     lines = [len(p.read_text(encoding="utf-8").splitlines()) for p in Path(checker.__file__).parent.glob("*.py")]
-    assert len(MISTAKES) >= 1000 and sum(lines) <= 3700, (len(MISTAKES), sum(lines))
+    assert len(MISTAKES) >= 1000 and sum(lines) <= 3000, (len(MISTAKES), sum(lines))
 
 
 def alternatives():

@@ -178,19 +178,19 @@ def test_names_are_checked_and_the_model_comes_back(model, ids):
 
 
 @pytest.mark.slow
-def test_32_rows_over_eight_languages():
-    """Eight adapters of four methods on one base, one batch: each row gets its own language's answer."""
+def test_32_rows_over_four_languages():
+    """Four adapters of four methods on one base, one batch: each row gets its own language's answer."""
     model, tokenizer = minillama.load("dates-llama")
     train_days, test_days = data.split_dates()
     methods = [("ia3", {}, 0.1), ("lora", {}, 0.01), ("llama_adapter", {}, 0.1), ("bottleneck", {}, 0.01)]
-    languages = ("fr", "de", "es", "it", "pt", "nl", "sv", "id")
+    languages = ("fr", "de", "es", "it")
     torch.manual_seed(0)
     for i, language in enumerate(languages):
-        method, options, rate = methods[i % 4]
+        method, options, rate = methods[i]
         adapt(model, method, name=language, **options)
         pairs = data.examples(language, train_days, 200 * 16)
         train(model, tokenizer, pairs, steps=200, batch_size=16, learning_rate=rate, progress=False)
-    rows = [(language, pair) for language in languages for pair in data.examples(language, test_days, 4, seed=5)]
+    rows = [(language, pair) for language in languages for pair in data.examples(language, test_days, 8, seed=5)]
     names, pairs = [language for language, _ in rows], [pair for _, pair in rows]
     with mixed(model, names):
         written = answers(model, tokenizer, [prompt for prompt, _ in pairs], 11)

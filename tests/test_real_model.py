@@ -23,8 +23,9 @@ LANGUAGES = ("en", "fr", "de", "es", "fi")
 @pytest.mark.slow
 def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     code, out, err = command(
-        "adapt", "--base", smollm2, "--languages", ",".join(LANGUAGES), "--steps", 25, "--test-dates", 16,
-        "--option", "gate=layer", "--option", "tanh=False", "--out", "adapter", cwd=tmp_path, timeout=600,
+        "adapt", "--base", smollm2, "--languages", ",".join(LANGUAGES), "--steps", 25, "--batch-size", 8,
+        "--test-dates", 8, "--option", "gate=layer", "--option", "tanh=False", "--out", "adapter",
+        cwd=tmp_path, timeout=600,
     )  # fmt: skip
     assert code == 0, err
     base, adapted = map(float, re.search(r"^ *mean of 5 +([\d.]+)% +([\d.]+)%", out, re.M).groups())

@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import hypothesis
@@ -391,7 +393,7 @@ def bench(number, seed=0):
                 bad.append((kind, f"{source}/{file}", outcome, said, data))
 
         each()
-    return counts, bad
+    return dict(counts), bad
 
 
 OUTCOMES = ("refused", "equal", "wrong", "NaN", "foreign", "hung", "grew")
@@ -404,12 +406,25 @@ def told(counts):
     return "\n".join(rows)
 
 
+def side_by_side(number, seed, jobs):
+    """`bench`, its number divided among processes with seeds of their own."""
+    shares = [number * (job + 1) // jobs - number * job // jobs for job in range(jobs)]
+    counts, bad = collections.defaultdict(collections.Counter), []
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for found, odd in pool.map(bench, shares, [f"{seed}.{job}" for job in range(jobs)]):
+            bad += odd
+            for kind, outcomes in found.items():
+                counts[kind] += outcomes
+    return counts, bad
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--number", type=int, default=1500)
+    parser.add_argument("--number", type=int, default=1500, help="files to try (1500)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (one a core)")
     arguments = parser.parse_args()
-    counts, bad = bench(arguments.number, arguments.seed)
+    counts, bad = side_by_side(arguments.number, arguments.seed, arguments.jobs)
     for kind, file, outcome, said, data in bad:
         print(f"{kind} {file} {outcome}: {said}\n    {data[:300] if len(data) < 4000 else len(data)}")
     print(told(counts))
