@@ -12,6 +12,7 @@ import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from . import distributed
 from .checkpoints.files import first_line, printable
 from .checkpoints.progress import Stopped
 
@@ -59,7 +60,8 @@ def main(argv=None):
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # which the package set while it was imported
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parser(argv).parse_args(argv)
-        code = args.run(args) or 0
+        with distributed.joined(getattr(args, "device", "cpu")) as args.device, one_voice():
+            code = args.run(args) or 0
         sys.stdout.flush()
         return code
     except (Exception, KeyboardInterrupt) as error:
@@ -74,6 +76,14 @@ def main(argv=None):
             sys.stdout.flush()
         except OSError:  # a full disk, or a reader who has gone: at exit it would be tried again, with a traceback
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def one_voice():
+    """Of several processes the first alone prints; errors are everyone's."""
+    with open(os.devnull, "w") as nothing:
+        with contextlib.redirect_stdout(nothing) if distributed.rank() else contextlib.nullcontext():
+            yield
 
 
 def ending(error):

@@ -132,14 +132,14 @@ def encode(pairs, tokenizer, max_length=None, chat=False):
     return rows
 
 
-def collate(pairs, tokenizer):
-    """Pairs (prompt, answer), of text or of ids -> ids (B, T) and labels (B, T), padded on the right, labels -100
-    outside the answers.
+def collate(pairs, tokenizer, multiple=1):
+    """Pairs (prompt, answer), of text or of ids -> ids (B, T) and labels (B, T), padded on the right to a multiple of
+    `multiple`, labels -100 outside the answers.
 
     Padding on the right of a causal model needs no mask: no real token sees it.
     """
     rows = encode(pairs, tokenizer)
-    T = max(len(prompt) + len(answer) for prompt, answer in rows)
+    T = -(-max(len(prompt) + len(answer) for prompt, answer in rows) // multiple) * multiple
     ids, labels = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), IGNORED)
     for i, (prompt, answer) in enumerate(rows):
         ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)

@@ -11,22 +11,43 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from . import distributed
 from .data import IGNORED, batches, collate, encode
 from .generate import generate, left_pad
 
 LEARNING_RATES = (1e-3, 1e-4)  # when all weights are trained: on the bundled bases, and on a real model (SmolLM2-135M)
 
 
-def answer_logits(model, ids, labels):
-    """The head applied only where a label carries loss: logits (N, V), their labels (N,), and each one's row (N,)."""
+def answer_hidden(model, ids, labels):
+    """What the head reads where a label carries loss: (N, D), the labels there (N,), and each one's row (N,)."""
     targets = labels[:, 1:]  # the token at t is predicted from those up to t - 1
     scored = targets != IGNORED
     if not scored.any():
         raise ValueError(
             f"no label among {tuple(labels.shape)} carries loss: all are {IGNORED}, or stand on a row's first token"
         )
-    hidden = model.hidden(ids[:, :-1])[scored]  # (N, D)
-    return model.lm_head(hidden), targets[scored], scored.nonzero()[:, 0]
+    return model.hidden(ids[:, :-1])[scored], targets[scored], scored.nonzero()[:, 0]
+
+
+def head_loss(head, hidden, targets, most=2**25):
+    """(mean cross-entropy in nats, which targets (N,) are not the likeliest) of hidden (N, D).
+
+    Logits (N, V) are the largest tensor of a step: where there are more than `most`, they are made in parts, never all
+    at once, and each part once more for the backward pass.
+    """
+
+    def part(hidden, targets, reduction="sum"):
+        logits = head(hidden).float()
+        return F.cross_entropy(logits, targets, reduction=reduction), logits.argmax(-1) != targets
+
+    rows = max(1, most // head.out_features)
+    if len(hidden) <= rows:
+        return part(hidden, targets, "mean")
+    parts = [
+        checkpoint(part, *some, use_reentrant=False, preserve_rng_state=False)
+        for some in zip(hidden.split(rows), targets.split(rows))
+    ]
+    return torch.stack([loss for loss, _ in parts]).sum() / len(hidden), torch.cat([wrong for _, wrong in parts])
 
 
 def answer_loss(model, ids, labels):
@@ -35,8 +56,8 @@ def answer_loss(model, ids, labels):
     ids and labels (B, T); a label is the id at its own place, or -100 where no loss falls; shifted inside, as in
     transformers. Rows are padded on the right.
     """
-    logits, targets, _ = answer_logits(model, ids, labels)
-    return F.cross_entropy(logits.float(), targets)
+    hidden, targets, _ = answer_hidden(model, ids, labels)
+    return head_loss(model.lm_head, hidden, targets)[0]
 
 
 @contextlib.contextmanager
@@ -64,14 +85,15 @@ def learning_rate_at(step, steps, peak, warmup):
 
 def train(
     model, tokenizer, pairs, *, steps=300, batch_size=16, learning_rate=1e-2, warmup=0.1, weight_decay=0.0, clip=1.0,
-    seed=0, autocast=None, checkpointing=False, bucket=16, watch=None, progress=True, keeper=None,
+    seed=0, autocast=None, checkpointing=False, compiled=False, bucket=16, watch=None, progress=True, keeper=None,
 ):  # fmt: skip
     """Trains whatever requires gradients on pairs (prompt, answer) and returns the history: a dict of numbers per step.
 
     AdamW (betas 0.9, 0.99) with warm-up and cosine, gradients clipped to norm `clip`, batches of like length. The same
     seed repeats a run bit for bit on one CPU machine.
     autocast: a dtype for the arithmetic of weights kept in float32.  checkpointing: less memory for more time, see
-    `checkpointed`.  bucket: see data.batches.  watch: called as watch(model) -> dict after every step, its entries join
+    `checkpointed`.  compiled: each layer by torch.compile, its rows padded to a multiple of 64, so that few lengths are
+    compiled for.  bucket: see data.batches.  watch: called as watch(model) -> dict after every step, its entries join
     the history.  keeper: of a run that may be killed and go on, checkpoints/progress.py.
     Raises ValueError where nothing can be trained, and where the loss, a gradient or a parameter is no number any more.
     """
@@ -89,24 +111,29 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     arithmetic = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
     history, seen = keeper.restore(named, optimizer) if keeper else [], 0
+    multiple = 64 if compiled else 1
+    if compiled:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     model.train()
     numbered = zip(range(steps), batches(pairs, batch_size, seed, bucket))
-    bar = tqdm(numbered, total=steps, disable=not progress, unit="step", dynamic_ncols=True)
+    bar = tqdm(numbered, total=steps, disable=not progress or distributed.rank() > 0, unit="step", dynamic_ncols=True)
     for step, batch in bar:
         seen += len(batch)
         if step < len(history):
             continue  # done before the run was interrupted
-        ids, labels = (tensor.to(device) for tensor in collate(batch, tokenizer))
+        ids, labels = (tensor.to(device) for tensor in collate(distributed.share(batch), tokenizer, multiple))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
         with arithmetic, checkpointed(model) if checkpointing else contextlib.nullcontext():
-            logits, targets, rows = answer_logits(model, ids, labels)
-        loss = F.cross_entropy(logits.float(), targets)
-        missed = torch.zeros(len(ids), device=device).index_add_(0, rows, (logits.argmax(-1) != targets).float())
-        del logits  # large, and not needed for the backward pass
+            hidden, targets, rows = answer_hidden(model, ids, labels)
+            loss, wrong = head_loss(model.lm_head, hidden, targets)
+        weight = distributed.weight(batch, len(targets))  # 1 where this process is alone
         optimizer.zero_grad()
-        loss.backward()
+        (loss * weight).backward()
+        whole = torch.zeros(len(ids), device=device).index_add_(0, rows, wrong.float()) == 0
+        loss, right = distributed.summed(trained, loss.detach() * weight, whole.sum().float() * (weight > 0))
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
 
@@ -122,7 +149,7 @@ def train(
         history.append({
             "step": step + 1,
             "loss": loss.item(),
-            "accuracy": (missed == 0).float().mean().item(),  # rows whose every answer token is the likeliest one
+            "accuracy": right.item() / len(batch),  # rows whose every answer token is the likeliest one
             "learning_rate": optimizer.param_groups[0]["lr"],
             "gradient_norm": norm.item(),  # before it was clipped
             "examples_per_second": seen / seconds,
@@ -168,7 +195,7 @@ def mean_loss(model, tokenizer, pairs, batch_size=64):
     device, total, count = next(model.parameters()).device, 0.0, 0
     for start in range(0, len(pairs), batch_size):
         ids, labels = (tensor.to(device) for tensor in collate(pairs[start : start + batch_size], tokenizer))
-        logits, targets, _ = answer_logits(model, ids, labels)
-        total += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+        hidden, targets, _ = answer_hidden(model, ids, labels)
+        total += head_loss(model.lm_head, hidden, targets)[0].item() * len(targets)
         count += len(targets)
     return total / count

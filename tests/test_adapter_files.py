@@ -347,6 +347,7 @@ def test_numbers_that_are_none_are_neither_saved_nor_read(model, tmp_path):
     key = next(iter(tensors))
     for changed, words in (
         (tensors[key] * math.nan, "holds NaN or infinity"),
+        (tensors[key] * 0 + 3e38, r"holds the number 3\.0e\+38"),  # one that is finite, and overflows when multiplied
         (tensors[key].to(torch.int64), "is of int64; needed is one of float32"),
         (tensors[key].to(torch.float8_e4m3fn), "is of float8_e4m3fn"),
         (tensors[key].to(torch.bool), "is of bool"),

@@ -329,27 +329,27 @@ def test_the_accuracy_counts_whole_answers(monkeypatch):
     from minillama import train as module
 
     model, pairs = small(), [("a", "bcd\n"), ("a", "bcd\n"), ("a", "bcd\n"), ("a", "bcd\n")]
-    real = module.answer_logits
+    real = module.head_loss
 
-    def known(model, ids, labels):
-        logits, targets, rows = real(model, ids, labels)
-        said = torch.nn.functional.one_hot(targets, 256).float() * 50
-        said[(rows == 1).nonzero()[2]] = 0.0  # one token of row 1, and two of row 3
-        said[(rows == 3).nonzero()[:2]] = 0.0
-        return logits * 0 + said, targets, rows
+    def known(head, hidden, targets):
+        loss, wrong = real(head, hidden, targets)
+        rows = torch.arange(4).repeat_interleave(4)  # four tokens of answer each
+        wrong = torch.zeros_like(wrong)
+        wrong[(rows == 1).nonzero()[2]] = True  # one token of row 1, and two of row 3
+        wrong[(rows == 3).nonzero()[:2]] = True
+        return loss, wrong
 
-    monkeypatch.setattr(module, "answer_logits", known)
+    monkeypatch.setattr(module, "head_loss", known)
     assert train(model, TOKENIZER, pairs, steps=1, batch_size=4, progress=False)[0]["accuracy"] == 0.5
 
 
-def test_autocast_computes_in_the_dtype_asked_for(monkeypatch):
-    from minillama import train as module
-
-    seen, real = [], module.answer_logits
-    monkeypatch.setattr(module, "answer_logits", lambda *given: seen.append(real(*given)) or seen[-1])
+def test_autocast_computes_in_the_dtype_asked_for():
+    heads = []
     for dtype in (None, torch.bfloat16):
-        train(small(), TOKENIZER, some_pairs(), steps=1, batch_size=4, autocast=dtype, progress=False)
-    assert [logits.dtype for logits, _, _ in seen] == [torch.float32, torch.bfloat16]
+        model = small()
+        model.lm_head.register_forward_hook(lambda _, given, out: heads.append(out.dtype))
+        train(model, TOKENIZER, some_pairs(), steps=1, batch_size=4, autocast=dtype, progress=False)
+    assert heads == [torch.float32, torch.bfloat16]
 
 
 def test_every_round_has_another_order():

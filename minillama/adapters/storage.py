@@ -21,7 +21,6 @@ import torch
 from ..checkpoints.files import (
     FileError,
     as_json,
-    finite,
     locked,
     parse_json,
     put_tensors,
@@ -30,6 +29,7 @@ from ..checkpoints.files import (
     refuse_unsound,
     remove,
     replacing,
+    what_is_unsound,
 )
 from . import adapt, adapter_tensors, adapters, base_tensors, peft, whole_or_not_at_all
 
@@ -70,9 +70,10 @@ def same_base(one, other):
     return all((a - b + 4) & 0xFFFF <= 8 for a, b in zip(*steps))  # at most 4 apart
 
 
-def save_adapter(model, folder, name="default"):
+def save_adapter(model, folder, name="default", base_fingerprint=None):
     """Writes one adapter's options and tensors, and the fingerprint of its base, to a folder.
 
+    base_fingerprint: where the base's weights are not at hand, being cut among processes; None takes it of them.
     Raises ValueError for an adapter that the model does not carry or whose numbers are none, FileError where nothing
     can be written or another process writes; what the folder held is then as it was.
     """
@@ -80,15 +81,16 @@ def save_adapter(model, folder, name="default"):
         raise ValueError(f"the model carries no adapter {name!r}: adapt(model, method) gives it one")
     parts = adapters(model)[name]
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_tensors(model, name).items()}
-    if bad := [key for key, tensor in tensors.items() if not finite(tensor)]:
-        raise ValueError(f"{bad[0]} holds NaN or infinity, so nothing was saved: train with a lower learning rate")
+    for key, tensor in tensors.items():
+        if unsound := what_is_unsound(tensor):
+            raise ValueError(f"{key} holds {unsound}, so nothing was saved: train with a lower learning rate")
     config, tensors = peft.to_peft(model, parts, tensors) or ({"peft_type": "MINILLAMA", "parts": parts}, tensors)
     config |= {"base_model_name_or_path": getattr(model, "source", None)}
     config |= {"task_type": "CAUSAL_LM", "inference_mode": True}
     truth = {"adapter_config": json.dumps(config, allow_nan=False), "numbers_sha256": digest(tensors)}
     with locked(folder) as folder, replacing(folder / CONFIG) as beside, replacing(folder / WEIGHTS) as weights:
         beside.write_text(as_json(config), encoding="utf-8")
-        put_tensors(weights, tensors, base_fingerprint=fingerprint(model), **truth)
+        put_tensors(weights, tensors, base_fingerprint=base_fingerprint or fingerprint(model), **truth)
         remove(folder / CONFIG)  # the last moment of the old adapter; now the weights come into place, then this file
 
 

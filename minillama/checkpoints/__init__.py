@@ -13,7 +13,6 @@ from .architectures import architecture_of, from_hf, read_config, to_hf, write_c
 from .files import (
     FileError,
     as_json,
-    finite,
     locked,
     put_tensors,
     read_json,
@@ -21,6 +20,7 @@ from .files import (
     refuse_unsound,
     remove,
     replacing,
+    what_is_unsound,
 )
 from .gguf import read_gguf
 from .tokenizers import read_tokenizer
@@ -163,8 +163,9 @@ def save(model, folder, tokenizer=None):
     content = write_config(config) | {"dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
     if getattr(tokenizer, "eos_id", None) is not None:
         content["eos_token_id"] = tokenizer.eos_id
-    if bad := [name for name, tensor in weights.items() if not finite(tensor)]:
-        raise ValueError(f"{bad[0]} holds NaN or infinity, so nothing was saved: train with a lower learning rate")
+    for name, tensor in weights.items():
+        if unsound := what_is_unsound(tensor):
+            raise ValueError(f"{name} holds {unsound}, so nothing was saved: train with a lower learning rate")
     with locked(folder) as folder, replacing(folder / "config.json") as beside:
         with replacing(folder / "model.safetensors") as file:
             beside.write_text(as_json(content), encoding="utf-8")

@@ -26,6 +26,7 @@ except ImportError:  # Windows has no locks on folders: there two writers are no
 
 JSON_BYTES = 2**26  # tokenizers of a quarter of a million tokens have half of it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST = 1e15  # of a weight: float32 ends at 3e38, and a model multiplies a number by itself and by others
 HELD = {}  # {folder that this process has locked: how often}
 
 
@@ -147,14 +148,18 @@ def refuse_unsound(tensors, path):
             raise FileError(
                 f"{path}: {name} is of {str(tensor.dtype).removeprefix('torch.')}; needed is one of {kinds}"
             )
-        if not finite(tensor):
-            raise FileError(f"{path}: {name} holds NaN or infinity, so nothing computed with it would be a number")
+        if unsound := what_is_unsound(tensor):
+            raise FileError(f"{path}: {name} holds {unsound}, so nothing computed with it would be a number")
 
 
-def finite(tensor):
-    """Whether every number is one; looked at in parts, so that little memory is needed."""
+def what_is_unsound(tensor):
+    """What a tensor holds that is no weight: NaN, infinity, or a number whose products overflow; "" for a sound one.
+    Looked at in parts, so that little memory is needed."""
     parts = tensor.detach().flatten().split(2**22)
-    return all(math.isfinite(part.abs().amax()) for part in parts if len(part))
+    largest = max(
+        (part.abs().amax().item() for part in parts if len(part)), key=lambda most: (most != most, most), default=0
+    )
+    return "" if largest <= LARGEST else f"the number {largest:.1e}" if largest < math.inf else "NaN or infinity"
 
 
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────

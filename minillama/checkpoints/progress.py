@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from .. import distributed
 from .files import FileError, parse_json, read_safetensors, remove, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -73,8 +74,10 @@ class Keeper:
             signal.signal(number, handler)
 
     def heard(self, number, frame):
-        if self.signal is not None:
+        if self.signal == number:  # torchrun sends SIGTERM behind the terminal's SIGINT
             os._exit(128 + number)
+        if self.signal is not None:
+            return
         self.signal = number
         note = "\nfinishing the step and saving; once more ends at once"
         with contextlib.suppress(OSError):  # the terminal may be what has gone
@@ -83,7 +86,8 @@ class Keeper:
     def restore(self, trained, optimizer):
         """Puts a kept state into the parameters {name: parameter} and the optimizer; the history up to there."""
         if not self.resume:
-            remove(self.path)
+            if distributed.rank() == 0:
+                remove(self.path)
             return []
         if not self.path.exists():
             return []
@@ -120,12 +124,14 @@ class Keeper:
 
     def after(self, trained, optimizer, history):
         """Called after each step: saves where it is time. Raises Stopped where a signal has come."""
-        if self.signal is None and time.monotonic() - self.last < self.every:
+        number = distributed.agreed(self.signal or 0)  # all processes end behind the same step
+        if not number and time.monotonic() - self.last < self.every:
             return
-        self.save(trained, optimizer, history)
-        if self.signal is not None:
+        if distributed.rank() == 0:
+            self.save(trained, optimizer, history)
+        if number:
             go_on = f"; go on with: {self.go_on}" if self.go_on else ""
-            raise Stopped(f"stopped after step {len(history)}, kept in {self.path}{go_on}", self.signal)
+            raise Stopped(f"stopped after step {len(history)}, kept in {self.path}{go_on}", number)
 
     def save(self, trained, optimizer, history):
         tensors = {f"parameter.{name}": parameter for name, parameter in trained.items()}

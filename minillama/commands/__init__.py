@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import adapters, data
+from .. import adapters, data, distributed
 from ..checkpoints import load
 from ..checkpoints.files import FileError, write_text
 from ..checkpoints.progress import CHECKPOINT, Keeper, read_settings
@@ -45,7 +45,8 @@ def open_base(args):
             f"{args.base} has no tokenizer, without which text cannot become ids: copy its tokenizer.json there"
         )
     shown = f"{count(model.parameters()):,} parameters · {device} · {str(dtype).removeprefix('torch.')}"
-    print(f"{args.base}: {shown} · {torch.get_num_threads()} threads · seed {args.seed}")
+    several = f" · {distributed.size()} processes" if distributed.size() > 1 else ""
+    print(f"{args.base}: {shown} · {torch.get_num_threads()} threads{several} · seed {args.seed}")
     return model, tokenizer
 
 
@@ -109,19 +110,26 @@ def write_history(out, history):
     write_text(out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
 
-def teach(model, tokenizer, method, options, pairs, args, seed, keeping=None):
-    """Adapts the model (method "full": trains it whole) on pairs; the history."""
-    real = is_real(tokenizer)
+def prepare(model, tokenizer, method, options, args, seed):
+    """Attaches the method to the model (method "full": all of it is to train), and cuts its weights with --shard."""
     torch.manual_seed(seed)
     if method == "full":
         model.float().requires_grad_(True)
     else:
-        own = {"init": "input"} if real and method == "llama_adapter" else {}
+        own = {"init": "input"} if is_real(tokenizer) and method == "llama_adapter" else {}
         adapters.adapt(model, method, **own | options)
+    if getattr(args, "shard", False):
+        distributed.shard(model)
+
+
+def teach(model, tokenizer, method, pairs, args, seed, keeping=None):
+    """Trains a prepared model on pairs; the history."""
+    real = is_real(tokenizer)
     rate = adapters.learning_rate(method, real) if args.learning_rate is None else args.learning_rate
     return train(
         model, tokenizer, pairs, steps=args.steps, batch_size=args.batch_size, learning_rate=rate, seed=seed,
-        checkpointing=args.checkpointing, bucket=1 if real else 16, watch=adapters.gates, keeper=keeping,
+        checkpointing=args.checkpointing, compiled=args.compile, bucket=1 if real else 16, watch=adapters.gates,
+        keeper=keeping,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import data
+from .. import data, distributed
 from ..adapters import METHODS, adapt, adapter_parameters, disabled, save_adapter
 from ..adapters.options import accepted, known_options
 from ..adapters.storage import WEIGHTS, fingerprint
@@ -24,6 +24,7 @@ from . import (
     is_real,
     keeper,
     open_base,
+    prepare,
     refuse_full,
     resumed,
     settle,
@@ -73,6 +74,9 @@ def add_arguments(parser):
         "--out", type=given, metavar="FOLDER", help="for what is written (the next free one under runs/)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter that --out already holds")
+    parser.add_argument(
+        "--shard", action="store_true", help="cut the base's weights among the processes that torchrun started"
+    )
     add_keeping(parser)
     add_machine(parser)
 
@@ -129,7 +133,8 @@ def run(args):
         args = resumed(args, add_arguments)
     refuse_early(args)
     subject = ", ".join(args.languages) if args.data is None else Path(args.data).stem
-    with locked(pick_folder(args, subject)) as out:
+    folder = distributed.same(pick_folder(args, subject))
+    with locked(folder) if distributed.rank() == 0 else contextlib.nullcontext(folder) as out:
         adapt_into(out, args, subject, start)
 
 
@@ -167,17 +172,25 @@ def adapt_into(out, args, subject, start):
     before, loss_before = measure()
 
     print(f"{args.method} learns {subject}: {args.steps} steps of {args.batch_size}, the base frozen", flush=True)
-    with keeper(args, out, pairs, base_fingerprint=fingerprint(model)) as keeping:
-        history = teach(model, tokenizer, args.method, dict(args.option), pairs, args, args.seed, keeping)
-        save_adapter(model, out)
-        write_history(out, history)
-        keeping.remove()
+    base_fingerprint = fingerprint(model)
+    prepare(model, tokenizer, args.method, dict(args.option), args, args.seed)
+    if args.shard:  # the weights lie elsewhere in memory now, where a product may round otherwise
+        with disabled(model):
+            base_logits = last_logits()
+    with keeper(args, out, pairs, base_fingerprint=base_fingerprint) as keeping:
+        history = teach(model, tokenizer, args.method, pairs, args, args.seed, keeping)
+        if distributed.rank() == 0:
+            save_adapter(model, out, base_fingerprint=base_fingerprint)
+            write_history(out, history)
+            keeping.remove()
 
     after, loss_after = measure()
     with disabled(model):
         identical = torch.equal(last_logits(), base_logits)
         off = exact_match(model, tokenizer, tests[kept], at_once)
     trained = count(adapter_parameters(model).values())
+    if distributed.rank() > 0:
+        return
     draw(history, f"{args.method} on {args.base}, {subject}: {trained:,} of {size:,} parameters trained", out)
 
     verdict = f"{off:.1%} ({'logits bit-identical' if identical else 'LOGITS DIFFER'})"

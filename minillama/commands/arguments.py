@@ -104,6 +104,9 @@ def add_training(parser):
         help="less memory for about a third more time: layers are computed again for the backward pass (for a real "
         "base in bfloat16 on the CPU)",
     )  # fmt: skip
+    parser.add_argument(
+        "--compile", action="store_true", help="layers through torch.compile: a minute at first, then faster steps"
+    )
 
 
 def add_keeping(parser):

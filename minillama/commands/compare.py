@@ -9,7 +9,7 @@ from ..adapters import METHODS
 from ..checkpoints import load
 from ..checkpoints.files import write_json
 from ..train import exact_match
-from . import count, open_base, settle, table, teach, test_dates, train_dates
+from . import count, open_base, prepare, settle, table, teach, test_dates, train_dates
 from .arguments import add_base, add_machine, add_training, given, positive
 
 
@@ -49,7 +49,8 @@ def run(args):
             model, _ = load(args.base, dtype, device)
             print(f"{method}, seed {seed}")
             start = time.perf_counter()
-            teach(model, tokenizer, method, {}, train_dates(args, tokenizer, seed), args, seed)
+            prepare(model, tokenizer, method, {}, args, seed)
+            teach(model, tokenizer, method, train_dates(args, tokenizer, seed), args, seed)
             row["seconds"].append(time.perf_counter() - start)
             row["matches"].append(mean_match())
             row["parameters"] = count(parameter for parameter in model.parameters() if parameter.requires_grad)
