@@ -1,47 +1,144 @@
-"""Seconds per training step beside the PEFT library: the same base, gated prefix attention, batches, dtype and machine,
-in turns. Needs transformers and peft, which the tests need too.
+"""Times training and generation beside transformers and the PEFT library: one process, the same weights, batch and
+dtype, in turns. Needs transformers and peft, which the tests need too.
 
-    python -m minillama bench --base smollm2 --dtype float32
+    python -m minillama bench                                            SmolLM2's shape on the CPU, random weights
+    python -m minillama bench --shape llama-7b --tokens 512 --answers 511 --compile
+    torchrun --nproc-per-node 2 -m minillama bench --shape llama-65b --shard
+
+The floor is what no library can go below: the matrix products of a step at the speed of the machine's fastest one.
 """
 
+import contextlib
+import gc
+import itertools
 import statistics
-import tempfile
 import time
+from pathlib import Path
 
 import torch
 
-from .. import data
-from ..adapters import adapt, save_adapter
-from ..adapters.llama_adapter import PRESETS
-from ..checkpoints import load, save
-from ..device import pick_device, pick_dtype
+from .. import distributed
+from ..adapters import METHODS, adapt, disabled
+from ..attention import Cache
+from ..checkpoints import load
+from ..checkpoints.architectures import architecture_of, to_hf, write_config
+from ..checkpoints.files import write_json
+from ..device import peak_memory, pick_device, pick_dtype
+from ..generate import stream
+from ..llama import LLaMA, LLaMAConfig
 from ..train import answer_loss
-from .arguments import add_machine, positive
+from . import count, table
+from .arguments import add_machine, given, positive, whole
+
+SHAPES = {
+    "smollm2": LLaMAConfig(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
+    "llama-7b": LLaMAConfig(),
+    "llama-13b": LLaMAConfig(32000, 5120, 13824, 40, 40),
+    "llama-65b": LLaMAConfig(32000, 8192, 22016, 80, 64),
+    "llama3-8b": LLaMAConfig(128256, 4096, 14336, 32, 32, 8, rope_theta=5e5),
+    "llama3-70b": LLaMAConfig(128256, 8192, 28672, 80, 64, 8, rope_theta=5e5),
+}
+COMPARED = ["llama_adapter", "ia3", "lora", "prefix_tuning", "bottleneck"]
+FIGURES = ("step", "forward", "prefill", "decode")
+NEW = 16  # tokens that decoding writes
 
 
-def both(base, dtype, device):
-    """(our model, PEFT's on transformers' model, tokenizer), with the same weights and the same new adapter."""
+def add_arguments(parser):
+    def listed(kind):
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    parser.add_argument("--shape", choices=SHAPES, help="a base of that shape with random weights (smollm2)")
+    parser.add_argument("--base", metavar="NAME", help="instead: whatever minillama.load opens that is a LLaMA")
+    parser.add_argument(
+        "--methods", type=lambda text: text.split(","), default=COMPARED, metavar="NAMES",
+        help=f"({','.join(COMPARED)})",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows (8)")
+    parser.add_argument("--tokens", type=listed(whole(2)), default=[48], metavar="N,…", help="tokens of a row (48)")
+    parser.add_argument("--answers", type=positive, default=14, metavar="N", help="of which carry loss (14)")
+    parser.add_argument(
+        "--prompts", type=listed(positive), default=[10], metavar="K,…", help="prompt or prefix tokens (10)"
+    )
+    parser.add_argument(
+        "--figures", type=lambda text: text.split(","), default=list(FIGURES), metavar="NAMES", help="(all)"
+    )
+    parser.add_argument("--compile", action="store_true", help="time our layers through torch.compile too")
+    parser.add_argument(
+        "--shard", action="store_true", help="cut the weights among the processes that torchrun started"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="measurements of each, in turns (5)")
+    parser.add_argument("--out", type=given, metavar="FOLDER", help="for bench.json and bench.png")
+    add_machine(parser)
+
+
+# ── the two sides ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def random_base(config, dtype, device, shard=False):
+    """A LLaMA of random weights, made on the device; cut among the processes before any of it is made."""
+    with torch.device("meta"):
+        model = LLaMA(config).to(dtype).requires_grad_(False)
+    if shard:
+        distributed.shard(model)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    for parameter in model.parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        own.fill_(1.0) if parameter.dim() == 1 else own.normal_(std=0.02)
+    return model
+
+
+def ours(model, method, prompts):
+    """A model of ours on the same weights, adapted."""
+    with torch.device("meta"):
+        other = LLaMA(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    if model.config.tie_word_embeddings:
+        other.lm_head.weight = other.embed_tokens.weight
+    own = {"llama_adapter": {"prompt_length": prompts}, "prefix_tuning": {"prefix_length": prompts}}.get(method, {})
+    return adapt(other, method, **own).train()
+
+
+def theirs(model, method, prompts):
+    """transformers' model on the same weights, adapted by PEFT; None where PEFT does not have the method."""
     import peft
     import transformers
 
-    model, tokenizer = load(base, dtype, device)
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, f"{folder}/base")
-        save_adapter(adapt(model, "llama_adapter", **PRESETS["peft"] | {"join": "before"}), f"{folder}/adapter")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/base", dtype=dtype).to(device)
-        theirs = peft.PeftModel.from_pretrained(theirs, f"{folder}/adapter", is_trainable=True)
-    return model.train(), theirs.train(), tokenizer
+    configs = {
+        "llama_adapter": lambda: peft.AdaptionPromptConfig(
+            adapter_len=prompts, adapter_layers=model.config.num_hidden_layers, task_type="CAUSAL_LM"
+        ),
+        "ia3": lambda: peft.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        ),
+        "lora": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        "prefix_tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=prompts, task_type="CAUSAL_LM"),
+    }
+    if method not in configs:
+        return None
+    device = model.embed_tokens.weight.device
+    config = transformers.LlamaConfig(**write_config(model.config))
+    with torch.device("meta"):
+        other = transformers.LlamaForCausalLM(config)
+    other.load_state_dict(to_hf(architecture_of(model.config), model.state_dict()), strict=False, assign=True)
+    other.tie_weights()
+    with torch.device(device):
+        other.model.rotary_emb = type(other.model.rotary_emb)(config)  # its buffers are in no file
+    return peft.get_peft_model(other, configs[method]()).to(device).train()
 
 
 def stepper(model, loss):
     """A function of (ids, labels) that makes one step of AdamW and returns the loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step(ids, labels):
         optimizer.zero_grad()
         value = loss(ids, labels)
         value.backward()
+        distributed.summed(trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         return value.item()  # waits for a GPU
@@ -49,44 +146,222 @@ def stepper(model, loss):
     return step
 
 
-def measure(base="smollm2", dtype=None, device="cpu", batch_size=16, rounds=4, steps=3):
-    """(ratio, rounds): PEFT's time over ours, the median, and [(our seconds per step, PEFT's, our loss, PEFT's)]."""
-    model, theirs, tokenizer = both(base, dtype, device)
-    languages, days = ("en", "fr", "de", "es", "fi"), data.split_dates()[0]
-    pairs = data.examples(languages, days, steps * batch_size, 0, data.form(tokenizer))
-    drawn = zip(data.batches(pairs, batch_size, bucket=1), range(steps))
-    batches = [tuple(tensor.to(device) for tensor in data.collate(batch, tokenizer)) for batch, _ in drawn]
-    ours = stepper(model, lambda ids, labels: answer_loss(model, ids, labels))
-    peft = stepper(theirs, lambda ids, labels: theirs(input_ids=ids, labels=labels).loss)
-    measured = []
+def our_figures(model, ids, labels):
+    """{figure: a function that does it once}."""
+    step = stepper(model, lambda ids, labels: answer_loss(model, ids, labels))
+
+    @torch.no_grad()
+    def prefill():
+        return model.lm_head(model.hidden(ids, cache=Cache())[:, -1])
+
+    return {
+        "step": lambda: step(ids, labels),
+        "forward": lambda: torch.no_grad()(model)(ids),
+        "prefill": prefill,
+        "decode": lambda: list(stream(model, ids[:, :16], NEW)),
+    }
+
+
+def their_figures(model, ids, labels):
+    step = stepper(model, lambda ids, labels: model(input_ids=ids, labels=labels).loss)
+    mask = torch.ones_like(ids[:, :16])
+    fixed = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    return {
+        "step": lambda: step(ids, labels),
+        "forward": lambda: torch.no_grad()(model)(input_ids=ids),
+        "prefill": lambda: torch.no_grad()(model)(input_ids=ids, use_cache=True, logits_to_keep=1),
+        "decode": lambda: model.generate(input_ids=ids[:, :16], attention_mask=mask, **fixed),
+    }
+
+
+# ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work, device):
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(works, device, rounds):
+    """{name: [seconds of each round]} of several pieces of work, one after the other in each round; the first round
+    warms up and does not count."""
+    seconds = {name: [] for name in works}
     for _ in range(rounds + 1):
-        seconds, losses = [], []
-        for step in (ours, peft):
-            start = time.perf_counter()
-            losses.append(statistics.mean(step(*batch) for batch in batches))
-            seconds.append((time.perf_counter() - start) / steps)
-        measured.append((*seconds, *losses))
-    measured = measured[1:]  # the first warms up
-    return statistics.median(theirs / ours for ours, theirs, _, _ in measured), measured
+        for name, work in works.items():
+            seconds[name].append(timed(work, device))
+    return {name: times[1:] for name, times in seconds.items()}
 
 
-def add_arguments(parser):
-    parser.add_argument("--base", default="smollm2", metavar="NAME", help="whatever minillama.load opens (smollm2)")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="dates per step (16)")
-    add_machine(parser, seed=False)
+def limits(dtype, device):
+    """(operations per second of the machine's fastest matrix product, a multiplication and an addition each; bytes per
+    second that a copy reads and writes), the best of several sizes and tries."""
+    best, fastest = 0.0, 0.0
+    for size in (4096, 8192) if device.type == "cuda" else (512, 1024):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(6):
+            best = max(best, 2 * size**3 / timed(lambda: a @ b, device))  # noqa: B023
+    many = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    other = torch.empty_like(many)
+    for _ in range(6):
+        fastest = max(fastest, 2 * len(many) / timed(lambda: other.copy_(many), device))
+    return best, fastest
+
+
+def products(model, rows, tokens, answers):
+    """Operations of a training step's matrix products: forward and back through every frozen matrix, the head at the
+    answers alone; attention's own products, a few in a hundred, left out."""
+    c = model.config
+    layers = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers."))
+    return 4 * rows * (layers * (tokens - 1) + c.vocab_size * c.hidden_size * answers)
+
+
+def one_case(model, method, rows, tokens, answers, prompts, args, device):
+    """{figure: {"ours": [seconds], "compiled": …, "peft": …}} and {"ours": peak bytes, …} of a step, on a GPU."""
+    draw = torch.Generator().manual_seed(args.seed)
+    ids = torch.randint(0, model.config.vocab_size, (rows, tokens), generator=draw).to(device)
+    labels = torch.where(torch.arange(tokens, device=device) >= tokens - answers, ids, -100)
+    mine, other = ours(model, method, prompts), theirs(model, method, prompts)
+    sides = {"ours": our_figures(mine, ids, labels)}
+    if args.compile:
+        faster = ours(model, method, prompts)
+        for layer in faster.layers:
+            layer.compile(dynamic=False)
+        sides["compiled"] = {
+            name: work for name, work in our_figures(faster, ids, labels).items() if name in ("step", "forward")
+        }
+    if other is not None:
+        sides["peft"] = their_figures(other, ids, labels)
+    measured, peaks = {}, {}
+    for figure in args.figures:
+        works = {side: figures[figure] for side, figures in sides.items() if figure in figures}
+        if figure in ("forward", "decode"):
+            works["off"] = off(mine, works["ours"])
+        measured[figure] = in_turns(works, device, args.rounds)
+    if device.type == "cuda" and "step" in args.figures:
+        for side, figures in sides.items():
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            figures["step"]()
+            peaks[side] = peak_memory(device)
+    return measured, peaks
+
+
+def off(model, work):
+    def unadapted():
+        with disabled(model):
+            work()
+
+    return unadapted
+
+
+def milliseconds(times):
+    return f"{1000 * statistics.median(times):.1f}"
+
+
+def ratio(one, other):
+    """The median of the rounds' ratios, and their spread."""
+    ratios = sorted(a / b for a, b in zip(one, other))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def run(args):
+    for wrong, known, what in ((args.methods, METHODS, "method"), (args.figures, FIGURES, "figure")):
+        if unknown := [name for name in wrong if name not in known]:
+            raise ValueError(f"there is no {what} {unknown[0]!r}; it can be {', '.join(known)}")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    ratio, rounds = measure(args.base, dtype, device, args.batch_size)
+    torch.manual_seed(args.seed)
+    if distributed.size() > 1:
+        return several(args, dtype, device)
+    if args.base:
+        model, _ = load(args.base, dtype, device)
+        if not isinstance(model, LLaMA):
+            raise ValueError(f"{args.base} is a {type(model).__name__}; PEFT's counterpart is built for a LLaMA alone")
+    else:
+        model = random_base(SHAPES[args.shape or "smollm2"], dtype, device)
+    ceiling, bandwidth = limits(dtype, device)
+    name = args.base or args.shape or "smollm2"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(
-        f"{args.base}, {dtype}, {device}, {torch.get_num_threads()} threads, batches of {args.batch_size}; "
-        "seconds per step and mean loss of each round:"
+        f"{name}: {count(model.parameters()):,} parameters · {device}, {card} · {str(dtype).removeprefix('torch.')} · "
+        f"torch {torch.__version__}"
     )
-    for ours, theirs, our_loss, their_loss in rounds:
+    print(f"matrix products at {ceiling / 1e12:.2f} TFLOP/s, copies at {bandwidth / 1e9:.0f} GB/s\n", flush=True)
+    cases = []
+    for tokens, prompts, method in itertools.product(args.tokens, args.prompts, args.methods):
+        answers = min(args.answers, tokens - 1)
+        measured, peaks = one_case(model, method, args.batch_size, tokens, answers, prompts, args, device)
+        floor = products(model, args.batch_size, tokens, answers) / ceiling
+        case = {"method": method, "rows": args.batch_size, "tokens": tokens, "answers": answers, "prompts": prompts}
+        cases.append(case | {"floor": floor, "seconds": measured, "peak_bytes": peaks})
+        report(cases[-1])
+        gc.collect()
+    if args.out:
+        settings = {"base": name, "device": card, "dtype": str(dtype), "torch": torch.__version__}
+        settings |= {"ceiling": ceiling, "bandwidth": bandwidth, "rounds": args.rounds}
+        write_json(Path(args.out) / "bench.json", {"settings": settings, "cases": cases})
+        from ..course.plots import bench_figure  # late: matplotlib is slow to import
+        from ..course.style import save_figure
+
+        save_figure(bench_figure(settings, cases), Path(args.out) / "bench.png")
+        print(f"numbers and figure: {Path(args.out) / 'bench.json'}, {Path(args.out) / 'bench.png'}")
+
+
+def report(case):
+    """Prints one case's table."""
+    said = (
+        f"{case['rows']} × {case['tokens']} tokens, {case['answers']} of each row's carry loss, K = {case['prompts']}"
+    )
+    print(f"{case['method']}, {said}")
+    rows = [("", "ours", "compiled", "PEFT", "PEFT / ours", "PEFT / compiled", "adapted / not")]
+    for figure, seconds in case["seconds"].items():
+        mine, faster, peft = (seconds.get(side) for side in ("ours", "compiled", "peft"))
+        shown = [milliseconds(times) if times else "" for times in (mine, faster, peft)]
+        over = [ratio(peft, times) if peft and times else "" for times in (mine, faster)]
+        rows.append((f"{figure}, ms", *shown, *over, ratio(mine, seconds["off"]) if "off" in seconds else ""))
+    if peaks := case["peak_bytes"]:
+        shown = [f"{peaks[side] / 2**30:.1f}" if side in peaks else "" for side in ("ours", "compiled", "peft")]
+        rows.append(("step, GiB", *shown, "", "", ""))
+    if "step" in case["seconds"]:
+        best = min(statistics.median(times) for side, times in case["seconds"]["step"].items() if side != "peft")
+        rows.append(("floor, ms", f"{1000 * case['floor']:.1f}", f"{case['floor'] / best:.0%}", "", "", "", ""))
+    print(f"{table(rows)}\n", flush=True)
+
+
+def several(args, dtype, device):
+    """Under torchrun: our training step on all processes, every one with a batch of its own."""
+    config = SHAPES[args.shape or "smollm2"]
+    for method, tokens in itertools.product(args.methods, args.tokens):
+        model = random_base(config, dtype, device, args.shard)
+        adapt(model, method)
+        if args.compile:
+            for layer in model.layers:
+                layer.compile(dynamic=False)
+        model.train()
+        ids = torch.randint(0, config.vocab_size, (args.batch_size, tokens), device=device)
+        labels = torch.where(torch.arange(tokens, device=device) >= tokens - args.answers, ids, -100)
+        step = our_figures(model, ids, labels)["step"]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = in_turns({"step": step}, device, args.rounds)["step"]
+        middle, peak = statistics.median(seconds), peak_memory(device)
         print(
-            f"  minillama {ours:.3f} s, loss {our_loss:.4f}    PEFT {theirs:.3f} s, loss {their_loss:.4f}    "
-            f"ratio {theirs / ours:.2f}"
+            f"{args.shape or 'smollm2'}, {method}{', sharded' if args.shard else ''}, {distributed.size()} processes, "
+            f"{args.batch_size} × {tokens} tokens each: {1000 * middle:.1f} ms a step, "
+            f"{distributed.size() * args.batch_size * tokens / middle:,.0f} tokens/s, "
+            f"{(peak or 0) / 2**30:.1f} GiB a process",
+            flush=True,
         )
-    print(f"PEFT takes {ratio:.2f} times as long (median)")
+        del model, step
+        gc.collect()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()

@@ -104,6 +104,37 @@ def comparison_figure(rows, title):
     return figure
 
 
+def bench_figure(settings, cases):
+    """A training step of each case as bars, PEFT's above ours, with whiskers from the fastest to the slowest round; a
+    line marks the floor. settings and cases: as `minillama bench` writes them."""
+    sides = {"peft": ("PEFT", FROZEN), "ours": ("ours", TRAINED), "compiled": ("ours, compiled", GATE)}
+    cases = [case for case in cases if "step" in case["seconds"]]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 1.2 + 0.9 * max(1, len(cases))), layout="constrained")
+        axes, seen = figure.subplots(), set()
+        for row, case in enumerate(cases):
+            steps = {side: times for side, times in case["seconds"]["step"].items() if side in sides}
+            for place, side in enumerate(side for side in sides if side in steps):
+                times = sorted(1000 * time for time in steps[side])
+                middle = times[len(times) // 2]
+                y, (label, color) = row + 0.26 * (place - (len(steps) - 1) / 2), sides[side]
+                spread = [[middle - times[0]], [times[-1] - middle]]
+                label = None if side in seen else label
+                axes.barh(y, middle, 0.24, xerr=spread, color=color, label=label, error_kw={"linewidth": 1})
+                seen.add(side)
+            floor = 1000 * case["floor"]
+            axes.plot(
+                [floor, floor], [row - 0.45, row + 0.45], color=INK, linewidth=1.5, label=None if row else "floor"
+            )
+        names = [f"{case['method']}\n{case['rows']} × {case['tokens']}, K = {case['prompts']}" for case in cases]
+        axes.set_yticks(range(len(cases)), names)
+        axes.invert_yaxis()
+        dtype = settings["dtype"].removeprefix("torch.")
+        axes.set(xlabel="milliseconds a training step", title=f"{settings['base']}, {dtype}, {settings['device']}")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
 def curve_figure(curves, xlabel, ylabel, title, log=False, method=None):
     """Means with their spread over seeds. curves: {label: (xs, [[a value per seed] per x])};
     lines differ in dash and marker too. A label that names a method gets its colour, the others that of `method`."""
