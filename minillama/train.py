@@ -14,6 +14,7 @@ from tqdm import tqdm
 from . import distributed
 from .data import IGNORED, batches, collate, encode
 from .generate import generate, left_pad
+from .speed import compile_layers
 
 LEARNING_RATES = (1e-3, 1e-4)  # when all weights are trained: on the bundled bases, and on a real model (SmolLM2-135M)
 
@@ -113,8 +114,7 @@ def train(
     history, seen = keeper.restore(named, optimizer) if keeper else [], 0
     multiple = 64 if compiled else 1
     if compiled:
-        for layer in model.layers:
-            layer.compile(dynamic=False)
+        compile_layers(model)
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     model.train()
     numbered = zip(range(steps), batches(pairs, batch_size, seed, bucket))

@@ -9,6 +9,7 @@ import copy
 import torch
 from torch import nn
 
+from ..speed import QuantizedLinear
 from . import METHODS, StandIn, is_wrapper, outermost, refuse_stand_ins, wrappers
 
 
@@ -64,6 +65,10 @@ def merge(model):
             raise ValueError(
                 f"{place}: the adapter {wrapper.adapter!r} has a part ({type(wrapper).__name__}) that no fixed weight "
                 f"can stand for; {', '.join(foldable)} can be merged, save_adapter keeps the others in a small file"
+            )
+        if wrapper.active and any(isinstance(part, QuantizedLinear) for part in wrapper.modules()):
+            raise ValueError(
+                f"{place} is quantised, and a merge needs the plain weight: load the base without --quantize"
             )
     for parent, name, wrapper in outermost(model):
         setattr(parent, name, Merged(wrapper))

@@ -45,8 +45,10 @@ def fingerprint(model):
 
     A tensor's are the logarithm of its norm, and its projection on a fixed pattern of ±1 over the norm, both rounded:
     every weight counts, and the rounding of a dtype moves them by less than the four steps that `same_base` allows
-    (seven standard deviations, in bfloat16).
+    (seven standard deviations, in bfloat16). A base that was quantised remembers the one it had before.
     """
+    if hasattr(model, "base_fingerprint"):
+        return model.base_fingerprint
     signs = torch.randint(0, 2, (BLOCK,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).float()
     digest, projections = hashlib.sha256(), ""
     for name, tensor in sorted(base_tensors(model).items()):
@@ -70,10 +72,9 @@ def same_base(one, other):
     return all((a - b + 4) & 0xFFFF <= 8 for a, b in zip(*steps))  # at most 4 apart
 
 
-def save_adapter(model, folder, name="default", base_fingerprint=None):
+def save_adapter(model, folder, name="default"):
     """Writes one adapter's options and tensors, and the fingerprint of its base, to a folder.
 
-    base_fingerprint: where the base's weights are not at hand, being cut among processes; None takes it of them.
     Raises ValueError for an adapter that the model does not carry or whose numbers are none, FileError where nothing
     can be written or another process writes; what the folder held is then as it was.
     """
@@ -90,7 +91,7 @@ def save_adapter(model, folder, name="default", base_fingerprint=None):
     truth = {"adapter_config": json.dumps(config, allow_nan=False), "numbers_sha256": digest(tensors)}
     with locked(folder) as folder, replacing(folder / CONFIG) as beside, replacing(folder / WEIGHTS) as weights:
         beside.write_text(as_json(config), encoding="utf-8")
-        put_tensors(weights, tensors, base_fingerprint=base_fingerprint or fingerprint(model), **truth)
+        put_tensors(weights, tensors, base_fingerprint=fingerprint(model), **truth)
         remove(folder / CONFIG)  # the last moment of the old adapter; now the weights come into place, then this file
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ..data import ByteTokenizer
 from ..llama import LLaMA
+from ..speed import QuantizedLinear
 from . import hub
 from .architectures import architecture_of, from_hf, read_config, to_hf, write_config
 from .files import (
@@ -158,6 +159,10 @@ def save(model, folder, tokenizer=None):
     file of its own, and for a merged one that the architecture cannot hold.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled one
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError(
+            "the model is quantised, which no file of a folder says: save it before, and quantise it again"
+        )
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
     config, weights = settle(model, weights)
     content = write_config(config) | {"dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch.")}

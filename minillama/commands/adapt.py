@@ -147,8 +147,9 @@ def adapt_into(out, args, subject, start):
     settle(args, model, tokenizer)
     with torch.device("meta"):
         shapes = type(model)(model.config)
+    size = count(shapes.parameters())
     adapt(shapes, args.method, **dict(args.option))  # a wrong option ends here, before any work
-    size, device = count(model.parameters()), next(model.parameters()).device
+    device = next(model.parameters()).device
     if args.data is None:
         pairs = train_dates(args, tokenizer, args.seed)
         tests = test_dates(args, tokenizer, dict.fromkeys([*args.languages, "en"]))
@@ -172,15 +173,15 @@ def adapt_into(out, args, subject, start):
     before, loss_before = measure()
 
     print(f"{args.method} learns {subject}: {args.steps} steps of {args.batch_size}, the base frozen", flush=True)
-    base_fingerprint = fingerprint(model)
+    model.base_fingerprint = fingerprint(model)  # while the weights are whole
     prepare(model, tokenizer, args.method, dict(args.option), args, args.seed)
     if args.shard:  # the weights lie elsewhere in memory now, where a product may round otherwise
         with disabled(model):
             base_logits = last_logits()
-    with keeper(args, out, pairs, base_fingerprint=base_fingerprint) as keeping:
+    with keeper(args, out, pairs, base_fingerprint=model.base_fingerprint) as keeping:
         history = teach(model, tokenizer, args.method, pairs, args, args.seed, keeping)
         if distributed.rank() == 0:
-            save_adapter(model, out, base_fingerprint=base_fingerprint)
+            save_adapter(model, out)
             write_history(out, history)
             keeping.remove()
 

@@ -5,6 +5,7 @@ import math
 import re
 
 from .. import data
+from ..speed import HOW
 
 # What the command line may leave open, by kind of base: a bundled one, whose tokens are bytes, and a real one.
 LEFT_OPEN = {"steps": (300, 120), "batch_size": (16, 16), "test_dates": (500, 200)}
@@ -77,6 +78,10 @@ def add_base(parser):
         "--base", default="dates-llama", metavar="NAME",
         help="dates-llama, dates-gpt2, smollm2, a folder in Hugging Face's layout, a hub name (owner/model), or a "
         ".gguf file (dates-llama)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantize", choices=HOW, help="keep the base's layers in fewer bits: about a half or a third of the memory "
+        "(8bit, 4bit), or products in 8-bit floats on a card that has them (float8)"
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from ..checkpoints.files import write_json
 from ..device import peak_memory, pick_device, pick_dtype
 from ..generate import stream
 from ..llama import LLaMA, LLaMAConfig
+from ..speed import compile_layers, multiplies_float8, quantize
 from ..train import answer_loss
 from . import count, table
 from .arguments import add_machine, given, positive, whole
@@ -90,13 +91,15 @@ def random_base(config, dtype, device, shard=False):
     return model
 
 
-def ours(model, method, prompts):
-    """A model of ours on the same weights, adapted."""
+def ours(model, method, prompts, how=None):
+    """A model of ours on the same weights, or on them in fewer bits, adapted."""
     with torch.device("meta"):
         other = LLaMA(model.config)
     other.load_state_dict(model.state_dict(), assign=True)
     if model.config.tie_word_embeddings:
         other.lm_head.weight = other.embed_tokens.weight
+    if how is not None:
+        quantize(other, how)
     own = {"llama_adapter": {"prompt_length": prompts}, "prefix_tuning": {"prefix_length": prompts}}.get(method, {})
     return adapt(other, method, **own).train()
 
@@ -228,31 +231,37 @@ def one_case(model, method, rows, tokens, answers, prompts, args, device):
     draw = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(0, model.config.vocab_size, (rows, tokens), generator=draw).to(device)
     labels = torch.where(torch.arange(tokens, device=device) >= tokens - answers, ids, -100)
-    mine, other = ours(model, method, prompts), theirs(model, method, prompts)
-    sides = {"ours": our_figures(mine, ids, labels)}
+    models = {"ours": ours(model, method, prompts)}
     if args.compile:
-        faster = ours(model, method, prompts)
-        for layer in faster.layers:
-            layer.compile(dynamic=False)
-        sides["compiled"] = {
-            name: work for name, work in our_figures(faster, ids, labels).items() if name in ("step", "forward")
-        }
-    if other is not None:
-        sides["peft"] = their_figures(other, ids, labels)
+        models["compiled"] = ours(model, method, prompts)
+        if multiplies_float8(device):
+            models["float8"] = ours(model, method, prompts, "float8")
+    for side in models.keys() & {"compiled", "float8"}:
+        compile_layers(models[side])
+    sides = {side: our_figures(model, ids, labels) for side, model in models.items()}
+    if (other := theirs(model, method, prompts)) is not None:
+        models["peft"], sides["peft"] = other, their_figures(other, ids, labels)
     measured, peaks = {}, {}
     for figure in args.figures:
-        works = {side: figures[figure] for side, figures in sides.items() if figure in figures}
+        plain = figure in ("prefill", "decode")  # a cache that grows is another shape with every token
+        works = {side: figures[figure] for side, figures in sides.items() if not plain or side in ("ours", "peft")}
         if figure in ("forward", "decode"):
-            works["off"] = off(mine, works["ours"])
+            works["off"] = off(models["ours"], works["ours"])
         measured[figure] = in_turns(works, device, args.rounds)
     if device.type == "cuda" and "step" in args.figures:
         for side, figures in sides.items():
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-            figures["step"]()
-            peaks[side] = peak_memory(device)
+            peaks[side] = own_peak(models[side], figures["step"], device)
     return measured, peaks
+
+
+def own_peak(model, work, device):
+    """The most bytes of the GPU that the work needs, the model's own included and no other's."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    tensors = {tensor.data_ptr(): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return peak_memory(device) - before + sum(tensor.nbytes for tensor in tensors.values())
 
 
 def off(model, work):
@@ -322,19 +331,24 @@ def report(case):
         f"{case['rows']} × {case['tokens']} tokens, {case['answers']} of each row's carry loss, K = {case['prompts']}"
     )
     print(f"{case['method']}, {said}")
-    rows = [("", "ours", "compiled", "PEFT", "PEFT / ours", "PEFT / compiled", "adapted / not")]
+    sides = [side for side in ("peft", "ours", "compiled", "float8") if side in next(iter(case["seconds"].values()))]
+    rows = [("", *sides, *(f"peft / {side}" for side in sides if side != "peft"), "adapted / not")]
     for figure, seconds in case["seconds"].items():
-        mine, faster, peft = (seconds.get(side) for side in ("ours", "compiled", "peft"))
-        shown = [milliseconds(times) if times else "" for times in (mine, faster, peft)]
-        over = [ratio(peft, times) if peft and times else "" for times in (mine, faster)]
-        rows.append((f"{figure}, ms", *shown, *over, ratio(mine, seconds["off"]) if "off" in seconds else ""))
+        shown = [milliseconds(seconds[side]) if side in seconds else "" for side in sides]
+        peft = seconds.get("peft")
+        over = [ratio(peft, seconds[side]) if peft and side in seconds else "" for side in sides if side != "peft"]
+        rows.append(
+            (f"{figure}, ms", *shown, *over, ratio(seconds["ours"], seconds["off"]) if "off" in seconds else "")
+        )
+    empty = [""] * (len(rows[0]) - 1 - len(sides))
     if peaks := case["peak_bytes"]:
-        shown = [f"{peaks[side] / 2**30:.1f}" if side in peaks else "" for side in ("ours", "compiled", "peft")]
-        rows.append(("step, GiB", *shown, "", "", ""))
+        rows.append(("step, GiB", *(f"{peaks[side] / 2**30:.1f}" for side in sides), *empty))
+    print(table(rows))
     if "step" in case["seconds"]:
-        best = min(statistics.median(times) for side, times in case["seconds"]["step"].items() if side != "peft")
-        rows.append(("floor, ms", f"{1000 * case['floor']:.1f}", f"{case['floor'] / best:.0%}", "", "", "", ""))
-    print(f"{table(rows)}\n", flush=True)
+        steps = case["seconds"]["step"]
+        share = case["floor"] / statistics.median(steps["compiled" if "compiled" in steps else "ours"])
+        print(f"  a step's matrix products at the machine's best: {1000 * case['floor']:.1f} ms, {share:.0%} of ours")
+    print(flush=True)
 
 
 def several(args, dtype, device):
@@ -344,8 +358,7 @@ def several(args, dtype, device):
         model = random_base(config, dtype, device, args.shard)
         adapt(model, method)
         if args.compile:
-            for layer in model.layers:
-                layer.compile(dynamic=False)
+            compile_layers(model)
         model.train()
         ids = torch.randint(0, config.vocab_size, (args.batch_size, tokens), device=device)
         labels = torch.where(torch.arange(tokens, device=device) >= tokens - args.answers, ids, -100)

@@ -107,7 +107,12 @@ def comparison_figure(rows, title):
 def bench_figure(settings, cases):
     """A training step of each case as bars, PEFT's above ours, with whiskers from the fastest to the slowest round; a
     line marks the floor. settings and cases: as `minillama bench` writes them."""
-    sides = {"peft": ("PEFT", FROZEN), "ours": ("ours", TRAINED), "compiled": ("ours, compiled", GATE)}
+    sides = {
+        "peft": ("PEFT", FROZEN),
+        "ours": ("ours", TRAINED),
+        "compiled": ("ours, compiled", GATE),
+        "float8": ("ours, compiled, float8 base", INK),
+    }
     cases = [case for case in cases if "step" in case["seconds"]]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 1.2 + 0.9 * max(1, len(cases))), layout="constrained")
