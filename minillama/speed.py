@@ -136,8 +136,9 @@ def multiplies_float8(device):
 
 @torch.no_grad()
 def quantize(model, how):
-    """Puts the linear layers of model.layers into fewer bits, in place, and returns the model; the embedding, the norms
-    and the head stay as they are, and so does a matrix whose rows are no multiple of 32 long.
+    """Puts the linear layers of model.layers into fewer bits, in place, and returns the model. The embedding, the norms
+    and the head stay as they are, and so does a matrix whose rows are no multiple of 32 long (float8: one of whose
+    sides is no multiple of 16).
 
     Raises ValueError for an adapted model, for an unknown `how`, and for float8 where no card multiplies it.
     """
@@ -152,7 +153,8 @@ def quantize(model, how):
         )
     for module in list(model.layers.modules()):
         for name, linear in list(module.named_children()):
-            if type(linear) is nn.Linear and linear.in_features % BLOCK == 0:
+            sides = (linear.in_features, linear.out_features) if type(linear) is nn.Linear else ()
+            if sides and (sides[0] % BLOCK == 0 if how != "float8" else sides[0] % 16 == sides[1] % 16 == 0):
                 small = Float8Linear(linear) if how == "float8" else BlockLinear(linear, int(how[0]))
                 setattr(module, name, small.train(linear.training))
     return model
