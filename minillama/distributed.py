@@ -133,7 +133,7 @@ def shard(model):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    mesh = init_device_mesh(next(model.parameters()).device.type, (size(),))
+    mesh = init_device_mesh(torch.device(place()).type, (size(),))  # also of a model that is built on "meta"
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole & set(layer.parameters()))
     fully_shard(model, mesh=mesh, ignored_params=whole)

@@ -83,7 +83,7 @@ def random_base(config, dtype, device, shard=False):
     if shard:
         distributed.shard(model)
     model.to_empty(device=device)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and not shard:
         model.lm_head.weight = model.embed_tokens.weight
     for parameter in model.parameters():
         own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
