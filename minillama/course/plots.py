@@ -115,6 +115,7 @@ def bench_figure(settings, cases):
     }
     cases = [case for case in cases if "step" in case["seconds"]]
     with matplotlib.rc_context(STYLE):
+        dtype = settings["dtype"].removeprefix("torch.")
         figure = Figure(figsize=(9, 1.2 + 0.9 * max(1, len(cases))), layout="constrained")
         axes, seen = figure.subplots(), set()
         for row, case in enumerate(cases):
@@ -122,19 +123,24 @@ def bench_figure(settings, cases):
             for place, side in enumerate(side for side in sides if side in steps):
                 times = sorted(1000 * time for time in steps[side])
                 middle = times[len(times) // 2]
-                y, (label, color) = row + 0.26 * (place - (len(steps) - 1) / 2), sides[side]
+                y, (label, color) = row + 0.21 * (place - (len(steps) - 1) / 2), sides[side]
                 spread = [[middle - times[0]], [times[-1] - middle]]
                 label = None if side in seen else label
-                axes.barh(y, middle, 0.24, xerr=spread, color=color, label=label, error_kw={"linewidth": 1})
+                axes.barh(y, middle, 0.19, xerr=spread, color=color, label=label, error_kw={"linewidth": 1})
                 seen.add(side)
             floor = 1000 * case["floor"]
             axes.plot(
-                [floor, floor], [row - 0.45, row + 0.45], color=INK, linewidth=1.5, label=None if row else "floor"
+                [floor, floor],
+                [row - 0.45, row + 0.45],
+                color=INK,
+                linewidth=1.5,
+                label=None if row else f"products, {dtype}",
             )
         names = [f"{case['method']}\n{case['rows']} × {case['tokens']}, K = {case['prompts']}" for case in cases]
         axes.set_yticks(range(len(cases)), names)
         axes.invert_yaxis()
-        dtype = settings["dtype"].removeprefix("torch.")
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", visible=False)
         axes.set(xlabel="milliseconds a training step", title=f"{settings['base']}, {dtype}, {settings['device']}")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
