@@ -83,31 +83,39 @@ class BlockLinear(QuantizedLinear):
         return (codes.to(dtype) * self.scales.view(torch.float16).to(dtype)).flatten(1)
 
 
-class Float8Product(torch.autograd.Function):
-    """x Wᵀ and its gradient as products of 8-bit floats, both sides with a scale for each row."""
-
-    @staticmethod
-    def forward(context, x, linear):
-        context.linear = linear
-        return scaled_product(x, linear.rows, linear.row_scales)
-
-    @staticmethod
-    def backward(context, gradient):
-        return scaled_product(gradient, context.linear.columns, context.linear.column_scales), None
-
-
 def float8_rows(x):
     """(x in 8-bit floats, its scales): x ≈ scale · float8, one scale for each row of x (N, D)."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST_FLOAT8
+    scale = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float().clamp(min=1e-30) / LARGEST_FLOAT8
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def scaled_product(x, weight, scales):
-    """x (..., D) times the rows of weight (N, D): (..., N)."""
-    rows, own = float8_rows(x.flatten(0, -2))
-    weight, scales = weight.view(torch.float8_e4m3fn), scales.view(torch.float32)
-    y = torch._scaled_mm(rows, weight.t(), own, scales.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
-    return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+@torch.library.custom_op("minillama::float8_product", mutates_args=())
+def float8_product(
+    x: torch.Tensor, rows: torch.Tensor, row_scales: torch.Tensor, columns: torch.Tensor, column_scales: torch.Tensor
+) -> torch.Tensor:
+    """x (N, D) times the rows of a matrix (M, D), both sides in 8-bit floats: (N, M). Its gradient is the same with the
+    matrix's columns in the place of its rows."""
+    numbers, scales = float8_rows(x.contiguous())
+    numbers_, scales_ = rows.view(torch.float8_e4m3fn).t(), row_scales.view(torch.float32).t()
+    y = torch._scaled_mm(numbers, numbers_, scales, scales_, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return y.to(x.dtype)
+
+
+@float8_product.register_fake
+def _(x, rows, row_scales, columns, column_scales):
+    return x.new_empty(len(x), len(rows))
+
+
+def _keep(ctx, inputs, output):  # torch calls it by these names
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx, gradient):
+    rows, row_scales, columns, column_scales = ctx.saved_tensors
+    return float8_product(gradient, columns, column_scales, rows, row_scales), None, None, None, None
+
+
+float8_product.register_autograd(_backward, setup_context=_keep)
 
 
 class Float8Linear(QuantizedLinear):
@@ -126,7 +134,8 @@ class Float8Linear(QuantizedLinear):
 
     def forward(self, x):
         """(..., in_features) -> (..., out_features)."""
-        y = Float8Product.apply(x, self)
+        matrix = (self.rows, self.row_scales, self.columns, self.column_scales)
+        y = float8_product(x.flatten(0, -2), *matrix).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

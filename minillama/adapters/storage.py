@@ -66,7 +66,7 @@ def fingerprint(model):
 
 def same_base(one, other):
     """Whether two fingerprints are of one base, in whatever dtypes."""
-    if len(one) != len(other) or one[:8] != other[:8]:
+    if len(one) != len(other) or one[:8] != other[:8] or not set(one + other) <= set("0123456789abcdef"):
         return False
     steps = [[int(text[i : i + 4], 16) for i in range(8, len(text), 4)] for text in (one, other)]
     return all((a - b + 4) & 0xFFFF <= 8 for a, b in zip(*steps))  # at most 4 apart

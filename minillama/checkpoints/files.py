@@ -40,7 +40,7 @@ class FileError(OSError):
     """A missing or bad file: says which, where in it, and what to do."""
 
     def __init__(self, message):
-        super().__init__(printable(message))
+        super().__init__(printable(message).replace("\n", "\\n"))  # one line, whatever a file called its keys
 
     def _render_traceback_(self):  # in a notebook the sentence is all there is to say
         return [f"{type(self).__name__}: {self}"]
