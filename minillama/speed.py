@@ -91,28 +91,35 @@ def float8_rows(x):
 
 @torch.library.custom_op("minillama::float8_product", mutates_args=())
 def float8_product(
-    x: torch.Tensor, rows: torch.Tensor, row_scales: torch.Tensor, columns: torch.Tensor, column_scales: torch.Tensor
+    x: torch.Tensor,
+    numbers: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    row_scales: torch.Tensor,
+    columns: torch.Tensor,
+    column_scales: torch.Tensor,
 ) -> torch.Tensor:
-    """x (N, D) times the rows of a matrix (M, D), both sides in 8-bit floats: (N, M). Its gradient is the same with the
-    matrix's columns in the place of its rows."""
-    numbers, scales = float8_rows(x.contiguous())
-    numbers_, scales_ = rows.view(torch.float8_e4m3fn).t(), row_scales.view(torch.float32).t()
-    y = torch._scaled_mm(numbers, numbers_, scales, scales_, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return y.to(x.dtype)
+    """x (N, D), rounded to scales · numbers, times the rows of a matrix (M, D) in 8-bit floats: (N, M). x itself is here
+    for its gradient, which is the same product with the matrix's columns. An operation of its own, since a compiler may
+    lay numbers out column by column, and multiply something else without a word."""
+    ours, theirs = numbers.contiguous(), rows.view(torch.float8_e4m3fn).t()
+    by = scales.contiguous(), row_scales.view(torch.float32).t()
+    return torch._scaled_mm(ours, theirs, *by, out_dtype=torch.bfloat16, use_fast_accum=True).to(x.dtype)  # fmt: skip
 
 
 @float8_product.register_fake
-def _(x, rows, row_scales, columns, column_scales):
+def _(x, numbers, scales, rows, row_scales, columns, column_scales):
     return x.new_empty(len(x), len(rows))
 
 
 def _keep(ctx, inputs, output):  # torch calls it by these names
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*inputs[3:])
 
 
 def _backward(ctx, gradient):
     rows, row_scales, columns, column_scales = ctx.saved_tensors
-    return float8_product(gradient, columns, column_scales, rows, row_scales), None, None, None, None
+    matrix = (columns, column_scales, rows, row_scales)
+    return float8_product(gradient, *float8_rows(gradient), *matrix), None, None, None, None, None, None
 
 
 float8_product.register_autograd(_backward, setup_context=_keep)
@@ -135,7 +142,8 @@ class Float8Linear(QuantizedLinear):
     def forward(self, x):
         """(..., in_features) -> (..., out_features)."""
         matrix = (self.rows, self.row_scales, self.columns, self.column_scales)
-        y = float8_product(x.flatten(0, -2), *matrix).unflatten(0, x.shape[:-1])
+        flat = x.flatten(0, -2)
+        y = float8_product(flat, *float8_rows(flat.detach()), *matrix).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

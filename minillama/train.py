@@ -30,18 +30,18 @@ def answer_hidden(model, ids, labels):
     return model.hidden(ids[:, :-1])[scored], targets[scored], scored.nonzero()[:, 0]
 
 
-def head_loss(head, hidden, targets, most=2**25):
-    """(mean cross-entropy in nats, which targets (N,) are not the likeliest) of hidden (N, D).
+def head_loss(model, hidden, targets, most=2**25):
+    """(mean cross-entropy in nats, which targets (N,) are not the likeliest) of what the model's head reads, (N, D).
 
     Logits (N, V) are the largest tensor of a step: where there are more than `most`, they are made in parts, never all
     at once, and each part once more for the backward pass.
     """
 
     def part(hidden, targets, reduction="sum"):
-        logits = head(hidden).float()
+        logits = model.lm_head(hidden).float()
         return F.cross_entropy(logits, targets, reduction=reduction), logits.argmax(-1) != targets
 
-    rows = max(1, most // head.out_features)
+    rows = max(1, most // model.config.vocab_size)
     if len(hidden) <= rows:
         return part(hidden, targets, "mean")
     parts = [
@@ -58,7 +58,7 @@ def answer_loss(model, ids, labels):
     transformers. Rows are padded on the right.
     """
     hidden, targets, _ = answer_hidden(model, ids, labels)
-    return head_loss(model.lm_head, hidden, targets)[0]
+    return head_loss(model, hidden, targets)[0]
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def train(
             group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
         with arithmetic, checkpointed(model) if checkpointing else contextlib.nullcontext():
             hidden, targets, rows = answer_hidden(model, ids, labels)
-            loss, wrong = head_loss(model.lm_head, hidden, targets)
+            loss, wrong = head_loss(model, hidden, targets)
         weight = distributed.weight(batch, len(targets))  # 1 where this process is alone
         optimizer.zero_grad()
         (loss * weight).backward()
@@ -196,6 +196,6 @@ def mean_loss(model, tokenizer, pairs, batch_size=64):
     for start in range(0, len(pairs), batch_size):
         ids, labels = (tensor.to(device) for tensor in collate(pairs[start : start + batch_size], tokenizer))
         hidden, targets, _ = answer_hidden(model, ids, labels)
-        total += head_loss(model.lm_head, hidden, targets)[0].item() * len(targets)
+        total += head_loss(model, hidden, targets)[0].item() * len(targets)
         count += len(targets)
     return total / count

@@ -331,8 +331,8 @@ def test_the_accuracy_counts_whole_answers(monkeypatch):
     model, pairs = small(), [("a", "bcd\n"), ("a", "bcd\n"), ("a", "bcd\n"), ("a", "bcd\n")]
     real = module.head_loss
 
-    def known(head, hidden, targets):
-        loss, wrong = real(head, hidden, targets)
+    def known(model, hidden, targets):
+        loss, wrong = real(model, hidden, targets)
         rows = torch.arange(4).repeat_interleave(4)  # four tokens of answer each
         wrong = torch.zeros_like(wrong)
         wrong[(rows == 1).nonzero()[2]] = True  # one token of row 1, and two of row 3

@@ -3,6 +3,7 @@ matrices in fewer bits, held to the matrix that they amount to."""
 
 import copy
 import json
+import types
 
 import gguf
 import pytest
@@ -42,7 +43,8 @@ def test_a_loss_in_parts_is_the_loss(most):
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(5, 11), torch.randn(23, 5, requires_grad=True)
     targets = torch.randint(0, 11, (23,))
-    loss, wrong = head_loss(head, hidden, targets, most)
+    model = types.SimpleNamespace(lm_head=head, config=types.SimpleNamespace(vocab_size=11))
+    loss, wrong = head_loss(model, hidden, targets, most)
     logits = head(hidden)
     expected = F.cross_entropy(logits, targets)
     torch.testing.assert_close(loss, expected)
@@ -71,6 +73,21 @@ def test_compiled_layers_are_the_plain_ones(kind, case, ids):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
     with torch.no_grad(), disabled(faster), disabled(model):
         torch.testing.assert_close(faster(ids), model(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_float8_has_the_plain_ones_gradients(on_any_device):
+    """A compiler once laid the numbers out column by column: the loss was right, the gradients 0."""
+    torch.manual_seed(0)
+    model = minillama.LLaMA(minillama.LLaMAConfig(256, 64, 128, 2, 4)).bfloat16()
+    model = open_gates(adapt(quantize(model, "float8"), "llama_adapter")).train()
+    faster = copy.deepcopy(model)
+    speed.compile_layers(faster)
+    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    for one in (model, faster):
+        answer_loss(one, ids, ids).backward()
+    for mine, other in zip(*(minillama.trainable_parameters(one).values() for one in (model, faster))):
+        assert 0 < other.grad.norm() and (mine.grad - other.grad).norm() < 0.3 * mine.grad.norm()
 
 
 def test_rows_are_padded_to_a_multiple_where_layers_are_compiled():
