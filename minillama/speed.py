@@ -99,9 +99,9 @@ def float8_product(
     columns: torch.Tensor,
     column_scales: torch.Tensor,
 ) -> torch.Tensor:
-    """x (N, D), rounded to scales · numbers, times the rows of a matrix (M, D) in 8-bit floats: (N, M). x itself is here
-    for its gradient, which is the same product with the matrix's columns. An operation of its own, since a compiler may
-    lay numbers out column by column, and multiply something else without a word."""
+    """x (N, D), rounded to scales · numbers, times the rows of a matrix (M, D) in 8-bit floats: (N, M). x itself is
+    here for its gradient, which is the same product with the matrix's columns. An operation of its own, since a
+    compiler may lay numbers out column by column, and multiply something else without a word."""
     ours, theirs = numbers.contiguous(), rows.view(torch.float8_e4m3fn).t()
     by = scales.contiguous(), row_scales.view(torch.float32).t()
     return torch._scaled_mm(ours, theirs, *by, out_dtype=torch.bfloat16, use_fast_accum=True).to(x.dtype)  # fmt: skip

@@ -80,8 +80,8 @@ def add_base(parser):
         ".gguf file (dates-llama)",
     )  # fmt: skip
     parser.add_argument(
-        "--quantize", choices=HOW, help="keep the base's layers in fewer bits: about a half or a quarter of their memory "
-        "(8bit, 4bit), or products in 8-bit floats on a card that has them (float8)"
+        "--quantize", choices=HOW, help="keep the base's layers in fewer bits: about a half or a quarter of their "
+        "memory (8bit, 4bit), or products in 8-bit floats on a card that has them (float8)"
     )  # fmt: skip
 
 
