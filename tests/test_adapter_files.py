@@ -386,6 +386,23 @@ def test_what_a_killed_writer_left_is_swept(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_odd_names_and_odd_fingerprints_end_in_one_line(model, tmp_path):
+    """A soak of 20,000 damaged files: keys with line breaks in them, fingerprints that are no hex digits."""
+    path, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_adapter(adapt(model, "ia3"), tmp_path)
+    delete_adapter(model)
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"one\ntwo\r\x1b[1m": 3}))
+    with pytest.raises(minillama.FileError, match=r"says one\\ntwo\\r\\x1b\[1m is 3") as refused:
+        load_adapter(model, tmp_path)
+    assert "\n" not in str(refused.value)
+    beside.unlink()
+    data = path.read_bytes()
+    start = data.index(b'"base_fingerprint":"') + len(b'"base_fingerprint":"')
+    path.write_bytes(data[: start + 9] + b"~" + data[start + 10 :])
+    with pytest.raises(minillama.FileError, match="was trained on a base with fingerprint"):
+        load_adapter(model, tmp_path)
+
+
 def test_saving_needs_an_adapter(model, tmp_path):
     with pytest.raises(ValueError, match="no adapter"):
         save_adapter(model, tmp_path)
