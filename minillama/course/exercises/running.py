@@ -200,7 +200,8 @@ class Used(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *error):
-        sys.setprofile(self.outer)
+        if self.written:
+            sys.setprofile(self.outer if callable(self.outer) else None)  # a profiler in C cannot be put back
         return super().__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
