@@ -52,9 +52,11 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_multiplies_less_than_pefts(smollm2):
-    """The same batch, weights and adapter: the same loss, with 1.37 times as many multiplications on PEFT's side, which
-    writes logits for the question too. Counted, since a busy machine cannot bend a count; `bench` has the seconds."""
-    model, theirs, tokenizer = bench.both(smollm2, torch.float32, "cpu")
+    """The same batch, weights and method, gates at 0: the same loss, with 1.37 times as many multiplications on PEFT's
+    side, which writes logits for the question too. Counted, since a busy machine cannot bend a count; `bench` has the
+    seconds."""
+    base, tokenizer = minillama.load(smollm2, torch.float32)
+    model, theirs = bench.ours(base, "llama_adapter", 10), bench.theirs(base, "llama_adapter", 10)
     pairs = data.examples(LANGUAGES, data.split_dates()[0], 16, 0, data.form(tokenizer))
     ids, labels = data.collate(next(iter(data.batches(pairs, 16, bucket=1))), tokenizer)
     losses, counts = [], []
@@ -65,5 +67,3 @@ def test_a_step_multiplies_less_than_pefts(smollm2):
         counts.append(counter.get_total_flops())
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
     assert counts[1] >= 1.3 * counts[0]
-    ratio, rounds = bench.measure(smollm2, torch.float32, batch_size=2, rounds=1, steps=1)
-    assert ratio > 0 and all(ours == pytest.approx(peft, rel=1e-3) for _, _, ours, peft in rounds)
