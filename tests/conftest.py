@@ -1,7 +1,10 @@
 """What the tests share: small random models of each kind, ours and transformers', and a way to open every gate."""
 
 import os
+import sys
 
+# jsonschema, behind nbformat, would build 38 grammars of web addresses, for seconds; no notebook's schema has one
+sys.modules.setdefault("rfc3987_syntax", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
