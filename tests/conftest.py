@@ -3,8 +3,6 @@
 import os
 import sys
 
-# jsonschema, behind nbformat, would build 38 grammars of web addresses, for seconds; no notebook's schema has one
-sys.modules.setdefault("rfc3987_syntax", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
@@ -14,6 +12,9 @@ import torch
 import minillama
 from minillama.adapters import adapter_parameters
 from minillama.checkpoints import hub
+
+# jsonschema, behind nbformat, would build 38 grammars of web addresses, for seconds; no notebook's schema has one
+sys.modules.setdefault("rfc3987_syntax", None)
 
 SHAPE = dict(
     vocab_size=101, hidden_size=48, intermediate_size=80,

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import SHAPE, make, open_gates
+from conftest import KINDS, SHAPE, make, open_gates, rotated
 from methods import CASES
 from safetensors.torch import load_file, save_file
 
@@ -101,8 +101,10 @@ PAIRS = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", NATIVE, ids=str)
-def test_round_trip(model, ids, case, tmp_path):
+@pytest.mark.parametrize("kind, case", rotated(KINDS, NATIVE), ids=str)
+def test_round_trip(kind, ids, case, tmp_path):
+    torch.manual_seed(0)
+    model = make(kind)
     expected = open_gates(adapt(model, **(CASES[case][0] if isinstance(case, str) else case)))(ids)
     parts = model.adapters["default"]
     save_adapter(model, tmp_path)
@@ -357,6 +359,7 @@ def test_numbers_that_are_none_are_neither_saved_nor_read(model, tmp_path):
             load_adapter(model, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_writers_do_not_mix(tmp_path):
     """Another process holds the folder; this one says so, and writes when it is free."""
     model = adapt(make("llama"), "ia3")

@@ -214,6 +214,7 @@ def test_bad_folders_end_in_one_sentence(tmp_path):
     refused("cut short")
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_is_not_overwritten_by_chance(tmp_path):
     """Without --out the next free folder is taken; with it, --overwrite must be said before any work."""
     short = ("adapt", "--steps", 1, "--test-dates", 2)
@@ -230,6 +231,7 @@ def test_a_trained_adapter_is_not_overwritten_by_chance(tmp_path):
     assert (folder / "adapter_model.safetensors").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base_is_opened_when_asked(tmp_path):
     assert inside("adapt", "--steps", 1, "--test-dates", 2, "--out", "here", cwd=tmp_path)[0] == 0
     other, tokenizer = load("dates-llama")

@@ -43,14 +43,13 @@ def test_the_catalogue_is_large_and_its_code_short():
 
 
 def alternatives():
-    """All of them; the fast suite has the first of each exercise."""
     for path in sorted(Path(__file__).parent.glob("alternatives_*.py")):
         for name, answers in importlib.import_module(path.stem).ALTERNATIVES.items():
-            for i, answer in enumerate(answers):
-                marks = pytest.mark.slow if i else ()
-                yield pytest.param(name, answer, id=f"{name}-{answer.__name__}", marks=marks)
+            for answer in answers:
+                yield pytest.param(name, answer, id=f"{name}-{answer.__name__}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, answer", list(alternatives()))
 def test_a_right_answer_written_differently_passes(name, answer):
     verdict = check(name, answer)
@@ -91,6 +90,7 @@ def last_token_lost(out):
     return torch.cat((out[:, :-1], 0 * out[:, -1:]), 1)
 
 
+@pytest.mark.slow  # most are compared with every pair of mistakes first
 @pytest.mark.parametrize(
     "answer, mistake, words",
     [

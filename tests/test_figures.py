@@ -65,6 +65,7 @@ def drawn(patch):
     return Path.make_compound_path(*map(Path, patch.get_path().to_polygons(patch.get_transform(), closed_only=False)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", schematics.SCHEMATICS)
 def test_schematic_is_tidy(name):
     figure = schematics.SCHEMATICS[name]()
@@ -141,6 +142,7 @@ def history(gated, layers=4):
     return [record | {"gates": gates} for record in records] if gated else records
 
 
+@pytest.mark.slow
 def test_plots_stay_on_the_canvas():
     methods = ("base", "llama_adapter_v2", "ia3", "full")
     rows = [
@@ -234,6 +236,7 @@ def test_use_sets_the_style_and_svg_is_the_same_each_time(tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_svg_and_png():
     """As the last expression of a cell, a figure made without pyplot becomes one SVG, without a date,
     and a PNG as wide."""

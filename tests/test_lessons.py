@@ -170,6 +170,7 @@ def test_a_bad_notebook_and_a_bad_name_are_sentences(tmp_path):
         notebooks.find(["17"])
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_the_runs_alone():
     options = dict(steps=3, batch_size=4, test_dates=2)
     torch.set_num_threads(2)

@@ -23,8 +23,7 @@ def test_variants(kind, variant, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind, preset", rotated(KINDS, PRESETS))
 def test_presets(kind, preset, ids):
     """All begin as the base, but for PEFT's where the output projection has a bias, which it adds a second time."""
     if (kind, preset) == ("grouped", "peft_gpt2"):

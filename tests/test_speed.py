@@ -150,7 +150,7 @@ def test_float8_products_are_near_the_plain_ones(on_any_device):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["8bit", "4bit", "float8"])
+@pytest.mark.parametrize("how", ["4bit", *(pytest.param(how, marks=pytest.mark.slow) for how in ("8bit", "float8"))])
 def test_adapters_stand_on_a_quantised_base(how, on_any_device, tmp_path):
     """Closed it is that base bit for bit, it learns, its file comes back, and it says what it cannot do."""
     plain, tokenizer = base()
@@ -188,6 +188,7 @@ def test_what_cannot_be_quantised_is_refused():
             quantize(base()[0], "float8")
 
 
+@pytest.mark.slow
 def test_the_command_quantises_and_the_adapter_goes_to_the_whole_base(tmp_path, monkeypatch, capsys):
     """The fingerprint is of the base as it was, so that what was trained in few bits runs without them too."""
     monkeypatch.chdir(tmp_path)

@@ -58,6 +58,7 @@ def test_while_one_thread_is_in_a_block_another_is_refused(mine, theirs, adapted
     assert [wrapper.active for _, wrapper in wrappers(adapted)] == states
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_that_comes_and_goes_never_changes_another_threads_numbers(block, adapted, ids):

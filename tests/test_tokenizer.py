@@ -260,6 +260,7 @@ def test_a_template_that_fails_is_one_sentence(template, words):
     assert TextTokenizer(small(), template="j").chat([USER]) == "j"  # the next one is rendered
 
 
+@pytest.mark.slow
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr(templates, "SECONDS", 0.5)
     forever = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

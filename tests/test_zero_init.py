@@ -21,6 +21,7 @@ def test_the_command_writes_one_run_a_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("learning rate 0.1000") == 4
 
 
+@pytest.mark.slow
 def test_a_gate_of_1_begins_far_from_the_base():
     def losses(gate):
         return zero_init.learn(*minillama.load("dates-llama"), gate, "normal", 1e-9, 0, 1, 8, 1)[0]

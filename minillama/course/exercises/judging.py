@@ -125,8 +125,7 @@ def equals(case, mistake, roughly=False, upto=None):
         return False
     with contextlib.closing(observe(case.exercise, mistake.answer)) as pieces:
         for i, (a, b) in enumerate(zip_longest(case.seen[:upto], islice(pieces, upto))):
-            if i == len(done) and b is not None:
-                done.append(b)
+            done += [b] if b and i == len(done) else []
             if differ(a, b):
                 return False
     return True
