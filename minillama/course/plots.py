@@ -5,7 +5,7 @@ import math
 import matplotlib
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 
 from . import style
 from .style import DASHES, FROZEN, GATE, INK, METHOD_COLOURS, PLAIN, SHADES, STYLE, TRAINED, looks
@@ -142,6 +142,36 @@ def bench_figure(settings, cases):
         axes.set_axisbelow(True)
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="milliseconds a training step", title=f"{settings['base']}, {dtype}, {settings['device']}")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def roofline_figure(points, ceiling, bandwidth, title):
+    """What a machine can do at most (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785), and where pieces of
+    work came out below it. ceiling: operations a second; bandwidth: bytes a second; points: {label: (operations, bytes,
+    seconds)}, the last as a list of tries, of which the median is drawn and the spread as a whisker."""
+    places = {label: operations / moved for label, (operations, moved, _) in points.items()}
+    left, right = min(0.5, *places.values()) / 2, max(2 * ceiling / bandwidth, *places.values()) * 3
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+        axes, ridge = figure.subplots(), ceiling / bandwidth
+        axes.plot([left, ridge, right], [left * bandwidth / 1e9, *[ceiling / 1e9] * 2], color=INK, linewidth=1.6)
+        axes.axvline(ridge, color=INK, linewidth=0.8, linestyle=":")
+        roof = f"the roof: {bandwidth / 1e9:,.0f} GB/s, then {ceiling / 1e9:,.0f} GFLOP/s"
+        axes.plot([], [], color=INK, linewidth=1.6, label=roof)
+        for (label, (operations, _, tries)), (color, marker) in zip(points.items(), looks(points)):
+            rates = sorted(operations / seconds / 1e9 for seconds in tries)
+            middle = rates[len(rates) // 2]
+            spread = [[middle - rates[0]], [rates[-1] - middle]]
+            style = dict(markersize=9, markeredgecolor=INK, capsize=4, color=color, fmt=marker)
+            share = middle * 1e9 / min(ceiling, bandwidth * places[label])
+            axes.errorbar(places[label], middle, yerr=spread, label=f"{label}: {share:.0%} of the roof", **style)
+        axes.set(xscale="log", yscale="log", xlim=(left, right), title=title)
+        axes.set(xlabel="operations for each byte that is read", ylabel="GFLOP/s")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter("")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 

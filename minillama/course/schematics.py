@@ -286,6 +286,41 @@ def lora_schematic():
     return axes.figure
 
 
+def scaling_out_schematic():
+    """Two processes: each with the whole base and half of the batch, or with half of every layer (Zhao et al. 2023)."""
+    axes = sheet(11, 4.7, "One training step on two processes")
+    frame(axes, 0.25, 0.3, 5.75, 4.15, "data parallel: the base whole in each")
+    frame(axes, 6.05, 0.3, 10.75, 4.15, "sharded: half of every layer in each")
+    plus = joint(axes, 4.72, 2.1, "+")
+    for number, y in ((0, 2.95), (1, 1.25)):
+        rows = box(axes, 1.05, y, 1.1, 0.5, f"rows {number}, {number + 2}, …")
+        base = box(axes, 2.45, y, 0.95, 0.9, "base", "frozen")
+        adapter = box(axes, 3.5, y, 0.85, 0.5, "adapter", "trained")
+        note(axes, 0.5, y + 0.65, f"process {number}", style="italic")
+        chain(axes, "right", rows, base, adapter)
+        arrow(axes, adapter.right, (4.72, y), plus.top if number == 0 else plus.bottom)
+        note(axes, 4.05, y + 0.2, "gradient")
+    arrow(axes, plus.right, (5.4, 2.1))
+    note(axes, 4.9, 2.55, "the same\nstep", 9)
+    note(axes, 0.5, 0.52, "nothing but the adapter's gradients travels")
+
+    halves, wholes = [], []
+    for number, y in ((0, 2.95), (1, 1.25)):
+        note(axes, 6.3, y + 0.65, f"process {number}", style="italic")
+        for x, name in ((6.6, "$0$"), (7.25, "$i$"), (7.9, "$L-1$")):
+            half = box(axes, x, y, 0.55, 0.45, name, "frozen", 9.5)
+            halves += [half] if name == "$i$" else []
+        wholes.append(box(axes, 9.75, y, 1.15, 0.9, "layer $i$,\nwhole", "frozen"))
+    for half, level in zip(halves, (2.35, 1.85)):
+        start = half.bottom if level > 2 else half.top
+        arrow(axes, start, (start[0], level), (8.6, level))
+    arrow(axes, (8.6, 2.35), (8.6, 1.85), head=False)
+    for whole in wholes:
+        arrow(axes, (8.6, 2.1), (8.6, whole.left[1]), whole.left)
+    note(axes, 6.3, 0.52, "a layer is gathered, runs, and is let go again")
+    return axes.figure
+
+
 SCHEMATICS = {
     "block": block_schematic,
     "llama_adapter": llama_adapter_schematic,
@@ -294,4 +329,5 @@ SCHEMATICS = {
     "ia3": ia3_schematic,
     "bottleneck": bottleneck_schematic,
     "lora": lora_schematic,
+    "scaling_out": scaling_out_schematic,
 }

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+from ...commands import bench
 from .shown import ROOT
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,6 +62,14 @@ def rows_read(model, work, names=PROJECTIONS):
     for handle in handles:
         handle.remove()
     return {name: rows[name] // count[name] for name in names}
+
+
+def peft_step(base, method, ids, labels, prompts):
+    """(PEFT's model on transformers' own with the base's weights, a function that makes one training step of it)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers and PEFT among themselves
+        model = bench.theirs(base, method, prompts)
+    return model, bench.their_figures(model, ids, labels)["step"]
 
 
 def torchrun(script, processes=2, timeout=300):
