@@ -155,21 +155,23 @@ def roofline_figure(points, ceiling, bandwidth, title):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 4.4), layout="constrained")
         axes, ridge = figure.subplots(), ceiling / bandwidth
-        axes.plot([left, ridge, right], [left * bandwidth / 1e9, *[ceiling / 1e9] * 2], color=INK, linewidth=1.6)
+        unit, name = (1e12, "T") if ceiling > 1e13 else (1e9, "G")
+        axes.plot([left, ridge, right], [left * bandwidth / unit, *[ceiling / unit] * 2], color=INK, linewidth=1.6)
         axes.axvline(ridge, color=INK, linewidth=0.8, linestyle=":")
-        roof = f"the roof: {bandwidth / 1e9:,.0f} GB/s, then {ceiling / 1e9:,.0f} GFLOP/s"
+        roof = f"the roof: {bandwidth / unit:.1f} {name}B/s, then {ceiling / unit:,.0f} {name}FLOP/s"
         axes.plot([], [], color=INK, linewidth=1.6, label=roof)
         for (label, (operations, _, tries)), (color, marker) in zip(points.items(), looks(points)):
-            rates = sorted(operations / seconds / 1e9 for seconds in tries)
+            rates = sorted(operations / seconds / unit for seconds in tries)
             middle = rates[len(rates) // 2]
             spread = [[middle - rates[0]], [rates[-1] - middle]]
             style = dict(markersize=9, markeredgecolor=INK, capsize=4, color=color, fmt=marker)
-            share = middle * 1e9 / min(ceiling, bandwidth * places[label])
+            share = middle * unit / min(ceiling, bandwidth * places[label])
             axes.errorbar(places[label], middle, yerr=spread, label=f"{label}: {share:.0%} of the roof", **style)
         axes.set(xscale="log", yscale="log", xlim=(left, right), title=title)
-        axes.set(xlabel="operations for each byte that is read", ylabel="GFLOP/s")
+        axes.set(xlabel="operations for each byte that is read", ylabel=f"{name}FLOP/s")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 3)))
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 3) if high < 3e3 * low else (1,)))
             axis.set_major_formatter("{x:,g}")
             axis.set_minor_formatter("")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
