@@ -147,9 +147,9 @@ def bench_figure(settings, cases):
 
 
 def roofline_figure(points, ceiling, bandwidth, title):
-    """What a machine can do at most (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785), and where pieces of
-    work came out below it. ceiling: operations a second; bandwidth: bytes a second; points: {label: (operations, bytes,
-    seconds)}, the last as a list of tries, of which the median is drawn and the spread as a whisker."""
+    """What a machine can do at most (Williams et al. 2009), and where pieces of work came out below it.
+    ceiling, bandwidth: operations and bytes a second; points: {label: (operations, bytes, [seconds of each try])},
+    of which the median is drawn and the spread as a whisker."""
     places = {label: operations / moved for label, (operations, moved, _) in points.items()}
     left, right = min(0.5, *places.values()) / 2, max(2 * ceiling / bandwidth, *places.values()) * 3
     with matplotlib.rc_context(STYLE):

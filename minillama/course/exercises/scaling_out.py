@@ -1,4 +1,4 @@
-"""Lesson 09: operations and bytes counted by hand, gradients of several processes, blocks of 8 bits, a card's memory."""
+"""Lesson 09: operations and bytes by hand, gradients of several processes, blocks of 8 bits, a card's memory."""
 
 import torch
 

@@ -4,13 +4,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-from ...commands import bench
 from .shown import ROOT
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,15 +62,7 @@ def rows_read(model, work, names=PROJECTIONS):
     return {name: rows[name] // count[name] for name in names}
 
 
-def peft_step(base, method, ids, labels, prompts):
-    """(PEFT's model on transformers' own with the base's weights, a function that makes one training step of it)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers and PEFT among themselves
-        model = bench.theirs(base, method, prompts)
-    return model, bench.their_figures(model, ids, labels)["step"]
-
-
-def torchrun(script, processes=2, timeout=300):
+def torchrun(script, processes=2, timeout=500):
     """What a script prints that torchrun runs in so many processes of one thread each, side by side on this machine.
 
     Raises ValueError with the last lines of what it said where it fails or takes longer than `timeout` seconds.
