@@ -119,10 +119,11 @@ def embed(embedding, ids, attention_mask=None, cache=None):
 def positions_and_mask(x, attention_mask=None, cache=None, limit=(None, "")):
     """Where each new token stands and what it may see; both models go on with this.
 
-    x (B, T, D); attention_mask (B, S) with 0 where a row is padded, or None when nothing is.
+    x (B, T, D); attention_mask (B, S) with 0 where a row is padded, or None when nothing is. Where several texts stand
+    in one row it numbers them, 1 1 1 2 2 3 3 3 0: none sees another.
     A cache is told that these tokens are now among its own.
-    Returns positions, (T,) or with padding (B, T), counted from each row's first real token, and
-    the mask: None for plain causal attention, else (B, 1, T, S) booleans, True where a token may look.
+    Returns positions, (T,) or with padding (B, T), counted from each text's first token, and the mask: None for plain
+    causal attention, else (B, 1, T, S) booleans, True where a token may look.
     limit: how many tokens the model can take (None: any) and the name of that number in its configuration.
     Raises ValueError for a wrong shape, and for more tokens than the limit.
     """
@@ -144,11 +145,11 @@ def positions_and_mask(x, attention_mask=None, cache=None, limit=(None, "")):
         cache.length, cache.attention_mask = S, attention_mask
     if attention_mask is None:
         return torch.arange(past, S, device=x.device), None
-    real = attention_mask.bool()
-    positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
+    real, text = attention_mask.bool(), attention_mask.long().cummax(1).values  # padding goes with what is before it
     row, column = torch.arange(past, S, device=x.device)[:, None], torch.arange(S, device=x.device)
-    mask = (column <= row) & real[:, None, None, :]
-    return positions, mask | (column == row)  # padding sees itself, so that no row of the softmax is empty
+    mask = (column <= row) & (real[:, None] & (text[:, past:, None] == text[:, None]))[:, None]
+    mask = mask | (column == row)  # padding sees itself, so that no row of the softmax is empty
+    return mask.sum(-1)[:, 0] - 1, mask  # a token's position is the number of those it sees before it
 
 
 class Attention(nn.Module):
