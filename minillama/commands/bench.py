@@ -45,6 +45,7 @@ def add_arguments(parser):
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows (8)")
     parser.add_argument("--tokens", type=listed(whole(2)), default=[48], metavar="N,…", help="tokens of a row (48)")
+    parser.add_argument("--new", type=positive, default=16, metavar="N", help="tokens that decoding writes (16)")
     parser.add_argument("--answers", type=positive, default=14, metavar="N", help="of which carry loss (14)")
     parser.add_argument(
         "--prompts", type=listed(positive), default=[10], metavar="K,…", help="prompt or prefix tokens (10)"
@@ -127,9 +128,9 @@ def one_case(model, method, rows, tokens, answers, prompts, args, device):
             models["float8"] = ours(model, method, prompts, "float8")
     for side in models.keys() & {"compiled", "float8"}:
         compile_layers(models[side])
-    sides = {side: our_figures(model, ids, labels) for side, model in models.items()}
+    sides = {side: our_figures(model, ids, labels, args.new) for side, model in models.items()}
     if (other := theirs(model, method, prompts)) is not None:
-        models["peft"], sides["peft"] = other, their_figures(other, ids, labels)
+        models["peft"], sides["peft"] = other, their_figures(other, ids, labels, args.new)
     measured, peaks = {}, {}
     for figure in args.figures:
         plain = figure in ("prefill", "decode")  # a cache that grows is another shape with every token

@@ -25,7 +25,6 @@ SHAPES = {
     "llama3-8b": LLaMAConfig(128256, 4096, 14336, 32, 32, 8, rope_theta=5e5),
     "llama3-70b": LLaMAConfig(128256, 8192, 28672, 80, 64, 8, rope_theta=5e5),
 }
-NEW = 16  # tokens that decoding writes
 # How many of Alpaca's 52,002 texts have a length in each tenth from 60 to 1,305 tokens: LLaMA's tokenizer, prompt and
 # answer (https://github.com/tloen/alpaca-lora, lengths.ipynb). Within a tenth lengths are drawn evenly.
 ALPACA, SHORTEST, LONGEST, ROW = (42516, 8250, 983, 191, 35, 16, 9, 0, 1, 1), 60, 1305, 512
@@ -105,8 +104,8 @@ def stepper(model, loss):
     return step
 
 
-def our_figures(model, ids, labels):
-    """{figure: a function that does it once}."""
+def our_figures(model, ids, labels, new=16):
+    """{figure: a function that does it once}; decoding writes so many new tokens."""
     step = stepper(model, lambda ids, labels: answer_loss(model, ids, labels))
 
     @torch.no_grad()
@@ -117,15 +116,15 @@ def our_figures(model, ids, labels):
         "step": lambda: step(ids, labels),
         "forward": lambda: torch.no_grad()(model)(ids),
         "prefill": prefill,
-        "decode": lambda: list(stream(model, ids[:, :16], NEW)),
-        "recorded": lambda: list(stream(model, ids[:, :16], NEW, static=True)),
+        "decode": lambda: list(stream(model, ids[:, :16], new)),
+        "recorded": lambda: list(stream(model, ids[:, :16], new, static=True)),
     }
 
 
-def their_figures(model, ids, labels):
+def their_figures(model, ids, labels, new=16):
     step = stepper(model, lambda ids, labels: model(input_ids=ids, labels=labels).loss)
     mask = torch.ones_like(ids[:, :16])
-    fixed = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    fixed = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None)
     return {
         "step": lambda: step(ids, labels),
         "forward": lambda: torch.no_grad()(model)(input_ids=ids),
