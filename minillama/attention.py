@@ -59,11 +59,11 @@ def rotate(x, cos, sin):
 
 
 class LayerCache:
-    """One layer's keys and values, and whatever an adapter needs only once per generation."""
+    """One layer's keys and values in a Cache, and whatever an adapter needs only once per generation."""
 
-    def __init__(self):
+    def __init__(self, cache=None):
+        self.cache, self.kept = cache, {}
         self.k = self.v = None  # (B, G, S, d)
-        self.kept = {}
 
     def append(self, k, v):
         """Adds k, v (B, G, T, d) behind those seen before and returns all of them, (B, G, S, d) each."""
@@ -85,14 +85,16 @@ class Cache:
     Between calls the weights must not change: what was computed from them is kept.
     """
 
+    of_a_layer = LayerCache
+
     def __init__(self):
-        self.layers = []
-        self.length = 0  # S, the number of tokens seen so far
+        self.layers, self.length = [], 0  # S, the number of tokens seen so far
         self.attention_mask = None  # (B, S), remembered so that later calls need not repeat it
+        self.positions = self.mask = None  # decode.py's
 
     def layer(self, index):
         while len(self.layers) <= index:
-            self.layers.append(LayerCache())
+            self.layers.append(self.of_a_layer(self))
         return self.layers[index]
 
 
@@ -119,10 +121,10 @@ def embed(embedding, ids, attention_mask=None, cache=None):
 def positions_and_mask(x, attention_mask=None, cache=None, limit=(None, "")):
     """Where each new token stands and what it may see; both models go on with this.
 
-    x (B, T, D); attention_mask (B, S) with 0 where a row is padded, or None when nothing is.
-    A cache is told that these tokens are now among its own.
-    Returns positions, (T,) or with padding (B, T), counted from each row's first real token, and
-    the mask: None for plain causal attention, else (B, 1, T, S) booleans, True where a token may look.
+    x (B, T, D); attention_mask (B, S) with 0 where a row is padded, or None when nothing is. Where several texts stand
+    in one row it numbers them, 1 1 1 2 2 3 3 3 0: none sees another.
+    Returns positions, (T,) or with padding (B, T), counted from each text's first token, and the mask: None for plain
+    causal attention, else (B, 1, T, S) booleans, True where a token may look.
     limit: how many tokens the model can take (None: any) and the name of that number in its configuration.
     Raises ValueError for a wrong shape, and for more tokens than the limit.
     """
@@ -130,9 +132,10 @@ def positions_and_mask(x, attention_mask=None, cache=None, limit=(None, "")):
     S = past + T
     if limit[0] is not None and S > limit[0]:
         raise ValueError(
-            f"the sequence has {S} tokens and the model takes {limit[0]} ({limit[1]}): "
-            "shorten it or generate fewer tokens"
+            f"the sequence has {S} tokens and the model takes {limit[0]} ({limit[1]}): shorten it, or generate fewer"
         )
+    if cache is not None and cache.mask is not None:
+        return cache.positions, cache.mask
     if attention_mask is None and cache is not None and cache.attention_mask is not None:
         attention_mask = F.pad(cache.attention_mask, (0, T), value=1)  # what follows a padded prompt is real
     if attention_mask is not None and attention_mask.shape != (B, S):
@@ -144,11 +147,11 @@ def positions_and_mask(x, attention_mask=None, cache=None, limit=(None, "")):
         cache.length, cache.attention_mask = S, attention_mask
     if attention_mask is None:
         return torch.arange(past, S, device=x.device), None
-    real = attention_mask.bool()
-    positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
+    real, text = attention_mask.bool(), attention_mask.long().cummax(1).values  # padding goes with what is before it
     row, column = torch.arange(past, S, device=x.device)[:, None], torch.arange(S, device=x.device)
-    mask = (column <= row) & real[:, None, None, :]
-    return positions, mask | (column == row)  # padding sees itself, so that no row of the softmax is empty
+    mask = (column <= row) & (real[:, None] & (text[:, past:, None] == text[:, None]))[:, None]
+    mask = mask | (column == row)  # padding sees itself, so that no row of the softmax is empty
+    return mask.sum(-1)[:, 0] - 1, mask  # a token's position is the number of those it sees before it
 
 
 class Attention(nn.Module):
@@ -160,10 +163,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, num_heads, num_kv_heads=None, head_dim=None, rope=None, bias=False, output_bias=None):
         super().__init__()
-        self.width, self.num_heads = width, num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.head_dim = head_dim or width // num_heads
-        self.rope = rope
+        self.width, self.num_heads, self.rope = width, num_heads, rope
+        self.num_kv_heads, self.head_dim = num_kv_heads or num_heads, head_dim or width // num_heads
         self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)

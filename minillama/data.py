@@ -163,3 +163,57 @@ def batches(pairs, batch_size, seed=0, bucket=16):
             whole += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
         draw.shuffle(whole)
         yield from whole
+
+
+# ── several texts in one row ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tokens(pair):
+    return len(pair[0]) + len(pair[1])
+
+
+def packed_batches(pairs, batch_size, length, seed=0):
+    """Endless batches of rows, each a list of pairs of ids, together at most `length` tokens: where lengths differ
+    much, rows of one text each would be padding for the most part.
+
+    Each round shuffles the pairs and fills rows from a thousand at a time, the longest first, each into the first row
+    that has room for it (first-fit decreasing; Johnson 1973), then shuffles the rows.
+    Raises ValueError where a pair is longer than a row.
+    """
+    draw, pairs = random.Random(seed), list(pairs)
+    if (longest := max(map(tokens, pairs))) > length:
+        raise ValueError(f"the longest example has {longest} tokens, and a packed row {length}: make rows longer")
+    while True:
+        draw.shuffle(pairs)
+        rows = []
+        for start in range(0, len(pairs), 1000):
+            open_rows, room = [], []
+            for pair in sorted(pairs[start : start + 1000], key=tokens, reverse=True):
+                i = next((i for i, left in enumerate(room) if left >= tokens(pair)), len(room))
+                if i == len(room):
+                    open_rows.append([])
+                    room.append(length)
+                open_rows[i].append(pair)
+                room[i] -= tokens(pair)
+            rows += open_rows
+        draw.shuffle(rows)
+        yield from (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+
+
+def collate_packed(rows, length):
+    """Rows of `packed_batches` -> ids, labels and texts, (B, length) each.
+
+    texts is the attention mask that keeps them apart: 1 where the first text stands, 2 where the second, on through the
+    batch, 0 on padding (attention.positions_and_mask). A text's first token carries no loss: nothing stands before it.
+    """
+    ids, texts = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.int64)
+    labels, number = torch.full((len(rows), length), IGNORED), 0
+    for i, row in enumerate(rows):
+        start = 0
+        for prompt, answer in row:
+            number, end = number + 1, start + len(prompt) + len(answer)
+            ids[i, start:end] = torch.tensor(prompt + answer)
+            labels[i, start + max(1, len(prompt)) : end] = ids[i, start + max(1, len(prompt)) : end]
+            texts[i, start:end] = number
+            start = end
+    return ids, labels, texts

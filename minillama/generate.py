@@ -1,10 +1,12 @@
 """Text from a model, token by token, with the key/value cache: greedy, or sampled with temperature, top-k and top-p."""
 
 import math
+from functools import partial
 
 import torch
 
 from .attention import Cache
+from .decode import Decoder, last_logits
 
 SMALLEST = 1e-4  # temperature above 0: below it the logits would overflow, and one token would always be drawn
 
@@ -39,8 +41,9 @@ def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
 
 @torch.no_grad()
 def stream(
-    model, ids, max_new_tokens=20, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None, attention_mask=None
-):
+    model, ids, max_new_tokens=20, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None, attention_mask=None,
+    static=False,
+):  # fmt: skip
     """Yields the next ids, (B,), one step at a time; a row that met `stop` yields `stop` from then on.
 
     Arguments as in `generate`. Each step runs in eval mode, so that dropout is off; between steps the model is as it
@@ -57,14 +60,14 @@ def stream(
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"the prompt's ids have shape {tuple(ids.shape)}; needed is (B, T) with at least one token")
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-    cache, done = Cache(), torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    next_logits = Decoder(model, max_new_tokens) if static else partial(last_logits, model, cache=Cache())
     for step in range(max_new_tokens):
         was_training = model.training
         if was_training:
             model.eval()
         try:
-            last = model.hidden(ids, attention_mask if step == 0 else None, cache)[:, -1:].contiguous()  # (B, 1, D)
-            logits = model.lm_head(last)[:, 0]  # (B, V)
+            logits = next_logits(ids, attention_mask if step == 0 else None)  # (B, V)
         finally:
             if was_training:
                 model.train()
@@ -78,13 +81,15 @@ def stream(
 
 
 def generate(
-    model, ids, max_new_tokens=20, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None, attention_mask=None
-):
+    model, ids, max_new_tokens=20, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None, attention_mask=None,
+    static=False,
+):  # fmt: skip
     """Continues each row of ids: (B, T) -> (B, T + new), new at most max_new_tokens.
 
     temperature: 0 takes the likeliest token; above it, tokens are drawn, and the same `seed` draws the same ones.
     top_k, top_p: see `choose`.  stop: the id that ends a row; behind it the row is filled with the same id.
     attention_mask: (B, T), 0 where prompts are padded on the left (`left_pad` makes both).
+    static: a cache of fixed size, and on a GPU a step that is recorded once (decode.py): the same sooner.
     """
-    steps = list(stream(model, ids, max_new_tokens, temperature, top_k, top_p, stop, seed, attention_mask))
+    steps = list(stream(model, ids, max_new_tokens, temperature, top_k, top_p, stop, seed, attention_mask, static))
     return torch.cat((ids, torch.stack(steps, dim=1)), dim=1) if steps else ids

@@ -12,22 +12,25 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from . import distributed
-from .data import IGNORED, batches, collate, encode
+from .data import IGNORED, batches, collate, collate_packed, encode, packed_batches
 from .generate import generate, left_pad
 from .speed import compile_layers
 
 LEARNING_RATES = (1e-3, 1e-4)  # when all weights are trained: on the bundled bases, and on a real model (SmolLM2-135M)
 
 
-def answer_hidden(model, ids, labels):
-    """What the head reads where a label carries loss: (N, D), the labels there (N,), and each one's row (N,)."""
+def answer_hidden(model, ids, labels, texts=None):
+    """What the head reads where a label carries loss: (N, D), the labels there (N,), and each one's row (N,), or its
+    text's number where several texts stand in a row (data.collate_packed)."""
     targets = labels[:, 1:]  # the token at t is predicted from those up to t - 1
     scored = targets != IGNORED
     if not scored.any():
         raise ValueError(
             f"no label among {tuple(labels.shape)} carries loss: all are {IGNORED}, or stand on a row's first token"
         )
-    return model.hidden(ids[:, :-1])[scored], targets[scored], scored.nonzero()[:, 0]
+    if texts is None:
+        return model.hidden(ids[:, :-1])[scored], targets[scored], scored.nonzero()[:, 0]
+    return model.hidden(ids[:, :-1], texts[:, :-1])[scored], targets[scored], texts[:, 1:][scored] - 1
 
 
 def head_loss(model, hidden, targets, most=2**25):
@@ -51,13 +54,13 @@ def head_loss(model, hidden, targets, most=2**25):
     return torch.stack([loss for loss, _ in parts]).sum() / len(hidden), torch.cat([wrong for _, wrong in parts])
 
 
-def answer_loss(model, ids, labels):
+def answer_loss(model, ids, labels, texts=None):
     """Mean cross-entropy in nats over the labels that carry loss: a scalar.
 
     ids and labels (B, T); a label is the id at its own place, or -100 where no loss falls; shifted inside, as in
-    transformers. Rows are padded on the right.
+    transformers. Rows are padded on the right, or hold several texts each (data.collate_packed).
     """
-    hidden, targets, _ = answer_hidden(model, ids, labels)
+    hidden, targets, _ = answer_hidden(model, ids, labels, texts)
     return head_loss(model, hidden, targets)[0]
 
 
@@ -86,7 +89,8 @@ def learning_rate_at(step, steps, peak, warmup):
 
 def train(
     model, tokenizer, pairs, *, steps=300, batch_size=16, learning_rate=1e-2, warmup=0.1, weight_decay=0.0, clip=1.0,
-    seed=0, autocast=None, checkpointing=False, compiled=False, bucket=16, watch=None, progress=True, keeper=None,
+    seed=0, autocast=None, checkpointing=False, compiled=False, bucket=16, pack=None, watch=None, progress=True,
+    keeper=None,
 ):  # fmt: skip
     """Trains whatever requires gradients on pairs (prompt, answer) and returns the history: a dict of numbers per step.
 
@@ -94,7 +98,8 @@ def train(
     seed repeats a run bit for bit on one CPU machine.
     autocast: a dtype for the arithmetic of weights kept in float32.  checkpointing: less memory for more time, see
     `checkpointed`.  compiled: each layer by torch.compile, its rows padded to a multiple of 64, so that few lengths are
-    compiled for.  bucket: see data.batches.  watch: called as watch(model) -> dict after every step, its entries join
+    compiled for.  bucket: see data.batches.  pack: tokens of a row into which several examples are put, none of which
+    sees another; batch_size counts rows then.  watch: called as watch(model) -> dict after every step, its entries join
     the history.  keeper: of a run that may be killed and go on, checkpoints/progress.py.
     Raises ValueError where nothing can be trained, and where the loss, a gradient or a parameter is no number any more.
     """
@@ -108,6 +113,8 @@ def train(
         )
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate is {learning_rate}; needed is a number above 0")
+    if pack is not None and any(hasattr(part, "soft_prompt") for part in model.modules()):
+        raise ValueError("a soft prompt stands before a row's first text alone, not before each: train without pack")
     device = trained[0].device
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     arithmetic = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
@@ -117,22 +124,30 @@ def train(
         compile_layers(model)
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     model.train()
-    numbered = zip(range(steps), batches(pairs, batch_size, seed, bucket))
+    if pack is None:
+        stream, count = batches(pairs, batch_size, seed, bucket), len
+    else:
+        stream, count = (
+            packed_batches(encode(pairs, tokenizer), batch_size, pack, seed),
+            lambda rows: sum(map(len, rows)),
+        )
+    numbered = zip(range(steps), stream)
     bar = tqdm(numbered, total=steps, disable=not progress or distributed.rank() > 0, unit="step", dynamic_ncols=True)
     for step, batch in bar:
-        seen += len(batch)
+        seen += count(batch)
         if step < len(history):
             continue  # done before the run was interrupted
-        ids, labels = (tensor.to(device) for tensor in collate(distributed.share(batch), tokenizer, multiple))
+        mine = distributed.share(batch)
+        made = collate(mine, tokenizer, multiple) if pack is None else collate_packed(mine, pack)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
         with arithmetic, checkpointed(model) if checkpointing else contextlib.nullcontext():
-            hidden, targets, rows = answer_hidden(model, ids, labels)
+            hidden, targets, which = answer_hidden(model, *(tensor.to(device) for tensor in made))
             loss, wrong = head_loss(model, hidden, targets)
         weight = distributed.weight(batch, len(targets))  # 1 where this process is alone
         optimizer.zero_grad()
         (loss * weight).backward()
-        whole = torch.zeros(len(ids), device=device).index_add_(0, rows, wrong.float()) == 0
+        whole = torch.zeros(count(mine), device=device).index_add_(0, which, wrong.float()) == 0
         loss, right = distributed.summed(trained, loss.detach() * weight, whole.sum().float() * (weight > 0))
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
@@ -149,7 +164,7 @@ def train(
         history.append({
             "step": step + 1,
             "loss": loss.item(),
-            "accuracy": right.item() / len(batch),  # rows whose every answer token is the likeliest one
+            "accuracy": right.item() / count(batch),  # examples whose every answer token is the likeliest one
             "learning_rate": optimizer.param_groups[0]["lr"],
             "gradient_norm": norm.item(),  # before it was clipped
             "examples_per_second": seen / seconds,

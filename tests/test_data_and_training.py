@@ -3,13 +3,15 @@
 import contextlib
 import datetime
 import json
+import random
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import SHAPE, make, open_gates
+from conftest import KINDS, SHAPE, make, open_gates, rotated
+from methods import CASES, builder
 
 import minillama
 from minillama import ByteTokenizer, adapt, data
@@ -475,3 +477,69 @@ def test_peak_memory_grows_with_what_is_held():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert 2**28 * 0.9 < after - before < 2**28 * 1.5
+
+
+# ── several texts in one row ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def some_rows(count=60, seed=0):
+    """Pairs of ids of many lengths."""
+    draw = random.Random(seed)
+    lengths = [(draw.randint(1, 12), draw.randint(1, 9)) for _ in range(count)]
+    return [tuple([draw.randrange(1, 100) for _ in range(n)] for n in pair) for pair in lengths]
+
+
+def test_rows_are_filled_and_nothing_is_lost():
+    pairs = some_rows(2500)
+    stream = data.packed_batches(pairs, 8, 64, seed=3)
+    rounds = [[], []]
+    for each in rounds:
+        while sum(map(len, each)) < len(pairs):
+            each += next(stream)
+        assert sorted(pair for row in each for pair in row) == sorted(pairs)
+        assert max(sum(map(data.tokens, row)) for row in each) <= 64
+        assert sum(map(data.tokens, pairs)) >= 0.97 * 64 * len(each)
+    assert rounds[0] != rounds[1]
+    assert next(data.packed_batches(pairs, 8, 64, seed=3)) == rounds[0][:8]
+    with pytest.raises(ValueError, match="the longest example has 21 tokens, and a packed row 20: make rows longer"):
+        next(data.packed_batches([*pairs, ([1] * 12, [1] * 9)], 8, 20))
+
+
+def losses_and_gradients(model, batch):
+    model.zero_grad()
+    loss = answer_loss(model, *batch)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in minillama.trainable_parameters(model).values())]
+
+
+@pytest.mark.parametrize("kind, case", rotated(KINDS, [case for case in CASES if case != "prompt_tuning"]))
+def test_texts_in_one_row_do_not_see_one_another(kind, case):
+    """The loss and the adapter's gradients are those of a row for each; without the mask they are others."""
+    words = type("Ids", (), {"eos_id": None})()
+    model, pairs = builder(kind, case)("open"), some_rows(20)
+    rows = next(data.packed_batches(pairs, 100, 48))
+    assert len(rows) < len(pairs) / 2
+    ids, labels, texts = data.collate_packed(rows, 48)
+    apart = losses_and_gradients(model, data.collate([pair for row in rows for pair in row], words))
+    for mine, other in zip(losses_and_gradients(model, (ids, labels, texts)), apart):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-6)
+    for wrong in (None, (texts > 0).long()):  # no mask, and one that tells padding alone
+        found = losses_and_gradients(model, (ids, labels, wrong))
+        assert max((mine - other).norm() / other.norm() for mine, other in zip(found, apart)) > 1e-3
+
+
+def test_a_packed_run_trains_as_the_batch_apart(monkeypatch):
+    pairs = some_pairs()[:40]
+    rows = next(data.packed_batches(data.encode(pairs, TOKENIZER), 100, 128))
+    runs = []
+    for pack in (128, None):
+        model = minillama.adapt(minillama.load("dates-llama")[0], "ia3")
+        monkeypatch.setattr("minillama.train.batches", lambda *_: iter([[pair for row in rows for pair in row]] * 3))
+        monkeypatch.setattr("minillama.train.packed_batches", lambda *_: iter([rows] * 3))
+        runs.append(train(model, TOKENIZER, pairs, steps=3, pack=pack, progress=False))
+    for packed, apart in zip(*runs):
+        assert packed["loss"] == pytest.approx(apart["loss"], rel=1e-5) and packed["accuracy"] == apart["accuracy"]
+        assert packed["examples_per_second"] * packed["seconds"] == pytest.approx(40 * packed["step"])
+    prompted = minillama.adapt(minillama.load("dates-llama")[0], "prompt_tuning")
+    with pytest.raises(ValueError, match="a soft prompt stands before a row's first text alone"):
+        train(prompted, TOKENIZER, pairs, pack=128)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minillama
 from minillama import data
-from minillama.commands import bench
+from minillama.course import sides
 from minillama.device import native_bfloat16
 from minillama.train import answer_loss, answers
 
@@ -56,7 +56,7 @@ def test_a_step_multiplies_less_than_pefts(smollm2):
     side, which writes logits for the question too. Counted, since a busy machine cannot bend a count; `bench` has the
     seconds."""
     base, tokenizer = minillama.load(smollm2, torch.float32)
-    model, theirs = bench.ours(base, "llama_adapter", 10), bench.theirs(base, "llama_adapter", 10)
+    model, theirs = sides.ours(base, "llama_adapter", 10), sides.theirs(base, "llama_adapter", 10)
     pairs = data.examples(LANGUAGES, data.split_dates()[0], 16, 0, data.form(tokenizer))
     ids, labels = data.collate(next(iter(data.batches(pairs, 16, bucket=1))), tokenizer)
     losses, counts = [], []

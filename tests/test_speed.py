@@ -8,13 +8,27 @@ import types
 import gguf
 import pytest
 import torch
-from conftest import make, open_gates
-from methods import CASES
+from conftest import left_padded, make, open_gates, rotated
+from methods import CASES, LENGTHS, builder
 from torch.nn import functional as F
 
 import minillama
-from minillama import adapt, answer_loss, data, disabled, load_adapter, merge, save, save_adapter, speed
+from minillama import (
+    Cache,
+    adapt,
+    answer_loss,
+    data,
+    disabled,
+    generate,
+    load_adapter,
+    merge,
+    mixed,
+    save,
+    save_adapter,
+    speed,
+)
 from minillama.__main__ import main
+from minillama.decode import Decoder
 from minillama.speed import BlockLinear, Float8Linear, quantize
 from minillama.train import head_loss, train
 
@@ -55,13 +69,13 @@ def test_a_loss_in_parts_is_the_loss(most):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, case", [("llama", "llama_adapter"), ("gpt2", "lora")])
-def test_compiled_layers_are_the_plain_ones(kind, case, ids):
+@pytest.mark.parametrize("kind, case, lengths", [("llama", "llama_adapter", (9, 6)), ("gpt2", "lora", (9,))])
+def test_compiled_layers_are_the_plain_ones(kind, case, lengths, ids):
     torch.manual_seed(0)
     model = open_gates(adapt(make(kind), **CASES[case][0])).train()
     faster = copy.deepcopy(model)
     speed.compile_layers(faster)
-    for length in (9, 6):
+    for length in lengths:
         grads = []
         for one in (model, faster):
             one.zero_grad()
@@ -88,6 +102,37 @@ def test_compiled_float8_has_the_plain_ones_gradients(on_any_device):
         answer_loss(one, ids, ids).backward()
     for mine, other in zip(*(minillama.trainable_parameters(one).values() for one in (model, faster))):
         assert 0 < other.grad.norm() and (mine.grad - other.grad).norm() < 0.3 * mine.grad.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, case", rotated(("llama", "grouped", "gpt2"), CASES))
+def test_a_static_cache_gives_the_plain_ones_logits(kind, case, ids):
+    model = builder(kind, case)("open")
+    for prompt, mask in ((ids, None), left_padded(ids, LENGTHS)):
+        cache, decoder, chosen = Cache(), Decoder(model, 12), prompt
+        for step in range(12):
+            logits = decoder(chosen, mask if step == 0 else None).clone()
+            expected = model(chosen, mask if step == 0 else None, cache)[:, -1]
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+            chosen = expected.argmax(-1)[:, None]
+        greedy = generate(model, prompt, 12, attention_mask=mask)
+        assert torch.equal(generate(model, prompt, 12, attention_mask=mask, static=True), greedy)
+
+
+def test_a_static_cache_for_mixed_rows_and_for_more_than_the_model_takes(ids):
+    model = open_gates(adapt(adapt(make("llama"), "ia3", name="one"), "llama_adapter", name="two", prompt_length=4))
+    with mixed(model, ["one", None, "two"]):
+        assert torch.equal(generate(model, ids, 12, static=True), generate(model, ids, 12))
+    assert generate(make("gpt2"), ids, 55, static=True).shape == (3, 64)
+    with pytest.raises(ValueError, match=r"65 tokens and the model takes 64 \(max_position_embeddings"):
+        generate(make("gpt2"), ids, 56, static=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a step is recorded on a GPU, and there is none")
+@pytest.mark.parametrize("case", CASES)
+def test_a_recorded_step_gives_the_plain_ones_tokens(case, ids):
+    model, prompt = builder("llama", case)("open").cuda(), ids.cuda()
+    assert torch.equal(generate(model, prompt, 30, static=True), generate(model, prompt, 30))
 
 
 def test_rows_are_padded_to_a_multiple_where_layers_are_compiled():

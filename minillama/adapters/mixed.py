@@ -81,7 +81,7 @@ def part(argument, rows, batch, name):
     if isinstance(argument, tuple):
         return tuple(part(item, rows, batch, name) for item in argument)
     if isinstance(argument, LayerCache):
-        return argument.once(("rows of", name), LayerCache)
+        return argument.once(("rows of", name), lambda: type(argument)(argument.cache))
     if isinstance(argument, torch.Tensor) and argument.dim() > 2 and len(argument) == batch:
         return argument[rows]  # (B, 1, T, …); positions' (T, d) is shared
     return argument

@@ -133,8 +133,8 @@ def teach(model, tokenizer, method, pairs, args, seed, keeping=None):
     rate = adapters.learning_rate(method, real) if args.learning_rate is None else args.learning_rate
     return train(
         model, tokenizer, pairs, steps=args.steps, batch_size=args.batch_size, learning_rate=rate, seed=seed,
-        checkpointing=args.checkpointing, compiled=args.compile, bucket=1 if real else 16, watch=adapters.gates,
-        keeper=keeping,
+        checkpointing=args.checkpointing, compiled=args.compile, bucket=1 if real else 16,
+        pack=getattr(args, "pack", None), watch=adapters.gates, keeper=keeping,
     )  # fmt: skip
 
 

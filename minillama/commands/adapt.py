@@ -66,6 +66,11 @@ def add_arguments(parser):
         help="tokens of prompt and response together; where there are more, the prompt loses its beginning (512)",
     )  # fmt: skip
     parser.add_argument(
+        "--pack", type=at_least_two, metavar="N",
+        help="fill rows of N tokens with several examples, none of which sees another; --batch-size counts rows then. "
+        "Worth it where lengths differ much",
+    )  # fmt: skip
+    parser.add_argument(
         "--chat", action="store_true",
         help="prompts of --data are questions, put into the base's chat template; else prompt and response stand side "
         "by side as they are",
@@ -155,6 +160,10 @@ def adapt_into(out, args, subject, start):
         tests = test_dates(args, tokenizer, dict.fromkeys([*args.languages, "en"]))
     else:
         pairs, tests = own_pairs(args, tokenizer)
+    if args.pack is not None:
+        next(
+            data.packed_batches(data.encode(pairs, tokenizer), args.batch_size, args.pack)
+        )  # a row too short ends here
     # what is measured with the adapter disabled too, and how many prompts are answered at once
     kept, at_once = ("en", 64) if args.data is None else ("held out", args.batch_size)
 
@@ -172,7 +181,8 @@ def adapt_into(out, args, subject, start):
     print(f"the base answers {sum(map(len, tests.values())):,} unseen prompts", flush=True)
     before, loss_before = measure()
 
-    print(f"{args.method} learns {subject}: {args.steps} steps of {args.batch_size}, the base frozen", flush=True)
+    rows = "" if args.pack is None else f" rows of {args.pack} tokens"
+    print(f"{args.method} learns {subject}: {args.steps} steps of {args.batch_size}{rows}, the base frozen", flush=True)
     model.base_fingerprint = fingerprint(model)  # while the weights are whole
     prepare(model, tokenizer, args.method, dict(args.option), args, args.seed)
     if args.shard:  # the weights lie elsewhere in memory now, where a product may round otherwise

@@ -3,6 +3,7 @@ dtype, in turns. Needs transformers and peft, which the tests need too.
 
     python -m minillama bench                                            SmolLM2's shape on the CPU, random weights
     python -m minillama bench --shape llama-7b --tokens 512 --answers 511 --compile
+    python -m minillama bench --shape llama-7b --alpaca --compile
     torchrun --nproc-per-node 2 -m minillama bench --shape llama-65b --shard
 
 The floor is what no library can go below: the matrix products of a step at the speed of the machine's fastest one.
@@ -17,31 +18,19 @@ from pathlib import Path
 
 import torch
 
-from .. import distributed
+from .. import data, distributed
 from ..adapters import METHODS, adapt, disabled
-from ..attention import Cache
 from ..checkpoints import load
-from ..checkpoints.architectures import architecture_of, to_hf, write_config
 from ..checkpoints.files import write_json
+from ..course.sides import ROW, SHAPES, alpaca, alpaca_rate, our_figures, ours, random_base, their_figures, theirs
 from ..device import peak_memory, pick_device, pick_dtype
-from ..generate import stream
-from ..llama import LLaMA, LLaMAConfig
-from ..speed import compile_layers, multiplies_float8, quantize
-from ..train import answer_loss
+from ..llama import LLaMA
+from ..speed import compile_layers, multiplies_float8
 from . import count, table
 from .arguments import add_machine, given, positive, whole
 
-SHAPES = {
-    "smollm2": LLaMAConfig(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
-    "llama-7b": LLaMAConfig(),
-    "llama-13b": LLaMAConfig(32000, 5120, 13824, 40, 40),
-    "llama-65b": LLaMAConfig(32000, 8192, 22016, 80, 64),
-    "llama3-8b": LLaMAConfig(128256, 4096, 14336, 32, 32, 8, rope_theta=5e5),
-    "llama3-70b": LLaMAConfig(128256, 8192, 28672, 80, 64, 8, rope_theta=5e5),
-}
 COMPARED = ["llama_adapter", "ia3", "lora", "prefix_tuning", "bottleneck"]
 FIGURES = ("step", "forward", "prefill", "decode")
-NEW = 16  # tokens that decoding writes
 
 
 def add_arguments(parser):
@@ -56,6 +45,7 @@ def add_arguments(parser):
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows (8)")
     parser.add_argument("--tokens", type=listed(whole(2)), default=[48], metavar="N,…", help="tokens of a row (48)")
+    parser.add_argument("--new", type=positive, default=16, metavar="N", help="tokens that decoding writes (16)")
     parser.add_argument("--answers", type=positive, default=14, metavar="N", help="of which carry loss (14)")
     parser.add_argument(
         "--prompts", type=listed(positive), default=[10], metavar="K,…", help="prompt or prefix tokens (10)"
@@ -67,114 +57,14 @@ def add_arguments(parser):
     parser.add_argument(
         "--shard", action="store_true", help="cut the weights among the processes that torchrun started"
     )
+    parser.add_argument(
+        "--alpaca", action="store_true", help="instead: how long our adapters take for 5 epochs of Alpaca's 52,002 "
+        "lengths, packed into rows of 512 tokens, from so many --steps"
+    )  # fmt: skip
+    parser.add_argument("--steps", type=positive, default=200, metavar="N", help="of --alpaca (200)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="measurements of each, in turns (5)")
     parser.add_argument("--out", type=given, metavar="FOLDER", help="for bench.json and bench.png")
     add_machine(parser)
-
-
-# ── the two sides ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@torch.no_grad()
-def random_base(config, dtype, device, shard=False):
-    """A LLaMA of random weights, made on the device; cut among the processes before any of it is made."""
-    with torch.device("meta"):
-        model = LLaMA(config).to(dtype).requires_grad_(False)
-    if shard:
-        distributed.shard(model)
-    model.to_empty(device=device)
-    if config.tie_word_embeddings and not shard:
-        model.lm_head.weight = model.embed_tokens.weight
-    for parameter in model.parameters():
-        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        own.fill_(1.0) if parameter.dim() == 1 else own.normal_(std=0.02)
-    return model
-
-
-def ours(model, method, prompts, how=None):
-    """A model of ours on the same weights, or on them in fewer bits, adapted."""
-    with torch.device("meta"):
-        other = LLaMA(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
-    if model.config.tie_word_embeddings:
-        other.lm_head.weight = other.embed_tokens.weight
-    if how is not None:
-        quantize(other, how)
-    own = {"llama_adapter": {"prompt_length": prompts}, "prefix_tuning": {"prefix_length": prompts}}.get(method, {})
-    return adapt(other, method, **own).train()
-
-
-def theirs(model, method, prompts):
-    """transformers' model on the same weights, adapted by PEFT; None where PEFT does not have the method."""
-    import peft
-    import transformers
-
-    configs = {
-        "llama_adapter": lambda: peft.AdaptionPromptConfig(
-            adapter_len=prompts, adapter_layers=model.config.num_hidden_layers, task_type="CAUSAL_LM"
-        ),
-        "ia3": lambda: peft.IA3Config(
-            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
-        ),
-        "lora": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-        "prefix_tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=prompts, task_type="CAUSAL_LM"),
-    }
-    if method not in configs:
-        return None
-    device = model.embed_tokens.weight.device
-    config = transformers.LlamaConfig(**write_config(model.config))
-    with torch.device("meta"):
-        other = transformers.LlamaForCausalLM(config)
-    other.load_state_dict(to_hf(architecture_of(model.config), model.state_dict()), strict=False, assign=True)
-    other.tie_weights()
-    with torch.device(device):
-        other.model.rotary_emb = type(other.model.rotary_emb)(config)  # its buffers are in no file
-    return peft.get_peft_model(other, configs[method]()).to(device).train()
-
-
-def stepper(model, loss):
-    """A function of (ids, labels) that makes one step of AdamW and returns the loss."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def step(ids, labels):
-        optimizer.zero_grad()
-        value = loss(ids, labels)
-        value.backward()
-        distributed.summed(trained)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        return value.item()  # waits for a GPU
-
-    return step
-
-
-def our_figures(model, ids, labels):
-    """{figure: a function that does it once}."""
-    step = stepper(model, lambda ids, labels: answer_loss(model, ids, labels))
-
-    @torch.no_grad()
-    def prefill():
-        return model.lm_head(model.hidden(ids, cache=Cache())[:, -1])
-
-    return {
-        "step": lambda: step(ids, labels),
-        "forward": lambda: torch.no_grad()(model)(ids),
-        "prefill": prefill,
-        "decode": lambda: list(stream(model, ids[:, :16], NEW)),
-    }
-
-
-def their_figures(model, ids, labels):
-    step = stepper(model, lambda ids, labels: model(input_ids=ids, labels=labels).loss)
-    mask = torch.ones_like(ids[:, :16])
-    fixed = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
-    return {
-        "step": lambda: step(ids, labels),
-        "forward": lambda: torch.no_grad()(model)(input_ids=ids),
-        "prefill": lambda: torch.no_grad()(model)(input_ids=ids, use_cache=True, logits_to_keep=1),
-        "decode": lambda: model.generate(input_ids=ids[:, :16], attention_mask=mask, **fixed),
-    }
 
 
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -238,13 +128,15 @@ def one_case(model, method, rows, tokens, answers, prompts, args, device):
             models["float8"] = ours(model, method, prompts, "float8")
     for side in models.keys() & {"compiled", "float8"}:
         compile_layers(models[side])
-    sides = {side: our_figures(model, ids, labels) for side, model in models.items()}
+    sides = {side: our_figures(model, ids, labels, args.new) for side, model in models.items()}
     if (other := theirs(model, method, prompts)) is not None:
-        models["peft"], sides["peft"] = other, their_figures(other, ids, labels)
+        models["peft"], sides["peft"] = other, their_figures(other, ids, labels, args.new)
     measured, peaks = {}, {}
     for figure in args.figures:
         plain = figure in ("prefill", "decode")  # a cache that grows is another shape with every token
         works = {side: figures[figure] for side, figures in sides.items() if not plain or side in ("ours", "peft")}
+        if figure == "decode":
+            works["static"] = sides["ours"]["recorded"]
         if figure in ("forward", "decode"):
             works["off"] = off(models["ours"], works["ours"])
         measured[figure] = in_turns(works, device, args.rounds)
@@ -297,6 +189,8 @@ def run(args):
             raise ValueError(f"{args.base} is a {type(model).__name__}; PEFT's counterpart is built for a LLaMA alone")
     else:
         model = random_base(SHAPES[args.shape or "smollm2"], dtype, device)
+    if args.alpaca:
+        return alpaca_hour(args, model)
     ceiling, bandwidth = limits(dtype, device)
     name = args.base or args.shape or "smollm2"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -331,7 +225,8 @@ def report(case):
         f"{case['rows']} × {case['tokens']} tokens, {case['answers']} of each row's carry loss, K = {case['prompts']}"
     )
     print(f"{case['method']}, {said}")
-    sides = [side for side in ("peft", "ours", "compiled", "float8") if side in next(iter(case["seconds"].values()))]
+    measured = set().union(*case["seconds"].values())
+    sides = [side for side in ("peft", "ours", "compiled", "float8", "static") if side in measured]
     rows = [("", *sides, *(f"peft / {side}" for side in sides if side != "peft"), "adapted / not")]
     for figure, seconds in case["seconds"].items():
         shown = [milliseconds(seconds[side]) if side in seconds else "" for side in sides]
@@ -342,13 +237,28 @@ def report(case):
         )
     empty = [""] * (len(rows[0]) - 1 - len(sides))
     if peaks := case["peak_bytes"]:
-        rows.append(("step, GiB", *(f"{peaks[side] / 2**30:.1f}" for side in sides), *empty))
+        rows.append(("step, GiB", *(f"{peaks[side] / 2**30:.1f}" if side in peaks else "" for side in sides), *empty))
     print(table(rows))
     if "step" in case["seconds"]:
         steps = case["seconds"]["step"]
         share = case["floor"] / statistics.median(steps["compiled" if "compiled" in steps else "ours"])
         print(f"  a step's matrix products at the machine's best: {1000 * case['floor']:.1f} ms, {share:.0%} of ours")
     print(flush=True)
+
+
+def alpaca_hour(args, model):
+    """How long 5 epochs of Alpaca take: the paper's adapters, on packed rows."""
+    pairs = alpaca(model.config.vocab_size, 1.0, args.seed)
+    tokens = sum(map(data.tokens, pairs))
+    mean = tokens / len(pairs)
+    print(f"{len(pairs):,} texts of {mean:.0f} tokens on average; a step is {args.batch_size} rows of {ROW}")
+    can = args.compile and multiplies_float8(model.embed_tokens.weight.device)
+    for how in (None, "float8") if can else (None,):
+        adapted = ours(model, "llama_adapter", args.prompts[0], how)
+        texts, rate = alpaca_rate(adapted, pairs, args.batch_size, args.steps, args.compile)
+        name = ", ".join(["gated prefix attention", *(["compiled"] if args.compile else []), *([how] if how else [])])
+        minutes = 5 * len(pairs) / texts / 60
+        print(f"{name}: {rate:,.0f} tokens/s that are no padding; 5 epochs take {minutes:.1f} minutes", flush=True)
 
 
 def several(args, dtype, device):

@@ -38,6 +38,9 @@ def add_arguments(parser):
         metavar="P",
         help="draw from the fewest likeliest tokens whose probabilities reach p (all)",
     )
+    parser.add_argument(
+        "--static", action="store_true", help="a cache of fixed size, and on a GPU each step recorded once: sooner"
+    )
     add_machine(parser)
 
 
@@ -62,7 +65,7 @@ def run(args):
     sampling = (args.temperature, args.top_k, args.top_p, tokenizer.eos_id, args.seed)
 
     def shown():
-        for id in stream(model, prompt, args.max_new_tokens, *sampling):
+        for id in stream(model, prompt, args.max_new_tokens, *sampling, static=args.static):
             drawn.append(id.item())
             if drawn[-1] != tokenizer.eos_id:
                 yield drawn[-1]
