@@ -28,6 +28,19 @@ def test_files_that_the_readme_names_exist():
         assert (ROOT / name).exists(), f"README.md names {name}"
 
 
+def test_the_table_of_several_gpus_is_the_stored_one():
+    """Which lesson 09 holds its predictions against."""
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| (llama-\w+) \| ([^|]+) \| ([\d,]+)[^|]*\| ([\d.]+) GiB \|$", text, re.MULTILINE)
+    stored = json.loads((ROOT / "docs/bench_several_h200.json").read_text(encoding="utf-8"))["cases"]
+    places = {(1, False): "one card", (2, False): "on both", (2, True): "cut in two, `--shard`"}
+    assert found == [
+        (case["shape"], places[case["cards"], case["sharded"]], f"{case['tokens_per_second']:,}",
+         str(case["gib_per_card"]))
+        for case in stored
+    ]  # fmt: skip
+
+
 def test_every_requirement_is_pinned_with_a_reason():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
     for line in lines:
