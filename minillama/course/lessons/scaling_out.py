@@ -65,7 +65,7 @@ def rows_read(model, work, names=PROJECTIONS):
 def torchrun(script, processes=2, timeout=500):
     """What a script prints that torchrun runs in so many processes of one thread each, side by side on this machine.
 
-    Raises ValueError with the last lines of what it said where it fails or takes longer than `timeout` seconds.
+    Raises ValueError with the first of what it said where it fails or takes longer than `timeout` seconds.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -78,5 +78,5 @@ def torchrun(script, processes=2, timeout=500):
         except subprocess.TimeoutExpired:
             raise ValueError(f"{processes} processes were not done after {timeout} seconds") from None
     if done.returncode:
-        raise ValueError(f"the processes ended with {done.returncode}: {done.stderr[-1500:]}")
+        raise ValueError(f"the processes ended with {done.returncode}: {done.stderr[:1500]}")
     return done.stdout
