@@ -39,6 +39,18 @@ def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
     return order.gather(-1, drawn)[:, 0]
 
 
+def check_sampling(max_new_tokens, temperature, top_k, top_p):
+    """Raises ValueError for what `generate` cannot take."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; needed is 0 or more")
+    if temperature != 0 and not SMALLEST <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; needed is 0 for the likeliest token, or from {SMALLEST} on")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(
+            f"top_k is {top_k} and top_p {top_p}; needed are top_k of at least 1 and top_p above 0 and at most 1"
+        )
+
+
 @torch.no_grad()
 def stream(
     model, ids, max_new_tokens=20, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None, attention_mask=None,
@@ -49,14 +61,7 @@ def stream(
     Arguments as in `generate`. Each step runs in eval mode, so that dropout is off; between steps the model is as it
     was.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; needed is 0 or more")
-    if temperature != 0 and not SMALLEST <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; needed is 0 for the likeliest token, or from {SMALLEST} on")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(
-            f"top_k is {top_k} and top_p {top_p}; needed are top_k of at least 1 and top_p above 0 and at most 1"
-        )
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"the prompt's ids have shape {tuple(ids.shape)}; needed is (B, T) with at least one token")
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)

@@ -8,7 +8,7 @@ import torch
 from ..adapters import load_adapter
 from ..checkpoints.files import printable
 from ..checkpoints.tokenizers import pieces
-from ..generate import stream
+from ..generate import check_sampling, stream
 from . import open_base
 from .arguments import add_base, add_machine, given, positive, whole
 
@@ -45,6 +45,7 @@ def add_arguments(parser):
 
 
 def run(args):
+    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)  # before the base is opened
     model, tokenizer = open_base(args)
     if args.adapter:
         load_adapter(model, args.adapter, check_base=not args.any_base)
