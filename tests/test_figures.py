@@ -155,6 +155,10 @@ def test_plots_stay_on_the_canvas():
     crowded = [{"method": method, "parameters": 10**i, "matches": [0.97]} for i, method in enumerate(METHODS, 1)]
     near, whole = plots.comparison_figure(crowded, "A title").axes
     assert near.get_ylim()[0] > 90 and whole.get_ylim()[0] == 0
+    for ceiling, bandwidth in ((6e10, 8e9), (8e14, 4e12)):
+        points = {f"work {i}": (10**i * 1e9, 1e9, [10**i / 9, 10**i / 5]) for i in range(6)}
+        roof = plots.roofline_figure(points, ceiling, bandwidth, "A title")
+        assert faults(roof, dpi=100) == [] and len(roof.axes[0].containers) == 6
     many = {method: (range(3), [[0.1, 0.2]] * 3) for method in METHODS}
     for curves in (many, dict(list(many.items())[:3])):
         assert faults(plots.curve_figure(curves, "step", "loss", "A title"), dpi=100) == []
