@@ -134,7 +134,10 @@ def reference_logits(model, ids, real):
                 of_q, of_k = slice(h * d, h * d + d), slice(group * d, group * d + d)
                 query, key = q[b, words, of_q], k[b, words, of_k]  # (n, d)
                 if llama:
-                    query, key = rotated(query, model.rope, before), rotated(key, model.rope, before)
+                    query, key = (
+                        rotated(query, model.layers[0].rope, before),
+                        rotated(key, model.layers[0].rope, before),
+                    )
                 scores = (query @ key.T / math.sqrt(d)).masked_fill(future, -math.inf)
                 value = v[b, words, of_k]
                 if before:

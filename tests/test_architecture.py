@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "minillama"
-READING_PATH = ("attention", "llama", "gpt2", "generate", "train", "data", "device", "distributed", "speed")
+READING_PATH = ("attention", "rope", "llama", "gpt2", "generate", "train", "data", "device", "distributed", "speed")
 # From the ground up: a room imports those before it and itself.
 ROOMS = ("", "checkpoints", "adapters", "course", "commands", "__main__")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -17,8 +17,8 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 
 import minillama
-from minillama.attention import RoPE
 from minillama.checkpoints.gguf import read_gguf
+from minillama.rope import Llama3, RoPE
 
 CONFIG = minillama.LLaMAConfig(
     vocab_size=97, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
@@ -150,9 +150,9 @@ def test_dtypes(tmp_path):
 
 def test_the_frequencies_of_llama_3(tmp_path):
     factor = 32.0
-    plain, scaled = (RoPE(32, 5000.0, scaling).frequencies() for scaling in (None, (factor, 1.0, 4.0, 8192.0)))
+    plain, scaled = (RoPE(32, 5000.0, scaling).frequencies() for scaling in (None, Llama3(factor, 1.0, 4.0, 8192.0)))
     path = write(tmp_path / "tiny.gguf", base(), tensors={"rope_freqs.weight": ((plain / scaled).numpy(), Kind.F32)})
-    assert minillama.load(path)[0].config.rope_scaling == (factor, 1.0, 4.0, 8192.0)
+    assert minillama.load(path)[0].config.rope_scaling == Llama3(factor, 1.0, 4.0, 8192.0)
     odd = {"rope_freqs.weight": (np.linspace(1, 9, 16, dtype=np.float32), Kind.F32)}
     path = write(tmp_path / "odd.gguf", base(), tensors=odd)
     with pytest.raises(minillama.FileError, match="rope_freqs.weight"):

@@ -1,6 +1,7 @@
 """Our models compute what transformers' do, from the same files, both ways;
 and the cache and padding change nothing."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,28 +12,42 @@ from conftest import SHAPE, left_padded
 import minillama
 from minillama import Cache
 
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}  # fmt: skip
 GPT2_SHAPE = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
+
+
+def rope(kind, **numbers):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **numbers}}
+
+
+GROUPED = dict(num_key_value_heads=2)
+LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+# Small random models of transformers, each with what sets its kind apart: (its class, its configuration).
 THEIRS = {
-    "all heads": lambda: llama(),
-    "grouped": lambda: llama(num_key_value_heads=2),
-    "single key head": lambda: llama(num_key_value_heads=1),
-    "tied": lambda: llama(tie_word_embeddings=True),
-    "odd head_dim": lambda: llama(head_dim=10, num_key_value_heads=3),
-    "theta": lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
-    "llama3": lambda: llama(rope_parameters=LLAMA3),
-    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE, num_key_value_heads=2)),
-    "qwen2, tied": lambda: transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)
-    ),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE)),
-    "gpt2, narrow mlp": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE, n_inner=50)),
+    "all heads": ("Llama", {}),
+    "grouped": ("Llama", GROUPED),
+    "single key head": ("Llama", dict(num_key_value_heads=1)),
+    "tied": ("Llama", dict(tie_word_embeddings=True)),
+    "odd head_dim": ("Llama", dict(head_dim=10, num_key_value_heads=3)),
+    "theta": ("Llama", rope("default", rope_theta=500.0)),
+    "llama3": ("Llama", rope("llama3", **LLAMA3)),
+    "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "mistral": ("Mistral", GROUPED),
+    "qwen2": ("Qwen2", GROUPED),
+    "qwen2, tied": ("Qwen2", GROUPED | dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", GROUPED | dict(head_dim=10)),
+    "qwen3, biases": ("Qwen3", GROUPED | dict(attention_bias=True, head_dim=8)),
+    "smollm3": ("SmolLM3", GROUPED | dict(no_rope_layers=[1, 0, 1])),
+    "gpt2": ("GPT2", GPT2_SHAPE),
+    "gpt2, narrow mlp": ("GPT2", GPT2_SHAPE | dict(n_inner=50)),
 }
+
+
+def build(kind, **changes):
+    """A model of transformers by its name in THEIRS, or by (class, configuration)."""
+    name, config = THEIRS[kind] if isinstance(kind, str) else kind
+    known = {} if name == "GPT2" else dict(SHAPE, pad_token_id=None)
+    config = getattr(transformers, f"{name}Config")(**{**known, **config, **changes})
+    return getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config)
 
 
 def llama(**changes):
@@ -42,7 +57,7 @@ def llama(**changes):
 @pytest.fixture(params=list(THEIRS))
 def theirs(request):
     torch.manual_seed(0)
-    model = THEIRS[request.param]().eval()
+    model = build(request.param).eval()
     with torch.no_grad():  # their initialisation leaves biases at 0 and norms at 1, which would hide a missing one
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -135,9 +150,9 @@ def test_batch_generates_what_each_prompt_alone_generates(model):
 def test_bfloat16_rope_keeps_its_precision(model, ids):
     """Angles are made in float32 whatever the weights' dtype: late positions stay apart."""
     if isinstance(model, minillama.LLaMA):
-        before = model.rope(torch.tensor([1000, 1001]))
+        before = model.layers[0].rope(torch.tensor([1000, 1001]))
         model.to(torch.bfloat16)
-        after = model.rope(torch.tensor([1000, 1001]))
+        after = model.layers[0].rope(torch.tensor([1000, 1001]))
         assert torch.equal(before[0], after[0]) and after[0].dtype == torch.float32
     assert model.to(torch.bfloat16)(ids).dtype == torch.bfloat16
 
@@ -202,10 +217,11 @@ def test_generation_leaves_the_mode_and_needs_no_gradients(model, ids):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn' and factor is missing"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "mrope", "factor": 2.0}}, "mrope"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"model_type": "qwen3"}, "qwen2"),
+        ({"model_type": "qwen4"}, "qwen3"),
+        ({"model_type": "mixtral"}, "chooses among experts"),
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4"),
         ({"hidden_size": 50, "head_dim": None}, "hidden_size is 50"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -253,21 +269,41 @@ def test_an_absent_key_means_what_it_means_to_transformers(kind, ids, tmp_path):
         assert minillama.checkpoints.read_config(content | {"sliding_window": None})[0].sliding_window is None
 
 
-def test_sequence_longer_than_the_sliding_window_is_refused(tmp_path):
-    theirs = transformers.MistralForCausalLM(
-        transformers.MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8)
-    ).eval()
+WINDOWED = {
+    "mistral": ("Mistral", GROUPED | dict(sliding_window=4)),
+    "qwen2": ("Qwen2", GROUPED | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
+    "qwen3": ("Qwen3", GROUPED | dict(use_sliding_window=True, sliding_window=4, max_window_layers=2, head_dim=8)),
+    "smollm3": (
+        "SmolLM3", GROUPED | dict(use_sliding_window=True, sliding_window=4, no_rope_layers=[1, 0, 1]),
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_text_longer_than_the_sliding_window(kind, ids, tmp_path):
+    """Whole, in pieces through the cache and padded: as transformers; the window is the reason for some difference."""
+    torch.manual_seed(0)
+    theirs = build(WINDOWED[kind]).eval()
+    for parameter in theirs.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
     ours, _ = minillama.load(tmp_path)
-    ids = torch.randint(0, 101, (1, 9))
-    with torch.no_grad():
-        close(ours(ids[:, :8]), theirs(ids[:, :8]).logits)
-        with pytest.raises(ValueError, match="sliding_window"):
-            ours(ids)
+    expected, (padded, mask) = theirs(ids).logits, left_padded(ids, [9, 4, 6])
+    close(ours(ids), expected)
+    for chunks in ([1] * 9, [4, 1, 4], [2, 7], [9]):
         cache = Cache()
-        ours(ids[:, :8], cache=cache)
-        with pytest.raises(ValueError, match="sliding_window"):
-            ours(ids[:, 8:], cache=cache)
+        close(torch.cat([ours(part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1), expected)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    real = mask.bool()
+    close(ours(padded, mask)[real], theirs(padded, attention_mask=mask, position_ids=places).logits[real])
+    wider = minillama.LLaMA(dataclasses.replace(ours.config, sliding_window=100)).eval()
+    wider.load_state_dict(ours.state_dict())
+    assert torch.equal(wider(ids[:, :4]), ours(ids[:, :4])) and (wider(ids) - ours(ids)).abs().max() > 1e-3
+    minillama.save(ours, tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert type(again) is type(theirs)
+    close(again(ids).logits, expected)
 
 
 def test_bad_files_are_named(tmp_path):

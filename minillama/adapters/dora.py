@@ -111,7 +111,7 @@ def to_peft(options, tensors, layout):
     m = layout.fuse(m, lambda place: layout.modules[place].weight.detach().float().norm(dim=1).cpu(), torch.cat)
     config = {"peft_type": PEFT_TYPE, "use_dora": True, "r": options["rank"] * stacked}
     config |= {"lora_alpha": options["alpha"] * stacked, "lora_dropout": options["dropout"]}
-    config |= {"target_modules": layout.targets(A), "fan_in_fan_out": layout.fused}
+    config |= {"target_modules": layout.targets(A), "fan_in_fan_out": layout.transposed}
     theirs = zip(THEIRS.values(), (A, B, m))
     return config, {f"{place}.{own}": tensor for own, every in theirs for place, tensor in every.items()}
 

@@ -91,8 +91,8 @@ def to_peft(options, tensors, layout):
     """(config, tensors) as PEFT's IA3 has them: vectors of outputs as columns, of inputs as rows."""
     own = {name.removesuffix(".scale"): scale for name, scale in tensors.items()}
     inputs = {place for place in own if place.rpartition(".")[2] in options["inputs"]}
-    if layout.fused and any(place in layout.qkv for place in inputs):
-        return None  # one input of c_attn serves queries, keys and values there
+    if any(layout.is_fused(place) for place in inputs):
+        return None  # one input serves all that the matrix holds
     own = {place: scale[None] if place in inputs else scale[:, None] for place, scale in own.items()}
     own = layout.fuse(own, lambda place: torch.ones(layout.size(place)[0], 1), torch.cat)
     config = {
@@ -100,7 +100,7 @@ def to_peft(options, tensors, layout):
         "target_modules": layout.targets(own),
         "feedforward_modules": layout.targets(inputs),
     }
-    return config | {"fan_in_fan_out": layout.fused}, {f"{place}.ia3_l": scale for place, scale in own.items()}
+    return config | {"fan_in_fan_out": layout.transposed}, {f"{place}.ia3_l": scale for place, scale in own.items()}
 
 
 def from_peft(config, tensors, layout):

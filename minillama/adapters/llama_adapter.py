@@ -204,7 +204,7 @@ class GatedPrefixAttention(nn.Module):
 
 def their_joins(layout):
     """Where PEFT's adaption prompt adds its term, the cheapest of equal ways first."""
-    if layout.fused:
+    if layout.transposed:
         return ("unprojected",)
     return ("after",) if layout.output_bias else ("before", "after")
 

@@ -97,7 +97,11 @@ def to_peft(options, tensors, layout):
     A, B = ({n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)} for end in (".A", ".B"))
     stacked, A, B = layout.stack_low_rank(A, B)  # one rank for the file, and the same alpha / rank
     config = {"peft_type": PEFT_TYPE, "r": options["rank"] * stacked, "lora_alpha": options["alpha"] * stacked}
-    config |= {"lora_dropout": options["dropout"], "target_modules": layout.targets(A), "fan_in_fan_out": layout.fused}
+    config |= {
+        "lora_dropout": options["dropout"],
+        "target_modules": layout.targets(A),
+        "fan_in_fan_out": layout.transposed,
+    }
     matrices = (("lora_A.weight", A), ("lora_B.weight", B))
     return config, {f"{place}.{own}": tensor for own, matrix in matrices for place, tensor in matrix.items()}
 

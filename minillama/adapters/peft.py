@@ -5,9 +5,9 @@ What PEFT calls a method's tensors and options stands with the method: `to_peft(
 gives (options, tensors) of ours, for a file of the method's PEFT_TYPE that asks for nothing special but its PEFT_KEYS.
 Both name places as our models do; here the places become those of transformers' model, and back.
 
-Where an architecture keeps query, key and value in one matrix, `c_attn` (GPT-2), what stands at our three places is
-joined into one and cut again: end to end, or for low-rank paths stacked, each with rows and columns of its own; one
-that PEFT trained is read as three that share A's values.
+Where an architecture keeps several of our matrices in one, such as query, key and value in `c_attn` (GPT-2) or
+`qkv_proj` (Phi-3), what stands at our places is joined into one and cut again: end to end, or for low-rank paths
+stacked, each with rows and columns of its own; one that PEFT trained is read as several that share A's values.
 """
 
 import torch
@@ -17,7 +17,6 @@ from ..checkpoints.architectures import architecture_of, rename
 from ..checkpoints.files import believed
 from . import METHODS, walk
 
-QKV = ("q_proj", "k_proj", "v_proj")
 # What a configuration may say without changing what is computed at inference.
 NEUTRAL = {
     "peft_type", "base_model_name_or_path", "task_type", "inference_mode", "peft_version", "revision", "auto_mapping",
@@ -51,8 +50,8 @@ class Layout:
 
     def __init__(self, model):
         self.row, self.modules = architecture_of(model.config), dict(reversed(list(walk(model))))  # inner ones count
-        self.fused = self.row.fused
-        self.qkv = {place for place in self.modules if place.rpartition(".")[2] in QKV}
+        self.transposed = self.row.transposed
+        self.fused = {matrix.rpartition(".")[2]: parts for matrix, parts in self.row.fused.items()}
         self.attention = self.row.words.get("self_attn", "self_attn")  # what transformers calls it
         attention = self.modules["layers.0.self_attn"]
         self.num_layers, self.num_heads = len(model.layers), attention.num_heads
@@ -67,13 +66,13 @@ class Layout:
         return "base_model.model." + prefix + rename(name, self.row.words)
 
     def ours(self, name):
-        """The way back; a c_attn keeps its name, `split` cuts it."""
+        """The way back; a fused matrix keeps its name, `split` cuts it."""
         name = name.removeprefix("base_model.model.").removeprefix(self.row.prefix)
         return rename(name, {new: old for old, new in self.row.words.items()})
 
     def targets(self, places):
         """The names PEFT knows modules by: the last word, and where that has two meanings (GPT-2), the last two."""
-        words = 2 if self.fused else 1
+        words = 2 if self.transposed else 1
         names = [self.theirs(f"{place}.").removeprefix("base_model.model.").rstrip(".") for place in places]
         return sorted({".".join(name.split(".")[-words:]) for name in names})
 
@@ -81,30 +80,39 @@ class Layout:
         """(out_features, in_features) of the projection at a place."""
         return self.modules[place].out_features, self.modules[place].in_features
 
+    def is_fused(self, place):
+        """Whether a place is a part of a matrix that holds several."""
+        return any(place.rpartition(".")[2] in parts for parts in self.fused.values())
+
     def fuse(self, tensors, absent, join):
-        """Joins each layer's query, key and value entry into one of c_attn; absent(place) stands for a missing one."""
-        if not self.fused:
-            return tensors
-        fused = {place: tensor for place, tensor in tensors.items() if place not in self.qkv}
-        for parent in dict.fromkeys(place.rpartition(".")[0] for place in tensors if place in self.qkv):
-            three = [f"{parent}.{name}" for name in QKV]
-            fused[f"{parent}.c_attn"] = join([tensors[at] if at in tensors else absent(at) for at in three])
-        return fused
+        """Joins the entries of each fused matrix's parts into one; absent(place) stands for a missing one."""
+        joined = {place: tensor for place, tensor in tensors.items() if not self.is_fused(place)}
+        for matrix, parts in self.fused.items():
+            parents = [place.rpartition(".")[0] for place in tensors if place.rpartition(".")[2] in parts]
+            for parent in dict.fromkeys(parents):
+                places = [f"{parent}.{part}" for part in parts]
+                joined[f"{parent}.{matrix}"] = join([tensors[at] if at in tensors else absent(at) for at in places])
+        return joined
 
     def split(self, place, tensor, axis):
-        """A c_attn entry as those of query, key and value: cut along an axis, or for None the same one three times."""
-        parent, _, own = place.rpartition(".")
-        if own != "c_attn":
+        """A fused matrix's entry as those of its parts: cut along an axis, or for None the same one for each."""
+        parent, _, matrix = place.rpartition(".")
+        if matrix not in self.fused:
             return {place: tensor}
-        three = tensor.chunk(3, axis) if axis is not None else [tensor] * 3
-        return {f"{parent}.{name}": part for name, part in zip(QKV, three)}
+        places = [f"{parent}.{part}" for part in self.fused[matrix]]
+        if axis is None:
+            return dict.fromkeys(places, tensor)
+        rows = [self.size(at)[0] for at in places]
+        if tensor.shape[axis] != sum(rows):
+            raise ValueError(f"{place} has an entry of {tensor.shape[axis]} rows and this base needs {sum(rows)}")
+        return dict(zip(places, tensor.split(rows, axis)))
 
     def stack_low_rank(self, A, B):
-        """(times, A, B): where three places are one matrix, their low-rank paths of rank r as one of rank times · r."""
+        """(times, A, B): where several places are one matrix, their low-rank paths of rank r as one of rank times · r."""
         if not self.fused:
             return 1, A, B
-        rank = next(iter(A.values())).shape[0]
-        times = max(1, len({place.rpartition(".")[2] for place in A} & set(QKV)))
+        rank, used = next(iter(A.values())).shape[0], {place.rpartition(".")[2] for place in A}
+        times = max(1, *(len(used & set(parts)) for parts in self.fused.values()))
         A = self.fuse(A, lambda place: torch.zeros(0, self.size(place)[1]), torch.cat)
         B = self.fuse(B, lambda place: torch.zeros(self.size(place)[0], 0), lambda blocks: torch.block_diag(*blocks))
         A = {place: F.pad(tensor, (0, 0, 0, times * rank - tensor.shape[0])) for place, tensor in A.items()}

@@ -53,7 +53,7 @@ def load(name, dtype=None, device="cpu"):
             raise FileError(f"{path / 'config.json'}: {error}") from None
         model_class, weights = row.model, read_weights(path)
         try:
-            weights = from_hf(row, weights)
+            weights = from_hf(row, weights, config)
         except ValueError as error:
             raise FileError(f"{path}: {error}") from None
         tokenizer = read_tokenizer(path)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
-from ..attention import RoPE
 from ..llama import LLaMAConfig
+from ..rope import Llama3, RoPE
 from .architectures import honest
 from .files import FileError, reading
 from .gguf_tokenizer import read_gguf_tokenizer
@@ -237,7 +237,7 @@ def read_config(fields, tensors):
 
 def with_factors(config, factors):
     """The configuration whose RoPE divides its frequencies by `factors` (d/2,): how a Llama 3.1 or later is stored."""
-    scaling = (factors.max().item(), 1.0, 4.0, 8192.0)  # the three that all of them share
+    scaling = Llama3(factors.max().item(), 1.0, 4.0, 8192.0)  # the three that all of them share
     plain, scaled = (RoPE(config.head_dim, config.rope_theta, s).frequencies() for s in (None, scaling))
     if factors.shape != plain.shape or not torch.allclose(plain / factors, scaled, rtol=1e-4):
         raise ValueError(
