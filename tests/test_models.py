@@ -12,6 +12,7 @@ from conftest import SHAPE, left_padded
 import minillama
 from minillama import Cache
 
+# fmt: off
 GPT2_SHAPE = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
 
 
@@ -37,9 +38,31 @@ THEIRS = {
     "qwen3": ("Qwen3", GROUPED | dict(head_dim=10)),
     "qwen3, biases": ("Qwen3", GROUPED | dict(attention_bias=True, head_dim=8)),
     "smollm3": ("SmolLM3", GROUPED | dict(no_rope_layers=[1, 0, 1])),
+    "olmo2": ("Olmo2", GROUPED),
+    "phi3": ("Phi3", GROUPED),
+    "phi3, long": ("Phi3", GROUPED | dict(original_max_position_embeddings=6) | rope(
+        "longrope", short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 3.0, 4.0],
+    )),
+    "granite": ("Granite", GROUPED | dict(
+        embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.1, logits_scaling=8.0,
+    )),
+    "gemma3": ("Gemma3Text", GROUPED | dict(
+        head_dim=10, query_pre_attn_scalar=7, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )),
+    "linear": ("Llama", rope("linear", factor=3.0)),
+    "dynamic": ("Llama", rope("dynamic", factor=3.0) | dict(max_position_embeddings=6)),
+    "yarn": ("Llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "yarn, every number": ("Llama", rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=20.0, beta_slow=2.0, truncate=False,
+        mscale=0.7, mscale_all_dim=0.4,
+    )),
     "gpt2": ("GPT2", GPT2_SHAPE),
     "gpt2, narrow mlp": ("GPT2", GPT2_SHAPE | dict(n_inner=50)),
 }
+
+
+# fmt: on
 
 
 def build(kind, **changes):
@@ -47,7 +70,9 @@ def build(kind, **changes):
     name, config = THEIRS[kind] if isinstance(kind, str) else kind
     known = {} if name == "GPT2" else dict(SHAPE, pad_token_id=None)
     config = getattr(transformers, f"{name}Config")(**{**known, **config, **changes})
-    return getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config)
+    return getattr(
+        transformers, {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}.get(name, f"{name}ForCausalLM")
+    )(config)
 
 
 def llama(**changes):

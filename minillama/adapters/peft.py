@@ -108,7 +108,7 @@ class Layout:
         return dict(zip(places, tensor.split(rows, axis)))
 
     def stack_low_rank(self, A, B):
-        """(times, A, B): where several places are one matrix, their low-rank paths of rank r as one of rank times · r."""
+        """(times, A, B): where several places are one matrix, their paths of rank r as one of rank times · r."""
         if not self.fused:
             return 1, A, B
         rank, used = next(iter(A.values())).shape[0], {place.rpartition(".")[2] for place in A}

@@ -180,6 +180,12 @@ def write_gemma3(config):
     return {"query_pre_attn_scalar": round(config.attention_multiplier**-2), "rope_parameters": ropes}
 
 
+def write_phi3(config):
+    """Of long RoPE transformers believes the number that stands beside rope_parameters, not the one within."""
+    original = getattr(config.rope_scaling, "original_max_position_embeddings", config.max_position_embeddings)
+    return {"original_max_position_embeddings": int(original)}
+
+
 ROPE = dict(hidden_act="silu", partial_rotary_factor=1.0, quantization_config=None)
 ARCHITECTURES = {
     "llama": Architecture(LLaMA, LLaMAConfig, "LlamaForCausalLM", honoured=ROPE),
@@ -205,6 +211,43 @@ ARCHITECTURES = {
         absent=dict(
             max_position_embeddings=32768, num_key_value_heads=4, tie_word_embeddings=True, rope_theta=2000000.0,
         ),
+    ),
+    "olmo2": Architecture(  # norms behind the sublayers, and on all queries and all keys
+        LLaMA, LLaMAConfig, "Olmo2ForCausalLM", honoured=ROPE, absent=dict(rms_norm_eps=1e-5),
+        fixed=dict(norms="behind", qk_norm="all", mlp_bias=False),
+        words={"behind_attention": "post_attention_layernorm", "behind_mlp": "post_feedforward_layernorm"},
+    ),
+    "phi3": Architecture(  # query, key and value in one matrix, gate and up in another
+        LLaMA, LLaMAConfig, "Phi3ForCausalLM", honoured=ROPE, says=("sliding_window",), write=write_phi3,
+        absent=dict(
+            intermediate_size=8192, max_position_embeddings=4096, rms_norm_eps=1e-5,
+            original_max_position_embeddings=4096,
+        ),
+        fixed=dict(attention_bias=False, mlp_bias=False),
+        fused={"qkv_proj": QKV, "gate_up_proj": ("gate_proj", "up_proj")},
+    ),
+    "granite": Architecture(  # four multipliers
+        LLaMA, LLaMAConfig, "GraniteForCausalLM", honoured=ROPE, absent=dict(attention_multiplier=1.0),
+        says=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    ),
+    "gemma3_text": Architecture(  # norms around the sublayers, 1 + weight; GeGLU; most layers see a window
+        LLaMA, LLaMAConfig, "Gemma3ForCausalLM", read=read_gemma3, write=write_gemma3,
+        says=(
+            "sliding_window", "layer_types", "rope_local_base_freq", "embedding_multiplier", "attention_multiplier",
+        ),
+        absent=dict(
+            intermediate_size=9216, num_key_value_heads=4, head_dim=256, max_position_embeddings=131072,
+            tie_word_embeddings=True, rope_theta=1000000.0,
+        ),
+        fixed=dict(norms="both", norm_offset=1.0, qk_norm="head", hidden_act="gelu_pytorch_tanh", mlp_bias=False),
+        honoured=dict(
+            hidden_activation="gelu_pytorch_tanh", partial_rotary_factor=1.0, quantization_config=None,
+            attn_logit_softcapping=None, final_logit_softcapping=None, use_bidirectional_attention=(False, None),
+        ),
+        words={
+            "post_attention_layernorm": "pre_feedforward_layernorm", "behind_attention": "post_attention_layernorm",
+            "behind_mlp": "post_feedforward_layernorm",
+        },
     ),
     "gpt2": Architecture(
         GPT2, GPT2Config, "GPT2LMHeadModel", prefix="transformer.", fused={"attn.c_attn": QKV}, transposed=True,
@@ -266,6 +309,8 @@ def read_rope(content, row):
             raise ValueError(f"{key} is {shortened(found)}; needed is an object with names and values")
         rope |= found.get(FULL, found)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if row.theirs == "Phi3ForCausalLM" and kind in ("su", "yarn"):  # as early Phi-3s call it
+        kind = "longrope"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"partial_rotary_factor is {shortened(rope['partial_rotary_factor'])}; only 1.0 can be honoured"
@@ -280,15 +325,21 @@ def read_rope(content, row):
             f"rope_type is {shortened(kind)}; only 'default', {', '.join(most)} and {last} can be honoured"
         )
     longest = content.get("max_position_embeddings", row.absent.get("max_position_embeddings", 2048))
-    rope = {"max_position_embeddings": longest, "original_max_position_embeddings": longest} | rope
+    rope = {"original_max_position_embeddings": longest} | rope | {"max_position_embeddings": longest}
+    original = content.get("original_max_position_embeddings", row.absent.get("original_max_position_embeddings"))
+    if original is not None:  # what stands outside of rope_scaling counts more to transformers
+        rope["original_max_position_embeddings"] = original
     numbers = {key: honest(key, value) for key, value in rope.items() if key in TYPES and value is not None}
+    if kind == "longrope":
+        numbers |= {key: factors(key, rope[key]) for key in ("short_factor", "long_factor") if key in rope}
+        numbers.setdefault("factor", longest / numbers["original_max_position_embeddings"])
+    if kind in ATTENTION_FACTORS and "factor" in numbers:
+        numbers.setdefault("attention_factor", ATTENTION_FACTORS[kind](numbers))
     fields = dataclasses.fields(SCALINGS[kind])
-    if kind == "yarn" and "factor" in numbers:
-        numbers.setdefault("attention_factor", yarn_attention(numbers))
     if missing := [own.name for own in fields if own.default is dataclasses.MISSING and own.name not in numbers]:
         raise ValueError(f"rope_type is {kind!r} and {missing[0]} is missing beside it")
     numbers = {own.name: numbers[own.name] for own in fields if own.name in numbers}
-    numbers = {key: float(value) if TYPES[key][0] is float else value for key, value in numbers.items()}
+    numbers = {key: float(value) if TYPES.get(key, (0,))[0] is float else value for key, value in numbers.items()}
     return theta | {"rope_scaling": SCALINGS[kind](**numbers)}
 
 
@@ -300,6 +351,22 @@ def yarn_attention(numbers):
 
     by, by_all = numbers.get("mscale"), numbers.get("mscale_all_dim")
     return grown(by) / grown(by_all) if by and by_all else grown(1)
+
+
+def long_attention(numbers):
+    """Long RoPE's: √(1 + ln factor / ln original length)."""
+    factor = max(1.0, numbers["factor"])
+    return math.sqrt(1 + math.log(factor) / math.log(numbers["original_max_position_embeddings"]))
+
+
+ATTENTION_FACTORS = {"yarn": yarn_attention, "longrope": long_attention}
+
+
+def factors(key, values):
+    """A list of positive numbers, one for each pair of features, as a tuple."""
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{key} is {shortened(values)}; needed is a list of numbers")
+    return tuple(float(believed(key, value, float, 1e-6, 1e6)) for value in values)
 
 
 def architecture_of(config):
