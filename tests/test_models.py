@@ -33,10 +33,18 @@ THEIRS = {
     "llama3": ("Llama", rope("llama3", **LLAMA3)),
     "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "mistral": ("Mistral", GROUPED),
+    "mistral, window": ("Mistral", GROUPED | dict(sliding_window=4)),
     "qwen2": ("Qwen2", GROUPED),
     "qwen2, tied": ("Qwen2", GROUPED | dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3", GROUPED | dict(head_dim=10)),
+    "qwen2, window": ("Qwen2", GROUPED | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
     "qwen3, biases": ("Qwen3", GROUPED | dict(attention_bias=True, head_dim=8)),
+    "qwen3, window": (
+        "Qwen3", GROUPED | dict(use_sliding_window=True, sliding_window=4, max_window_layers=2, head_dim=8)
+    ),
+    "smollm3, window": (
+        "SmolLM3", GROUPED | dict(use_sliding_window=True, sliding_window=4, no_rope_layers=[1, 0, 1])
+    ),
     "smollm3": ("SmolLM3", GROUPED | dict(no_rope_layers=[1, 0, 1])),
     "olmo2": ("Olmo2", GROUPED),
     "phi3": ("Phi3", GROUPED),
@@ -79,14 +87,20 @@ def llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **changes}))
 
 
-@pytest.fixture(params=list(THEIRS))
-def theirs(request):
+def faithful(kind):
+    """The model of transformers in eval mode, with numbers that hide nothing: its initialisation leaves biases at 0 and
+    norms at 1, which would hide a missing one."""
     torch.manual_seed(0)
-    model = build(request.param).eval()
-    with torch.no_grad():  # their initialisation leaves biases at 0 and norms at 1, which would hide a missing one
+    model = build(kind).eval()
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
+
+
+@pytest.fixture(params=list(THEIRS))
+def theirs(request):
+    return faithful(request.param)
 
 
 def close(a, b, tolerance=1e-5):
@@ -294,41 +308,92 @@ def test_an_absent_key_means_what_it_means_to_transformers(kind, ids, tmp_path):
         assert minillama.checkpoints.read_config(content | {"sliding_window": None})[0].sliding_window is None
 
 
-WINDOWED = {
-    "mistral": ("Mistral", GROUPED | dict(sliding_window=4)),
-    "qwen2": ("Qwen2", GROUPED | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
-    "qwen3": ("Qwen3", GROUPED | dict(use_sliding_window=True, sliding_window=4, max_window_layers=2, head_dim=8)),
-    "smollm3": (
-        "SmolLM3", GROUPED | dict(use_sliding_window=True, sliding_window=4, no_rope_layers=[1, 0, 1]),
+# What sets a relative apart from LLaMA, each with the fields of its configuration that make it so.
+RELATIVES = {
+    "mistral, window": ("sliding_window",),
+    "qwen2": ("attention_bias",),
+    "qwen2, window": ("sliding_window", "layer_types"),
+    "qwen3": ("qk_norm",),
+    "qwen3, window": ("qk_norm", "sliding_window", "layer_types"),
+    "smollm3": ("no_rope_layers",),
+    "smollm3, window": ("no_rope_layers", "sliding_window", "layer_types"),
+    "olmo2": ("norms", "qk_norm"),
+    "phi3": (),
+    "phi3, long": ("rope_scaling",),
+    "granite": ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    "gemma3": (
+        "norms", "norm_offset", "qk_norm", "hidden_act", "embedding_multiplier", "attention_multiplier",
+        "sliding_window", "layer_types", "rope_local_base_freq",
     ),
+    "linear": ("rope_scaling",),
+    "dynamic": ("rope_scaling",),
+    "yarn": ("rope_scaling",),
+    "yarn, every number": ("rope_scaling",),
 }  # fmt: skip
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", WINDOWED)
-def test_text_longer_than_the_sliding_window(kind, ids, tmp_path):
-    """Whole, in pieces through the cache and padded: as transformers; the window is the reason for some difference."""
-    torch.manual_seed(0)
-    theirs = build(WINDOWED[kind]).eval()
-    for parameter in theirs.parameters():
-        parameter += 0.1 * torch.randn_like(parameter)
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_a_relative_called_in_every_way(kind, ids, tmp_path):
+    """Whole, padded, in pieces through a cache: as transformers called in the same way, and by `generate` the same
+    tokens."""
+    theirs = faithful(kind)
     theirs.save_pretrained(tmp_path)
     ours, _ = minillama.load(tmp_path)
-    expected, (padded, mask) = theirs(ids).logits, left_padded(ids, [9, 4, 6])
-    close(ours(ids), expected)
-    for chunks in ([1] * 9, [4, 1, 4], [2, 7], [9]):
-        cache = Cache()
-        close(torch.cat([ours(part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1), expected)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    real = mask.bool()
+    padded, mask = left_padded(ids, [9, 4, 6])
+    real, places = mask.bool(), (mask.cumsum(1) - 1).clamp(min=0)
     close(ours(padded, mask)[real], theirs(padded, attention_mask=mask, position_ids=places).logits[real])
+    for chunks in ([1] * 9, [4, 1, 4], [2, 7]):
+        cache, kept = Cache(), transformers.DynamicCache(config=theirs.config)
+        for part in ids.split(chunks, dim=1):
+            close(ours(part, cache=cache), theirs(part, past_key_values=kept, use_cache=True).logits)
+    prompt = ids.clamp(min=1)  # no 0: their generate would take it for padding
+    if kind != "phi3, long":  # whose cache their generate throws away when the text grows past the original length
+        expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(minillama.generate(ours, prompt, max_new_tokens=12), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_every_line_of_a_relatives_configuration_counts(kind, ids, tmp_path):
+    """With the field as a LLaMA has it the logits differ, or the weights no longer fit."""
+    faithful(kind).save_pretrained(tmp_path)
+    ours, _ = minillama.load(tmp_path)
+    plain = {own.name: own.default for own in dataclasses.fields(minillama.LLaMAConfig)}
+    differing = {name for name, value in plain.items() if getattr(ours.config, name) != value}
+    extra = list(plain)[list(plain).index("model_type") + 1 :] + ["rope_scaling"]
+    assert set(RELATIVES[kind]) - {"attention_bias"} == differing & {*extra} - {"attention_output_bias"}
+    for name in RELATIVES[kind]:
+        other = minillama.LLaMA(dataclasses.replace(ours.config, **{name: plain[name]})).eval()
+        if other.state_dict().keys() == ours.state_dict().keys():
+            other.load_state_dict(ours.state_dict())
+            assert (other(ids) - ours(ids)).abs().max() > 1e-3, name
+
+
+@torch.no_grad()
+def test_dynamic_rope_grows_past_the_length_it_was_trained_on(tmp_path):
+    """Beyond max_position_embeddings in one pass, where the frequencies depend on the length; as transformers."""
+    torch.manual_seed(0)
+    theirs = faithful("dynamic")
+    theirs.save_pretrained(tmp_path)
+    ours, _ = minillama.load(tmp_path)
+    for length in (5, 20, 40):  # growing, since theirs remembers the longest
+        ids = torch.randint(0, 101, (1, length))
+        close(ours(ids), theirs(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [kind for kind in RELATIVES if "window" in kind or kind == "gemma3"])
+def test_text_longer_than_the_sliding_window(kind, ids, tmp_path):
+    """The window is the reason for some difference, and for none while the text is no longer than it."""
+    faithful(kind).save_pretrained(tmp_path)
+    ours, _ = minillama.load(tmp_path)
     wider = minillama.LLaMA(dataclasses.replace(ours.config, sliding_window=100)).eval()
     wider.load_state_dict(ours.state_dict())
     assert torch.equal(wider(ids[:, :4]), ours(ids[:, :4])) and (wider(ids) - ours(ids)).abs().max() > 1e-3
-    minillama.save(ours, tmp_path / "again")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
-    assert type(again) is type(theirs)
-    close(again(ids).logits, expected)
+    cache = Cache()
+    whole, parts = ours(ids), [ours(part, cache=cache) for part in ids.split([6, 1, 2], dim=1)]
+    close(torch.cat(parts, dim=1), whole)
 
 
 def test_bad_files_are_named(tmp_path):
