@@ -169,11 +169,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         T, S = q.shape[2], k.shape[2]
-        if mask is None and 1 < T < S:  # several new tokens behind cached ones
+        windowed = self.window is not None and S > self.window
+        if mask is None and (1 < T < S or windowed):  # several new tokens behind cached ones
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        if self.window is not None and S > self.window:
-            near = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - self.window + 1)
-            mask = near if mask is None else mask & near
+        if windowed:  # of all that a token may see, the last so many: padding between does not count
+            mask = mask & (mask.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= self.window)
         dtype = q.dtype
         if q.device.type == "cpu" and dtype == torch.bfloat16 and T > 1:
             # torch 2.13's bfloat16 kernel for CPUs takes 5 to 8 times as long backward

@@ -73,6 +73,7 @@ class PrefixAttention(nn.Module):
             cos, sin = self.rope(torch.full((self.length,), -self.length, device=k.device))
             left, right = k.chunk(2, dim=-1)
             k = k * cos + torch.cat((-right, left), dim=-1) * sin
+            k = k / getattr(self.rope, "attention_factor", 1.0)  # of YaRN: the tokens' alone are multiplied by it
         return k.to(dtype), v.to(dtype)
 
     def project(self, x, positions=None):
