@@ -25,6 +25,7 @@ EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 CASES = {
     "llama_adapter": (dict(method="llama_adapter", prompt_length=4), ("gate",)),
     "v2": (dict(method="llama_adapter_v2"), ("scale", "adapter_bias", "weight", "bias")),
+    "v2, head": (dict(method="llama_adapter_v2", head=True), ("scale", "adapter_bias", "weight", "bias")),
     "v2, official": (dict(method="llama_adapter_v2", order="input"), ("scale", "adapter_bias", "weight", "bias")),
     "prefix_tuning": (dict(method="prefix_tuning", prefix_length=4), ("keys", "values")),
     "prompt_tuning": (dict(method="prompt_tuning", prompt_length=4), ("prompt",)),
@@ -184,7 +185,7 @@ def reference_logits(model, ids, real):
         x = x + by * (norm(f"layers.{i}.behind_attention", y) if llama else y)
         y = mlp(f"layers.{i}.mlp", norm(f"layers.{i}.post_attention_layernorm", x))
         x = x + by * (norm(f"layers.{i}.behind_mlp", y) if llama else y)
-    return norm("norm", x[:, -words:]) @ model.lm_head.weight.T / (model.config.logits_scaling if llama else 1)
+    return linear("lm_head", norm("norm", x[:, -words:]) / (model.config.logits_scaling if llama else 1))
 
 
 def rotated(z, rope, first=0):

@@ -165,8 +165,20 @@ def attach(
     for layer in model.layers[-layers:]:
         layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh, join)
         if init == "input":
-            size = next(layer.input_layernorm.parameters()).detach().float().square().mean().sqrt()
-            layer.self_attn.prompt.data *= size
+            layer.self_attn.prompt.data *= norm_size(layer.input_layernorm)
+
+
+def norm_size(norm):
+    """The root mean square of what a norm multiplies by."""
+    while hasattr(norm, "base"):  # under another adapter: the norm itself
+        norm = norm.base
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        raise ValueError(
+            "init is 'input' and no norm stands before the attention, which would say how large its tokens are: "
+            "take init='normal'"
+        )
+    return (weight.detach().float() + getattr(norm, "offset", 0.0)).square().mean().sqrt()
 
 
 class GatedPrefixAttention(nn.Module):

@@ -56,6 +56,7 @@ class Layout:
         attention = self.modules["layers.0.self_attn"]
         self.num_layers, self.num_heads = len(model.layers), attention.num_heads
         self.num_kv_heads, self.head_dim = attention.num_kv_heads, attention.head_dim
+        self.prompt_scale = model.config.embedding_multiplier if self.row.multiplied else 1.0  # of theirs beside ours
         self.output_bias = self.modules["layers.0.self_attn.o_proj"].bias is not None
 
     def theirs(self, name):

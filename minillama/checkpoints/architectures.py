@@ -90,6 +90,7 @@ class Architecture:
     read, write: what else its config.json says, {field of ours: value} of its content and number of layers, and back.
     prefix, words: of tensor names, {ours: theirs}.
     fused: matrices that are several of ours in one, {theirs: ours}.  transposed: matrices of layers lie so.
+    multiplied: its embedding_multiplier is the embedding's own, and a soft prompt (PEFT's) stands behind it.
     """
 
     model: type
@@ -106,6 +107,7 @@ class Architecture:
     words: dict = field(default_factory=dict)
     fused: dict = field(default_factory=dict)
     transposed: bool = False
+    multiplied: bool = False
 
     @property
     def unsaid(self):
@@ -231,7 +233,7 @@ ARCHITECTURES = {
         says=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
     ),
     "gemma3_text": Architecture(  # norms around the sublayers, 1 + weight; GeGLU; most layers see a window
-        LLaMA, LLaMAConfig, "Gemma3ForCausalLM", read=read_gemma3, write=write_gemma3,
+        LLaMA, LLaMAConfig, "Gemma3ForCausalLM", multiplied=True, read=read_gemma3, write=write_gemma3,
         says=(
             "sliding_window", "layer_types", "rope_local_base_freq", "embedding_multiplier", "attention_multiplier",
         ),
