@@ -36,6 +36,14 @@ CASES = {
     "dora": (dict(method="dora", rank=3, alpha=5.0), ("B", "magnitude")),
     "houlsby": (dict(method="bottleneck", size=5), ("up.weight", "up.bias")),
     "pfeiffer": (dict(method="bottleneck", reduction=8, place="pfeiffer"), ("up.weight", "up.bias")),
+    "seq_bn": (
+        dict(method="bottleneck", reduction=8, place="pfeiffer", reads="stream", layers=2),
+        ("up.weight", "up.bias"),
+    ),
+    "par_bn": (
+        dict(method="bottleneck", size=5, place="parallel", reads="stream", scale=4.0, layers=[0, 2]),
+        ("up.weight", "up.bias"),
+    ),
     "parallel": (dict(method="bottleneck", size=5, place="parallel", scale=4.0), ("up.weight", "up.bias")),
 }
 
@@ -107,7 +115,7 @@ def reference_logits(model, ids, real):
         elif f"{place}.A" in own:
             y = y + part["alpha"] / part["rank"] * (x @ own[f"{place}.A"].T @ own[f"{place}.B"].T)
         if f"{place}.bottleneck.up.weight" in own:
-            y = y + bottleneck(place, y)
+            y = y + bottleneck(place, y + stream[-1] if part["reads"] == "stream" else y)
         return y
 
     def norm(place, x):
@@ -167,7 +175,8 @@ def reference_logits(model, ids, real):
         else:
             u = gelu_by_tanh(u)
         y = linear(f"{place}.down_proj", u)
-        return y + bottleneck(place, x) if f"{place}.bottleneck.up.weight" in own else y
+        read = stream[-1] if part.get("reads") == "stream" else x
+        return y + bottleneck(place, read) if f"{place}.bottleneck.up.weight" in own else y
 
     def gelu_by_tanh(u):
         return u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
@@ -178,11 +187,12 @@ def reference_logits(model, ids, real):
         x, real = torch.cat((prompt.expand(len(x), -1, -1), x), 1), F.pad(real, (len(prompt), 0), value=True)
     if not llama:
         x = x + weight["embed_positions.weight"][before + (real.cumsum(1) - 1).clamp(min=0)]
-    by = model.config.residual_multiplier if llama else 1
+    by, stream = model.config.residual_multiplier if llama else 1, []  # what enters the norms of feed-forwards
     x = x * (model.config.embedding_multiplier if llama else 1)
     for i in range(len(model.layers)):
         y = attention(f"layers.{i}.self_attn", norm(f"layers.{i}.input_layernorm", x))
         x = x + by * (norm(f"layers.{i}.behind_attention", y) if llama else y)
+        stream.append(x)
         y = mlp(f"layers.{i}.mlp", norm(f"layers.{i}.post_attention_layernorm", x))
         x = x + by * (norm(f"layers.{i}.behind_mlp", y) if llama else y)
     return linear("lm_head", norm("norm", x[:, -words:]) / (model.config.logits_scaling if llama else 1))

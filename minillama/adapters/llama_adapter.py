@@ -33,9 +33,7 @@ GATES, JOINS, INITS = ("head", "layer", "feature"), ("before", "after", "unproje
 # What the known implementations compute, as options of `attach`; prompts are N(0, 1) and gates 0 in all of them.
 PRESETS = {
     "paper": dict(gate="head", tanh=True, join="before"),  # and its official training code
-    "lit_llama": dict(
-        gate="head", tanh=False, join="before"
-    ),  # and the official inference code; lit-llama skips 2 layers
+    "lit_llama": dict(gate="head", tanh=False, join="before"),  # and official inference; lit-llama skips 2 layers
     "peft": dict(gate="layer", tanh=False, join="after"),  # PEFT on LLaMA and Mistral
     "peft_gpt2": dict(gate="layer", tanh=False, join="unprojected"),  # PEFT on GPT-2
 }
@@ -56,9 +54,8 @@ def prefix_attention(q, k, v):
     """softmax(q kᵀ / √d) v, every query seeing every prompt: q (B, H, T, d), k and v (G, K, d) -> (B, H, T, d)."""
     (B, H, T, d), G = q.shape, len(k)
     q = q.reshape(B, G, H // G * T, d)  # heads that share a key lie side by side: nothing need be repeated
-    weights = (q @ (k * d**-0.5).mT).softmax(
-        -1
-    )  # (B, G, H/G·T, K); with few keys the plain formula beats the fused kernel
+    # (B, G, H/G·T, K); with few keys the plain formula beats the fused kernel
+    weights = (q @ (k * d**-0.5).mT).softmax(-1)
     return (weights @ v).reshape(B, H, T, d)
 
 
@@ -165,20 +162,11 @@ def attach(
     for layer in model.layers[-layers:]:
         layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh, join)
         if init == "input":
-            layer.self_attn.prompt.data *= norm_size(layer.input_layernorm)
-
-
-def norm_size(norm):
-    """The root mean square of what a norm multiplies by."""
-    while hasattr(norm, "base"):  # under another adapter: the norm itself
-        norm = norm.base
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        raise ValueError(
-            "init is 'input' and no norm stands before the attention, which would say how large its tokens are: "
-            "take init='normal'"
-        )
-    return (weight.detach().float() + getattr(norm, "offset", 0.0)).square().mean().sqrt()
+            norm = list(layer.input_layernorm.modules())[-1]  # itself, or of LLaMA-Adapter V2 the trained one
+            if not hasattr(norm, "weight"):
+                raise ValueError("init is 'input' and the layers have no norm before their attention: take 'normal'")
+            size = (norm.weight.detach().float() + getattr(norm, "offset", 0)).square().mean().sqrt()
+            layer.self_attn.prompt.data *= size
 
 
 class GatedPrefixAttention(nn.Module):

@@ -17,7 +17,6 @@ The module needs torch alone and works on any model whose projections are nn.Lin
 """
 
 import math
-import re
 
 import torch
 from torch import nn
@@ -73,7 +72,7 @@ def in_layers(names, layers):
     these numbers; None: all names."""
     if layers is None:
         return set(names)
-    number = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
+    number = {name: next((int(word) for word in name.split(".") if word.isdigit()), -1) for name in names}
     L = 1 + max(number.values(), default=-1)
     wanted = list(range(L - layers, L) if isinstance(layers, int) else layers)
     if not wanted or not all(isinstance(i, int) and 0 <= i < L for i in wanted):
@@ -81,7 +80,7 @@ def in_layers(names, layers):
             f"layers is {layers!r}; the model has {L}, so it can be 1 to {L}, the top so many, "
             f"or a list of numbers from 0 to {L - 1}"
         )
-    return {name for name in names if number.get(name) in wanted}
+    return {name for name in names if number[name] in wanted}
 
 
 def linear_layers(model, targets, layers=None):

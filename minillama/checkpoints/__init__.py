@@ -199,6 +199,10 @@ def settle(model, weights):
     with torch.device("meta"):
         wanted = type(model)(config).state_dict()
     extra = sorted(weights.keys() - wanted.keys())
+    if "lm_head.bias" in extra:
+        raise ValueError(
+            "the merged model has lm_head.bias, for which no architecture has a place: unmerge, and save_adapter"
+        )
     if not all(name.endswith("_proj.bias") for name in extra):
         raise ValueError(
             f"the model holds {extra[0]}, which is not the base's: save_adapter writes the adapter that it carries, "
