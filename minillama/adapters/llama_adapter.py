@@ -54,8 +54,9 @@ def prefix_attention(q, k, v):
     """softmax(q kᵀ / √d) v, every query seeing every prompt: q (B, H, T, d), k and v (G, K, d) -> (B, H, T, d)."""
     (B, H, T, d), G = q.shape, len(k)
     q = q.reshape(B, G, H // G * T, d)  # heads that share a key lie side by side: nothing need be repeated
-    # (B, G, H/G·T, K); with few keys the plain formula beats the fused kernel
-    weights = (q @ (k * d**-0.5).mT).softmax(-1)
+    weights = (q @ (k * d**-0.5).mT).softmax(
+        -1
+    )  # (B, G, H/G·T, K); with few keys the plain formula beats the fused kernel
     return (weights @ v).reshape(B, H, T, d)
 
 
@@ -162,11 +163,10 @@ def attach(
     for layer in model.layers[-layers:]:
         layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh, join)
         if init == "input":
-            norm = list(layer.input_layernorm.modules())[-1]  # itself, or of LLaMA-Adapter V2 the trained one
-            if not hasattr(norm, "weight"):
+            if not hasattr(norm := list(layer.input_layernorm.modules())[-1], "weight"):  # under V2 its trained one
                 raise ValueError("init is 'input' and the layers have no norm before their attention: take 'normal'")
-            size = (norm.weight.detach().float() + getattr(norm, "offset", 0)).square().mean().sqrt()
-            layer.self_attn.prompt.data *= size
+            weight = norm.weight.detach().float() + getattr(norm, "offset", 0)
+            layer.self_attn.prompt.data *= weight.square().mean().sqrt()
 
 
 class GatedPrefixAttention(nn.Module):
