@@ -121,17 +121,15 @@ class Layer(nn.Module):
         super().__init__()
         c, D, H = config, config.hidden_size, config.num_attention_heads
         G, d = c.num_key_value_heads or H, c.head_dim or D // H
-        before, behind = c.norms != "behind", c.norms != "before"
         norm = partial(RMSNorm, eps=c.rms_norm_eps, offset=c.norm_offset)
-        widths = {"head": (d, d), "all": (H * d, G * d), None: ()}[c.qk_norm]  # of the norms of queries and keys
+        self.rope, widths = rope, {"head": (d, d), "all": (H * d, G * d), None: ()}[c.qk_norm]  # of norms of q and k
         own = c.attention_bias, c.attention_output_bias, [norm(width) for width in widths], window
-        self.rope = rope
-        self.input_layernorm = norm(D) if before else Scale(1)
+        self.input_layernorm = norm(D) if c.norms != "behind" else Scale(1)
         self.self_attn = Attention(D, H, G, d, rope, *own, c.attention_multiplier)
-        self.behind_attention = norm(D) if behind else Scale(c.residual_multiplier)
-        self.post_attention_layernorm = norm(D) if before else Scale(1)
+        self.behind_attention = norm(D) if c.norms != "before" else Scale(c.residual_multiplier)
+        self.post_attention_layernorm = norm(D) if c.norms != "behind" else Scale(1)
         self.mlp = MLP(c)
-        self.behind_mlp = norm(D) if behind else Scale(c.residual_multiplier)
+        self.behind_mlp = norm(D) if c.norms != "before" else Scale(c.residual_multiplier)
 
     def forward(self, x, positions, mask=None, cache=None):
         x = x + self.behind_attention(self.self_attn(self.input_layernorm(x), positions, mask, cache))
@@ -141,8 +139,7 @@ class Layer(nn.Module):
 class LLaMA(nn.Module):
     """A decoder-only language model: `model(ids)` gives the logits of each next token.
 
-    >>> LLaMA(LLaMAConfig(vocab_size=256, hidden_size=64, intermediate_size=172, num_hidden_layers=2,
-    ...       num_attention_heads=4))(torch.tensor([[1, 2, 3]])).shape
+    >>> LLaMA(LLaMAConfig(256, 64, 172, num_hidden_layers=2, num_attention_heads=4))(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 256])
     """
 

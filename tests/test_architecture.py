@@ -75,6 +75,8 @@ def test_the_reading_path_is_short():
     for name in READING_PATH:
         assert len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 220, name
     assert len((PACKAGE / "__main__.py").read_text(encoding="utf-8").splitlines()) < 250
+    for name, most in (("llama", 190), ("gpt2", 100)):  # a page each, whatever runs through it
+        assert len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= most, name
 
 
 def test_the_linter_and_the_formatter_are_content():

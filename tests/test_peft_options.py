@@ -197,3 +197,54 @@ def test_what_is_not_honoured_is_refused_by_name(says, named, pairs, folder, tmp
 
 def test_there_are_cases_enough():
     assert len(CASES) + 2 * len(IA3) + len(REFUSED) >= 120
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_auto_peft_opens_our_folders(pairs, ids, tmp_path):
+    """By base_model_name_or_path: the folder of the base, or its name on the hub where it came from its cache."""
+    base, _ = pairs["qwen3"]
+    cached = tmp_path / "models--owner--a.model-3b" / "snapshots" / "0123abcd"
+    for folder, source in ((tmp_path / "base", str(tmp_path / "base")), (cached, "owner/a.model-3b")):
+        base.save_pretrained(folder)
+        ours, _ = minillama.load(folder)
+        assert ours.source == source
+        minillama.adapt(ours, "lora", targets="all-linear", layers=2, alpha=3.0)
+        for parameter in minillama.trainable_parameters(ours).values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+        save_adapter(ours, tmp_path / "adapter")
+        said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] == source and said["layers_to_transform"] == [1, 2]
+        if folder != cached:
+            theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+            assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-5 * max(1, ours(ids).abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_dropout_is_seeded_and_off_in_eval(method, pairs, ids):
+    ours = minillama.adapt(copy.deepcopy(pairs["llama"][1]), method, dropout=0.5, targets="all-linear")
+    for parameter in minillama.trainable_parameters(ours).values():
+        parameter.copy_(0.3 * torch.randn(parameter.shape))
+    assert torch.equal(ours(ids), ours(ids))  # the base was in eval mode
+    ours.train()
+    seeded = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        seeded.append(ours(ids))
+    assert torch.equal(seeded[0], seeded[1]) and not torch.equal(seeded[0], seeded[2])
+    assert torch.equal(ours.eval()(ids), ours(ids))
+
+
+@pytest.mark.parametrize("method", ("lora", "dora", "ia3", "bottleneck"))
+def test_layers(method, pairs):
+    """The top so many, or those with these numbers; others are refused."""
+    ours = copy.deepcopy(pairs["llama"][1])
+    for layers, numbers in ((None, {0, 1, 2}), (1, {2}), (2, {1, 2}), ([0], {0}), ((0, 2), {0, 2})):
+        minillama.adapt(ours, method, layers=layers)
+        assert {int(place.split(".")[1]) for place, _ in wrappers(ours)} == numbers
+        delete_adapter(ours)
+    for wrong in (0, 4, -1, [3], [-1], []):
+        with pytest.raises(ValueError, match="layers is .*the model has 3"):
+            minillama.adapt(ours, method, layers=wrong)
+        assert not wrappers(ours)

@@ -1,5 +1,5 @@
-"""Opens and writes pre-trained bases: the bundled ones, folders in Hugging Face's layout (LLaMA, Mistral, GPT-2),
-models of its hub, and .gguf files."""
+"""Opens and writes pre-trained bases: the bundled ones, folders in Hugging Face's layout (docs/models.md says of which
+models), models of its hub, and .gguf files."""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +34,7 @@ def load(name, dtype=None, device="cpu"):
 
     - "dates-llama", "dates-gpt2": the bundled ones
     - a folder in Hugging Face's layout
-    - a .gguf file of the LLaMA architecture, dequantised
+    - a .gguf file of LLaMA, Qwen2, Qwen3, Phi-3 or Gemma 3, dequantised
     - a model of the Hugging Face hub, "owner/model", downloaded once
     - "smollm2": SmolLM2-135M-Instruct, from the hub or else from the package index
 
@@ -68,7 +68,7 @@ def load(name, dtype=None, device="cpu"):
     with torch.device("meta"):  # shapes only: the file's tensors become the weights, without a copy in between
         model = model_class(config)
     fit(model, weights, path)
-    model.source = hub.SMOLLM2 if str(name) == "smollm2" else str(name)
+    model.source = hub.SMOLLM2 if str(name) == "smollm2" else hub.name_of(path) or str(name)
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 

@@ -31,6 +31,12 @@ def is_name(name):
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) is not None
 
 
+def name_of(path):
+    """The hub name, owner/model, of a folder in Hugging Face's cache; None of any other."""
+    found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+/?$", Path(path).absolute().as_posix())
+    return f"{found[1]}/{found[2]}" if found else None
+
+
 def hub_folder(name):
     """The folder of a hub model in the cache, after what is missing there was downloaded, with progress bars.
 
