@@ -61,7 +61,6 @@ TYPES = {
 }
 # Why an architecture that people ask for is refused.
 REFUSED = {
-    "gemma": "its norms have no second place behind the sublayers; of the family gemma3_text can be opened",
     "gemma2": "its scores and logits are squashed by a tanh, which no other of these does",
     "gemma3": "it sees pictures too; of the family gemma3_text can be opened",
     "mixtral": "it chooses among experts, where this page has one feed-forward part",
@@ -250,6 +249,16 @@ ARCHITECTURES = {
             "post_attention_layernorm": "pre_feedforward_layernorm", "behind_attention": "post_attention_layernorm",
             "behind_mlp": "post_feedforward_layernorm",
         },
+    ),
+    "gemma": Architecture(  # the first: a LLaMA with GeGLU, 1 + weight and a multiplied embedding
+        LLaMA, LLaMAConfig, "GemmaForCausalLM", multiplied=True, says=("embedding_multiplier",),
+        read=lambda content, layers: {"embedding_multiplier": content.get("hidden_size", 3072) ** 0.5},
+        absent=dict(
+            intermediate_size=24576, num_key_value_heads=16, head_dim=256, max_position_embeddings=8192,
+            tie_word_embeddings=True,
+        ),
+        fixed=dict(norm_offset=1.0, hidden_act="gelu_pytorch_tanh", mlp_bias=False),
+        honoured=ROPE | dict(hidden_act=("gelu_pytorch_tanh", "gelu"), use_bidirectional_attention=(None, False)),
     ),
     "gpt2": Architecture(
         GPT2, GPT2Config, "GPT2LMHeadModel", prefix="transformer.", fused={"attn.c_attn": QKV}, transposed=True,
