@@ -126,7 +126,7 @@ def listed(key, values, layers, known):
     """A list of config.json with an entry for each layer, as a tuple."""
     if not isinstance(values, list) or len(values) < layers or not all(value in known for value in values):
         raise ValueError(f"{key} is {shortened(values)}; needed is for each of {layers} layers one of {known}")
-    return tuple(values[:layers])
+    return tuple(int(value) if isinstance(value, int) else value for value in values[:layers])
 
 
 def windows(content, layers, rule):
@@ -164,7 +164,10 @@ def read_smollm3(content, layers):
 
 def read_gemma3(content, layers):
     every = honest("sliding_window_pattern", content.get("sliding_window_pattern", 6))
-    local = (content.get("rope_parameters") or {}).get(SLIDING) or {}
+    local = content.get("rope_parameters") or {}
+    local = local.get(SLIDING) or {} if isinstance(local, dict) else {}
+    if not isinstance(local, dict):
+        raise ValueError(f"{SLIDING} is {shortened(local)}; needed is an object with names and values")
     local = {"rope_theta": content.get("rope_local_base_freq", 10000.0), "rope_type": "default"} | local
     if local["rope_type"] != "default":
         raise ValueError(f"rope_type of {SLIDING} is {shortened(local['rope_type'])}; only 'default' can be honoured")
@@ -252,7 +255,7 @@ ARCHITECTURES = {
     ),
     "gemma": Architecture(  # the first: a LLaMA with GeGLU, 1 + weight and a multiplied embedding
         LLaMA, LLaMAConfig, "GemmaForCausalLM", multiplied=True, says=("embedding_multiplier",),
-        read=lambda content, layers: {"embedding_multiplier": content.get("hidden_size", 3072) ** 0.5},
+        read=lambda content, _: dict(embedding_multiplier=honest("hidden_size", content.get("hidden_size")) ** 0.5),
         absent=dict(
             intermediate_size=24576, num_key_value_heads=16, head_dim=256, max_position_embeddings=8192,
             tie_word_embeddings=True,
@@ -302,7 +305,7 @@ def read_config(content):
     values = {own: content.get(row.keys.get(own, own)) for own in known}
     values = {own: honest(own, value, row.keys.get(own, own)) for own, value in values.items() if value is not None}
     for key, value in row.absent.items():
-        if key not in content:  # an explicit null says None
+        if key in known and key not in content:  # an explicit null says None
             values[key] = value
     values |= row.read(content, values.get("num_hidden_layers", row.config.num_hidden_layers))
     if row.config is LLaMAConfig:
