@@ -163,8 +163,11 @@ RELATIVES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", (Kind.F32, Kind.Q8_0), ids=lambda kind: kind.name)
-@pytest.mark.parametrize("architecture", RELATIVES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in RELATIVES if name != "qwen3"]
+
+
+@pytest.mark.parametrize("kind", (Kind.F32, pytest.param(Kind.Q8_0, marks=pytest.mark.slow)), ids=("F32", "Q8_0"))
+@pytest.mark.parametrize("architecture", ["qwen3", *SLOW])
 def test_a_relative_as_transformers_reads_the_same_file(architecture, kind, tmp_path, ids):
     model_type, changes, fields = RELATIVES[architecture]
     base_model = base(model_type=model_type, **changes)

@@ -47,8 +47,10 @@ def test_open_on_a_relative_of_llama(kind, case, ids):
 @pytest.mark.parametrize("kind", RELATIVES)
 @pytest.mark.parametrize("case", CASES)
 def test_closed_and_over_two_steps_on_a_relative_of_llama(kind, case, ids):
-    check_closed(builder(kind, case), ids)
+    """Closed in float32, whole, is asked of every pair by test_models_table.py; here of a third in all ways."""
     check_two_steps(builder(kind, case), ids)
+    if (list(RELATIVES).index(kind) + list(CASES).index(case)) % 3 == 0:
+        check_closed(builder(kind, case), ids)
 
 
 def is_caught(kind, mistake, ids, monkeypatch):

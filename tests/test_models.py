@@ -11,6 +11,7 @@ from conftest import SHAPE, left_padded
 
 import minillama
 from minillama import Cache
+from minillama.checkpoints.architectures import ARCHITECTURES
 
 # fmt: off
 GPT2_SHAPE = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
@@ -104,6 +105,11 @@ def theirs(request):
     return faithful(request.param)
 
 
+LATER = list(THEIRS)[list(THEIRS).index("mistral, window") :]
+FIRST = ("qwen2", "qwen3", "smollm3", "gpt2", "gpt2, narrow mlp")  # of these, in the fast suite
+BOTH_WAYS = [pytest.param(k, marks=pytest.mark.slow if k in LATER and k not in FIRST else ()) for k in THEIRS]
+
+
 def close(a, b, tolerance=1e-5):
     assert a.shape == b.shape
     difference = (a - b).abs().max().item()
@@ -118,6 +124,7 @@ def test_logits_equal_transformers_reading_its_folder(theirs, ids, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("theirs", BOTH_WAYS, indirect=True)
 def test_logits_equal_when_transformers_reads_ours(theirs, ids, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = minillama.load(tmp_path / "theirs")
@@ -129,6 +136,7 @@ def test_logits_equal_when_transformers_reads_ours(theirs, ids, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("theirs", BOTH_WAYS, indirect=True)
 def test_shards_with_an_index(theirs, ids, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -293,18 +301,23 @@ def test_gpt2_config_that_cannot_be_honoured(change, named, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ("llama", "mistral", "qwen2"))
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind != "gpt2"])
 def test_an_absent_key_means_what_it_means_to_transformers(kind, ids, tmp_path):
     """A configuration that says only the sizes: heads, window, theta and epsilon are transformers' own defaults."""
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-    sizes = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 32}
+    sizes = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 32}
     content = {"model_type": kind, **sizes}
-    config = getattr(transformers, f"{names[kind]}Config")(**content)
+    name = ARCHITECTURES[kind].theirs.replace("ForCausalLM", "TextConfig" if kind == "gemma3_text" else "Config")
+    config = getattr(transformers, name)(**{key: value for key, value in content.items() if key != "model_type"})
     ours = minillama.checkpoints.read_config(content)[0]
-    assert ours.intermediate_size == config.intermediate_size
+    for key in ("intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(ours, key) == getattr(config, key), key
     assert (ours.num_key_value_heads or 32) == config.num_key_value_heads
-    assert (ours.rms_norm_eps, ours.rope_theta) == (config.rms_norm_eps, config.rope_parameters["rope_theta"])
-    assert ours.sliding_window == getattr(config, "sliding_window", None)
+    assert (ours.head_dim or 2) == (getattr(config, "head_dim", None) or 2)
+    rope = config.rope_parameters
+    assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+    assert ours.sliding_window == (config.sliding_window if kind in ("mistral", "gemma3_text") else None)
+    assert kind != "gemma3_text" or list(ours.layer_types) == config.layer_types
+    assert kind != "smollm3" or list(ours.no_rope_layers) == config.no_rope_layers
     if kind == "mistral":
         assert minillama.checkpoints.read_config(content | {"sliding_window": None})[0].sliding_window is None
 
@@ -334,8 +347,13 @@ RELATIVES = {
 }  # fmt: skip
 
 
+SOME = [
+    pytest.param(kind, marks=() if kind in ("qwen3", "smollm3", "gemma3") else pytest.mark.slow) for kind in RELATIVES
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("kind", RELATIVES)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_relative_called_in_every_way(kind, ids, tmp_path):
     """Whole, padded, in pieces through a cache: as transformers called in the same way, and by `generate` the same
     tokens."""
@@ -356,7 +374,7 @@ def test_a_relative_called_in_every_way(kind, ids, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", RELATIVES)
+@pytest.mark.parametrize("kind", SOME)
 def test_every_line_of_a_relatives_configuration_counts(kind, ids, tmp_path):
     """With the field as a LLaMA has it the logits differ, or the weights no longer fit."""
     faithful(kind).save_pretrained(tmp_path)

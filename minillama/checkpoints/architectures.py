@@ -195,7 +195,9 @@ ARCHITECTURES = {
     "llama": Architecture(LLaMA, LLaMAConfig, "LlamaForCausalLM", honoured=ROPE),
     "mistral": Architecture(
         LLaMA, LLaMAConfig, "MistralForCausalLM", honoured=ROPE, says=("sliding_window",),
-        absent=dict(num_key_value_heads=8, intermediate_size=14336, sliding_window=4096),
+        absent=dict(
+            num_key_value_heads=8, intermediate_size=14336, sliding_window=4096, max_position_embeddings=131072,
+        ),
         fixed=dict(attention_bias=False, mlp_bias=False),
     ),
     "qwen2": Architecture(  # Qwen2 and Qwen2.5: biases on queries, keys and values alone
