@@ -14,9 +14,11 @@ from test_models import GROUPED, THEIRS, close, faithful
 
 import minillama
 from minillama import Cache, adapt, load_adapter, save_adapter
+from minillama.__main__ import main
 from minillama.adapters import METHODS, delete_adapter
 from minillama.checkpoints.architectures import ARCHITECTURES, REFUSED
 from minillama.checkpoints.gguf import KNOWN
+from minillama.commands import models
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs/models.md"
 BEGIN, END = "<!-- tables, by tests/test_models_table.py -->", "<!-- end of tables -->"
@@ -140,6 +142,34 @@ def test_every_architecture_stands_in_the_docs():
     assert MODELS.keys() == NAMES.keys() == ARCHITECTURES.keys() and set(MODELS.values()) <= THEIRS.keys() and GROUPED
     assert all(text.count(f"\n| `{kind}` |") == 3 for kind in ARCHITECTURES)
     assert all(f"\n| `{kind}` | {reason} |" in text for kind, reason in REFUSED.items())
+
+
+# What the models' own pages say they have.
+PUBLISHED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008, "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-8B": 8_190_735_360,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400, "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "allenai/OLMo-2-0425-1B-Instruct": 1_484_916_736, "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "ibm-granite/granite-3.1-2b-instruct": 2_533_531_648, "google/gemma-3-1b-it": 999_885_952,
+    "openai-community/gpt2": 124_439_808,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_list_of_models(capsys, tmp_path, monkeypatch):
+    """Sizes are the published ones; what lies in the cache is found, and said to open or why not."""
+    cache = tmp_path / "hub"
+    for name, kind in (("models--owner--one", "qwen3"), ("models--owner--two", "mixtral")):
+        folder = cache / name / "snapshots" / "abc"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    monkeypatch.setattr(models, "cache_folder", lambda: cache)
+    assert main(["models"]) == 0
+    said = capsys.readouterr().out
+    for name, size in PUBLISHED.items():
+        assert any(line.split()[:2] == [name, f"{size:,}"] for line in said.splitlines()), name
+    assert "owner/one  Qwen3ForCausalLM: opens, once its weights are fetched" in said
+    assert "owner/two  refused: model_type is 'mixtral'" in said
 
 
 if __name__ == "__main__":
