@@ -21,6 +21,7 @@ def rope(kind, **numbers):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **numbers}}
 
 
+LONG = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=8)
 GROUPED = dict(num_key_value_heads=2)
 LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 # Small random models of transformers, each with what sets its kind apart: (its class, its configuration).
@@ -274,6 +275,9 @@ def test_generation_leaves_the_mode_and_needs_no_gradients(model, ids):
         ({"hidden_size": 50, "head_dim": None}, "hidden_size is 50"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": LONG | {"long_factor": [1.0, 2.0]}}, "long_factor has 2 numbers"),
+        ({"rope_parameters": LONG | {"short_factor": 3.0}}, "short_factor is 3.0"),
+        ({"rope_parameters": LONG | {"original_max_position_embeddings": 1}}, "original_max_position_embeddings is 1"),
         ({"intermediate_size": 81}, "shape"),
         ({"num_hidden_layers": 4}, "hold 3 layers .* asks for 4"),
         ({"num_hidden_layers": 2}, "hold 3 layers .* asks for 2"),

@@ -14,7 +14,7 @@ import torch
 
 from ..gpt2 import GPT2, GPT2Config
 from ..llama import LLaMA, LLaMAConfig
-from ..rope import SCALINGS
+from ..rope import SCALINGS, LongRoPE
 from .files import believed, shortened
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -47,7 +47,7 @@ TYPES = {
     "residual_multiplier": (float, 1e-6, 1e6),
     "attention_multiplier": (float, 1e-6, 1e6),
     "logits_scaling": (float, 1e-6, 1e6),
-    "query_pre_attn_scalar": (float, 1e-6, 1e6),
+    "query_pre_attn_scalar": (int, 1, 2**20),
     "factor": (float, 1.0, 1e6),
     "attention_factor": (float, 1e-3, 1e3),
     "mscale": (float, 0, 1e3),
@@ -57,7 +57,7 @@ TYPES = {
     "truncate": (bool,),
     "low_freq_factor": (float, 1e-3, 1e6),
     "high_freq_factor": (float, 1e-3, 1e6),
-    "original_max_position_embeddings": (float, 1.0, 2**28),
+    "original_max_position_embeddings": (int, 2, 2**28),
 }
 # Why an architecture that people ask for is refused.
 REFUSED = {
@@ -312,7 +312,13 @@ def read_config(content):
     values |= row.read(content, values.get("num_hidden_layers", row.config.num_hidden_layers))
     if row.config is LLaMAConfig:
         values |= read_rope(content, row) | {"model_type": kind}
-    return row.config(**values | row.fixed), row
+    config = row.config(**values | row.fixed)
+    if isinstance(scaling := getattr(config, "rope_scaling", None), LongRoPE):
+        pairs = (config.head_dim or config.hidden_size // config.num_attention_heads) // 2
+        for key in ("short_factor", "long_factor"):
+            if len(getattr(scaling, key)) != pairs:
+                raise ValueError(f"{key} has {len(getattr(scaling, key))} numbers; each of {pairs} pairs needs one")
+    return config, row
 
 
 def read_rope(content, row):
@@ -420,9 +426,7 @@ def write_rope(config):
     (kind,) = (kind for kind, scaling in SCALINGS.items() if isinstance(config.rope_scaling, scaling))
     numbers = dataclasses.asdict(config.rope_scaling)
     for key, value in numbers.items():
-        if key.endswith("max_position_embeddings"):
-            numbers[key] = int(value)
-        elif isinstance(value, tuple):
+        if isinstance(value, tuple):
             numbers[key] = list(value)
     if kind == "dynamic":
         del numbers["max_position_embeddings"]  # stands in config.json already
