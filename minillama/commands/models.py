@@ -16,6 +16,7 @@ from ..checkpoints.files import FileError, first_line, read_json
 from ..llama import LLaMA
 from ..speed import BLOCK
 from . import count, table
+from .arguments import positive
 
 KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -49,8 +50,8 @@ GPT2 = "openai-community/gpt2"
 
 
 def add_arguments(parser):
-    parser.add_argument("--rows", type=int, default=16, metavar="N", help="rows of a training step (16)")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of a row (64)")
+    parser.add_argument("--rows", type=positive, default=16, metavar="N", help="rows of a training step (16)")
+    parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="tokens of a row (64)")
 
 
 def run(args):
@@ -62,7 +63,7 @@ def run(args):
         rows.append((name, f"{parameters(model, L):,}", *sizes, licence, "yes" if is_here(name) else ""))
     print(table(rows, left=(0, 4, 5)))
     print(
-        f"\nMemory: about what a step of {args.rows} rows of {args.tokens} tokens takes with LoRA of rank 8 and "
+        f"\nMemory: counted, not measured: a step of {args.rows} rows of {args.tokens} tokens with LoRA of rank 8 and "
         "--checkpointing, the base in bfloat16\nor with --quantize 4bit. Each opens by its name, --base OWNER/MODEL, "
         "and so does any other of these kinds:"
     )
