@@ -176,10 +176,8 @@ def exchanged(theirs, ours, kind, method, ids, folder):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("use_rslora", True),
         ("init_lora_weights", "pissa"),
         ("rank_pattern", {"q_proj": 4}),
-        ("layers_to_transform", [1]),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
     ],
