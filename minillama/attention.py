@@ -1,4 +1,4 @@
-"""The one attention class of both models, its rotary positions and its key/value cache.
+"""The one attention class of both models, and its key/value cache; its rotary positions are in rope.py.
 
     x ──▶ project ──▶ q, k, v ──▶ attend ──▶ y ──▶ output ──▶ out
 
@@ -9,53 +9,12 @@ Shapes: B batch, T new tokens, S all tokens so far (S = T without a cache), D mo
 H query heads, G key/value heads, d head width.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-@dataclass(frozen=True)
-class RoPE:
-    """Rotary position embedding (Su et al. 2021, RoFormer, eq. 34), with the frequency scaling of Llama 3.1.
-
-    It holds numbers, not tensors: nothing to move between devices, and `.to(torch.bfloat16)` cannot round it.
-
-    head_dim: d, even.  theta: the base of the geometric series of wavelengths.
-    scaling:  None, or the four numbers (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings).
-    """
-
-    head_dim: int
-    theta: float = 10000.0
-    scaling: tuple[float, float, float, float] | None = None
-
-    def frequencies(self, device=None):
-        """Radians per position of each pair of features: (d/2,) float32."""
-        exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
-        frequency = 1.0 / self.theta**exponent
-        if self.scaling is None:
-            return frequency
-        # Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended.
-        factor, low, high, original_length = self.scaling
-        waves = original_length * frequency / (2 * math.pi)  # how often each pair turns in the original context
-        kept = ((waves - low) / (high - low)).clamp(0, 1)
-        return frequency * (kept + (1 - kept) / factor)
-
-    def __call__(self, positions):
-        """positions (T,) or (B, T) -> cos and sin, each (T, d) or (B, 1, T, d), float32."""
-        angle = positions[..., None].float() * self.frequencies(positions.device)  # (..., T, d/2)
-        angle = torch.cat((angle, angle), dim=-1)  # (..., T, d)
-        if positions.dim() == 2:
-            angle = angle[:, None]  # one axis for the heads
-        return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turns feature i of each head with feature i + d/2, as in Hugging Face's checkpoints: (B, H, T, d) -> same."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
+from .rope import RoPE as RoPE
+from .rope import rotate
 
 
 class LayerCache:
@@ -159,26 +118,37 @@ class Attention(nn.Module):
 
     width D; num_heads H; num_kv_heads G divides H (default H); head_dim d (default D / H).
     bias: of q_proj, k_proj and v_proj.  output_bias: of o_proj (default: as bias).
+    norms: of queries and keys, None or two modules with weights of d features (each head by itself: Qwen3) or of all
+    heads' together (OLMo-2).  window: how many tokens one sees, itself included (Mistral); None: all before it.
+    score_scale: what q kᵀ is multiplied by (Granite, Gemma); None: 1 / √d.
     """
 
-    def __init__(self, width, num_heads, num_kv_heads=None, head_dim=None, rope=None, bias=False, output_bias=None):
+    def __init__(
+        self, width, num_heads, num_kv_heads=None, head_dim=None, rope=None, bias=False, output_bias=None,
+        norms=None, window=None, score_scale=None,
+    ):  # fmt: skip
         super().__init__()
-        self.width, self.num_heads, self.rope = width, num_heads, rope
+        self.width, self.num_heads, self.rope, self.window = width, num_heads, rope, window
         self.num_kv_heads, self.head_dim = num_kv_heads or num_heads, head_dim or width // num_heads
+        # queries carry it, so that whatever attends to anything else by them divides by √d and is right
+        self.query_scale = 1.0 if score_scale is None else score_scale * self.head_dim**0.5
         self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(
             self.num_heads * self.head_dim, width, bias=bias if output_bias is None else output_bias
         )
+        self.q_norm, self.k_norm = norms or (None, None)
 
-    def heads(self, x):
-        """Cuts features into heads: (..., T, heads·d) -> (..., heads, T, d)."""
+    def heads(self, x, norm=None):
+        """Cuts features into heads: (..., T, heads·d) -> (..., heads, T, d), normed where there is a norm."""
+        if norm is not None:
+            x = norm(x.unflatten(-1, (-1, *norm.weight.shape))).flatten(-2)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
 
     def keys_values(self, x):
         """Unrotated keys and values of any vectors of the model's width: (..., T, D) -> (..., G, T, d) each."""
-        return self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        return self.heads(self.k_proj(x), self.k_norm), self.heads(self.v_proj(x))
 
     def project(self, x, positions=None):
         """x (B, T, D) -> q (B, H, T, d), k and v (B, G, T, d), with q and k rotated where the model has RoPE.
@@ -186,11 +156,11 @@ class Attention(nn.Module):
         positions: (T,) or (B, T) integers, or the pair `rope(positions)`, which the model computes once for
         all layers; None leaves q and k unrotated.
         """
-        q, (k, v) = self.heads(self.q_proj(x)), self.keys_values(x)
+        q, (k, v) = self.heads(self.q_proj(x), self.q_norm), self.keys_values(x)
         if self.rope is not None and positions is not None:
             cos, sin = positions if isinstance(positions, tuple) else self.rope(positions)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q, k, v
+        return q if self.query_scale == 1 else q * self.query_scale, k, v
 
     def attend(self, q, k, v, mask=None, cache=None):
         """softmax(q kᵀ / √d) v over the cached and the new tokens: (B, H, T, d).
@@ -200,8 +170,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         T, S = q.shape[2], k.shape[2]
-        if mask is None and 1 < T < S:  # several new tokens behind cached ones
+        windowed = self.window is not None and S > self.window
+        if mask is None and (1 < T < S or windowed):  # several new tokens behind cached ones
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        if windowed:  # of all that a token may see, the last so many: padding between does not count
+            mask = mask & (mask.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) <= self.window)
         dtype = q.dtype
         if q.device.type == "cpu" and dtype == torch.bfloat16 and T > 1:
             # torch 2.13's bfloat16 kernel for CPUs takes 5 to 8 times as long backward

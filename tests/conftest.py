@@ -12,6 +12,7 @@ import torch
 import minillama
 from minillama.adapters import adapter_parameters
 from minillama.checkpoints import hub
+from minillama.rope import YaRN
 
 # jsonschema, behind nbformat, would build 38 grammars of web addresses, for seconds; no notebook's schema has one
 sys.modules.setdefault("rfc3987_syntax", None)
@@ -21,6 +22,22 @@ SHAPE = dict(
     num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=64,
 )  # fmt: skip
 KINDS = ("llama", "grouped", "gpt2")
+# LLaMA's relatives, each by what sets it apart; together they have every line of the configuration.
+SLIDE, SEE_ALL = "sliding_attention", "full_attention"
+RELATIVES = {
+    "mistral": dict(sliding_window=4),
+    "qwen2": dict(attention_bias=True, attention_output_bias=False),
+    "qwen3": dict(qk_norm="head", rope_scaling=YaRN(4.0, 16, 1.3)),
+    "smollm3": dict(no_rope_layers=(1, 0, 1), tie_word_embeddings=True),
+    "olmo2": dict(norms="behind", qk_norm="all"),
+    "granite": dict(
+        embedding_multiplier=12.0, residual_multiplier=0.5, attention_multiplier=0.15, logits_scaling=0.25,
+    ),
+    "gemma3_text": dict(
+        norms="both", norm_offset=1.0, qk_norm="head", hidden_act="gelu_pytorch_tanh", embedding_multiplier=48**0.5,
+        attention_multiplier=0.4, sliding_window=4, layer_types=(SLIDE, SEE_ALL, SLIDE), rope_local_base_freq=100.0,
+    ),
+}  # fmt: skip
 
 
 def make(kind):
@@ -29,6 +46,8 @@ def make(kind):
         model = minillama.GPT2(minillama.GPT2Config(**SHAPE))
     else:
         grouped = dict(num_key_value_heads=2, head_dim=10, attention_bias=True) if kind == "grouped" else {}
+        if kind in RELATIVES:
+            grouped = dict(num_key_value_heads=2, model_type=kind, **RELATIVES[kind])
         model = minillama.LLaMA(minillama.LLaMAConfig(**SHAPE, **grouped))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -25,6 +25,7 @@ EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 CASES = {
     "llama_adapter": (dict(method="llama_adapter", prompt_length=4), ("gate",)),
     "v2": (dict(method="llama_adapter_v2"), ("scale", "adapter_bias", "weight", "bias")),
+    "v2, head": (dict(method="llama_adapter_v2", head=True), ("scale", "adapter_bias", "weight", "bias")),
     "v2, official": (dict(method="llama_adapter_v2", order="input"), ("scale", "adapter_bias", "weight", "bias")),
     "prefix_tuning": (dict(method="prefix_tuning", prefix_length=4), ("keys", "values")),
     "prompt_tuning": (dict(method="prompt_tuning", prompt_length=4), ("prompt",)),
@@ -35,6 +36,14 @@ CASES = {
     "dora": (dict(method="dora", rank=3, alpha=5.0), ("B", "magnitude")),
     "houlsby": (dict(method="bottleneck", size=5), ("up.weight", "up.bias")),
     "pfeiffer": (dict(method="bottleneck", reduction=8, place="pfeiffer"), ("up.weight", "up.bias")),
+    "seq_bn": (
+        dict(method="bottleneck", reduction=8, place="pfeiffer", reads="stream", layers=2),
+        ("up.weight", "up.bias"),
+    ),
+    "par_bn": (
+        dict(method="bottleneck", size=5, place="parallel", reads="stream", scale=4.0, layers=[0, 2]),
+        ("up.weight", "up.bias"),
+    ),
     "parallel": (dict(method="bottleneck", size=5, place="parallel", scale=4.0), ("up.weight", "up.bias")),
 }
 
@@ -106,7 +115,7 @@ def reference_logits(model, ids, real):
         elif f"{place}.A" in own:
             y = y + part["alpha"] / part["rank"] * (x @ own[f"{place}.A"].T @ own[f"{place}.B"].T)
         if f"{place}.bottleneck.up.weight" in own:
-            y = y + bottleneck(place, y)
+            y = y + bottleneck(place, y + stream[-1] if part["reads"] == "stream" else y)
         return y
 
     def norm(place, x):
@@ -114,35 +123,47 @@ def reference_logits(model, ids, real):
         if not llama:
             given = weight[f"{place}.weight"], weight[f"{place}.bias"]
             return F.layer_norm(x, x.shape[-1:], *given, model.config.layer_norm_eps)
-        return x / (x.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt() * weight[f"{place}.weight"]
+        if f"{place}.weight" not in weight:  # no norm there
+            return x
+        factor = weight[f"{place}.weight"] + model.config.norm_offset
+        x = x.unflatten(-1, (-1, len(factor)))  # several heads, each by itself
+        return (x / (x.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt() * factor).flatten(-2)
 
     def attention(place, x):
         H = model.config.num_attention_heads
         G = llama and model.config.num_key_value_heads or H
         q, k, v = (linear(f"{place}.{name}", x) for name in ("q_proj", "k_proj", "v_proj"))
+        rope, window = model.config.kind(int(place.split(".")[1])) if llama else (None, None)
         d = q.shape[-1] // H
+        scale = llama and model.config.attention_multiplier or 1 / math.sqrt(d)
+        if llama:
+            q, k = norm(f"{place}.q_norm", q), norm(f"{place}.k_norm", k)
         if f"{place}.prompt" in own:
             pk, pv = (linear(f"{place}.{name}", own[f"{place}.prompt"]) for name in ("k_proj", "v_proj"))
+            pk = norm(f"{place}.k_norm", pk) if llama else pk
             gate = own[f"{place}.gate"].tanh() if part["tanh"] else own[f"{place}.gate"]
             gate = gate.expand(H, 1, d)
         y = torch.zeros_like(q)
         for b in range(len(x)):
             words = real[b].nonzero()[:, 0]  # n places
-            future = torch.ones(len(words), len(words)).triu(1).bool()
+            every = torch.ones(len(words), before + len(words)).bool()
+            hidden = every.triu(before + 1)  # the future, and what lies further back than the window
+            hidden = hidden if window is None else hidden | every.tril(before - window)
             for h in range(H):
                 group = h // (H // G)
                 of_q, of_k = slice(h * d, h * d + d), slice(group * d, group * d + d)
                 query, key = q[b, words, of_q], k[b, words, of_k]  # (n, d)
-                if llama:
-                    query, key = rotated(query, model.rope, before), rotated(key, model.rope, before)
-                scores = (query @ key.T / math.sqrt(d)).masked_fill(future, -math.inf)
+                if rope:
+                    query, key = rotated(query, rope, before), rotated(key, rope, before)
                 value = v[b, words, of_k]
                 if before:
-                    scores = torch.cat((query @ own[f"{place}.keys"][group].T / math.sqrt(d), scores), -1)
-                    value = torch.cat((own[f"{place}.values"][group], value))
-                y[b, words, of_q] = scores.softmax(-1) @ value
+                    key, value = (
+                        torch.cat((own[f"{place}.{kind}"][group], mine))
+                        for kind, mine in (("keys", key), ("values", value))
+                    )
+                y[b, words, of_q] = (scale * query @ key.T).masked_fill(hidden, -math.inf).softmax(-1) @ value
                 if f"{place}.prompt" in own:
-                    on_prompts = (query @ pk[:, of_k].T / math.sqrt(d)).softmax(-1) @ pv[:, of_k]
+                    on_prompts = (scale * query @ pk[:, of_k].T).softmax(-1) @ pv[:, of_k]
                     y[b, words, of_q] += gate[h] * on_prompts
         return linear(f"{place}.o_proj", y)
 
@@ -150,11 +171,15 @@ def reference_logits(model, ids, real):
         u = linear(f"{place}.up_proj", x)
         if llama:
             g = linear(f"{place}.gate_proj", x)
-            u = u * g / (1 + (-g).exp())
+            u = u * (g / (1 + (-g).exp()) if model.config.hidden_act == "silu" else gelu_by_tanh(g))
         else:
-            u = u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+            u = gelu_by_tanh(u)
         y = linear(f"{place}.down_proj", u)
-        return y + bottleneck(place, x) if f"{place}.bottleneck.up.weight" in own else y
+        read = stream[-1] if part.get("reads") == "stream" else x
+        return y + bottleneck(place, read) if f"{place}.bottleneck.up.weight" in own else y
+
+    def gelu_by_tanh(u):
+        return u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
 
     x, words = weight["embed_tokens.weight"][ids], ids.shape[1]
     if "embed_tokens.prompt" in own:
@@ -162,10 +187,15 @@ def reference_logits(model, ids, real):
         x, real = torch.cat((prompt.expand(len(x), -1, -1), x), 1), F.pad(real, (len(prompt), 0), value=True)
     if not llama:
         x = x + weight["embed_positions.weight"][before + (real.cumsum(1) - 1).clamp(min=0)]
+    by, stream = model.config.residual_multiplier if llama else 1, []  # what enters the norms of feed-forwards
+    x = x * (model.config.embedding_multiplier if llama else 1)
     for i in range(len(model.layers)):
-        x = x + attention(f"layers.{i}.self_attn", norm(f"layers.{i}.input_layernorm", x))
-        x = x + mlp(f"layers.{i}.mlp", norm(f"layers.{i}.post_attention_layernorm", x))
-    return norm("norm", x[:, -words:]) @ model.lm_head.weight.T
+        y = attention(f"layers.{i}.self_attn", norm(f"layers.{i}.input_layernorm", x))
+        x = x + by * (norm(f"layers.{i}.behind_attention", y) if llama else y)
+        stream.append(x)
+        y = mlp(f"layers.{i}.mlp", norm(f"layers.{i}.post_attention_layernorm", x))
+        x = x + by * (norm(f"layers.{i}.behind_mlp", y) if llama else y)
+    return linear("lm_head", norm("norm", x[:, -words:]) / (model.config.logits_scaling if llama else 1))
 
 
 def rotated(z, rope, first=0):
@@ -173,7 +203,7 @@ def rotated(z, rope, first=0):
     a, b = z.chunk(2, -1)
     angle = torch.arange(first, first + len(z))[:, None] * rope.frequencies()
     # float32 as in the model: test_models.py holds it to transformers'
-    cos, sin = angle.cos().double(), angle.sin().double()
+    cos, sin = ((turn * rope.attention_factor).double() for turn in (angle.cos(), angle.sin()))
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 

@@ -11,10 +11,10 @@ import sys
 import peft
 import pytest
 import torch
-import transformers
-from conftest import KINDS, SHAPE, make, open_gates, rotated
+from conftest import KINDS, make, open_gates, rotated
 from methods import CASES
 from safetensors.torch import load_file, save_file
+from test_models import GROUPED, build
 
 import minillama
 from minillama import adapt, load_adapter, save_adapter
@@ -29,74 +29,69 @@ EVERY = ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")
 SHARED = {
     "adaption_prompt": (
         dict(method="llama_adapter", prompt_length=4, layers=2),  # and the preset of the base
-        lambda gpt2: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+        lambda kind: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
     ),
     "prompt_tuning": (
         dict(method="prompt_tuning", prompt_length=4),
-        lambda gpt2: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        lambda kind: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     ),
     "prefix_tuning": (
         dict(method="prefix_tuning", prefix_length=4),
-        lambda gpt2: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        lambda kind: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     ),
     "ia3": (
         dict(method="ia3"),
-        lambda gpt2: peft.IA3Config(
-            target_modules=["c_attn", "mlp.c_proj"] if gpt2 else ["k_proj", "v_proj", "down_proj"],
-            feedforward_modules=["mlp.c_proj"] if gpt2 else ["down_proj"],
-            fan_in_fan_out=gpt2,
+        lambda kind: peft.IA3Config(
+            target_modules=theirs(kind, ["k_proj", "v_proj", "down_proj"]),
+            feedforward_modules=theirs(kind, ["down_proj"]),
+            fan_in_fan_out=kind == "gpt2",
             task_type="CAUSAL_LM",
         ),
     ),
-    "lora": (
-        dict(method="lora", rank=3, alpha=5.0),
-        lambda gpt2: peft.LoraConfig(
-            r=3,
-            lora_alpha=5,
-            target_modules=["c_attn"] if gpt2 else ["q_proj", "v_proj"],
-            fan_in_fan_out=gpt2,
-            task_type="CAUSAL_LM",
-        ),
-    ),
+    "lora": (dict(method="lora", rank=3, alpha=5.0), lambda kind: lora(kind, ["q_proj", "v_proj"], r=3, lora_alpha=5)),
     "dora": (
         dict(method="dora", rank=3, alpha=5.0),
-        lambda gpt2: peft.LoraConfig(
-            r=3,
-            lora_alpha=5,
-            use_dora=True,
-            target_modules=["c_attn"] if gpt2 else ["q_proj", "v_proj"],
-            fan_in_fan_out=gpt2,
-            task_type="CAUSAL_LM",
-        ),
+        lambda kind: lora(kind, ["q_proj", "v_proj"], r=3, lora_alpha=5, use_dora=True),
     ),
     "lora everywhere": (
         dict(method="lora", rank=2, alpha=3.0, targets=EVERY),
-        lambda gpt2: peft.LoraConfig(
-            r=2,
-            lora_alpha=3,
-            target_modules=["c_attn", "c_proj", "c_fc"] if gpt2 else list(EVERY),
-            fan_in_fan_out=gpt2,
-            task_type="CAUSAL_LM",
-        ),
+        lambda kind: lora(kind, EVERY, r=2, lora_alpha=3),
     ),
 }
+FUSED = {
+    "gpt2": {
+        "q_proj": "c_attn", "k_proj": "c_attn", "v_proj": "c_attn", "o_proj": "attn.c_proj", "up_proj": "c_fc",
+        "down_proj": "mlp.c_proj",
+    },
+    "phi3": {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "up_proj": "gate_up_proj"},
+}  # fmt: skip
+
+
+def theirs(kind, names):
+    """What transformers calls our projections on this base."""
+    return sorted({FUSED.get(kind, {}).get(name, name) for name in names})
+
+
+def lora(kind, targets, **options):
+    options = dict(fan_in_fan_out=kind == "gpt2", task_type="CAUSAL_LM") | options
+    return peft.LoraConfig(target_modules=theirs(kind, targets), **options)
+
+
 BASES = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, num_key_value_heads=2)),
-    "llama with biases": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
-    ),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE, num_key_value_heads=2)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
-    ),
+    "llama": ("Llama", GROUPED),
+    "llama with biases": ("Llama", GROUPED | dict(attention_bias=True, mlp_bias=True)),
+    "mistral": ("Mistral", GROUPED),
+    "qwen2": ("Qwen2", GROUPED),
+    "gpt2": "gpt2",
+    **{kind: kind for kind in ("qwen3", "smollm3", "olmo2", "phi3", "granite", "gemma3", "yarn")},
 }
-# PEFT has no adaption prompt for Qwen2
+RELATIVES = list(BASES)[5:]
 PAIRS = [
     pytest.param(kind, method, marks=() if kind in ("llama with biases", "gpt2") else pytest.mark.slow)
     for kind in BASES
     for method in SHARED
-    if (kind, method) != ("qwen2", "adaption_prompt")
+    if kind not in RELATIVES  # of which test_models_table.py asks the same
+    if method != "adaption_prompt" or kind in ("llama", "llama with biases", "mistral", "gpt2", "yarn")
 ]
 
 
@@ -127,22 +122,22 @@ def test_an_adapter_of_two_methods_comes_back(model, ids, tmp_path):
 
 @pytest.fixture
 def pair(request, tmp_path):
-    """(their base, our base of the same weights, whether it is a GPT-2)"""
+    """(their base, our base of the same weights, its kind)"""
     kind = request.param
     torch.manual_seed(0)
-    theirs = BASES[kind]().eval()
+    theirs = build(BASES[kind]).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # biases at 0 and matrices near it would hide what an adapter does
             parameter += (0.3 if parameter.dim() == 1 else 0.1) * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path / "base")
-    return theirs, minillama.load(tmp_path / "base")[0], kind == "gpt2"
+    return theirs, minillama.load(tmp_path / "base")[0], kind
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pair, method", PAIRS, indirect=["pair"])
 def test_peft_reads_what_we_train(pair, method, ids, tmp_path):
-    theirs, ours, gpt2 = pair
-    preset = PRESETS["peft_gpt2" if gpt2 else "peft"] if method == "adaption_prompt" else {}
+    theirs, ours, kind = pair
+    preset = PRESETS["peft_gpt2" if kind == "gpt2" else "peft"] if method == "adaption_prompt" else {}
     adapt(ours, **SHARED[method][0], **preset)
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
@@ -159,19 +154,23 @@ def test_peft_reads_what_we_train(pair, method, ids, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("pair, method", PAIRS, indirect=["pair"])
 def test_we_read_what_peft_writes(pair, method, ids, tmp_path):
-    theirs, ours, gpt2 = pair
+    exchanged(*pair, method, ids, tmp_path)
+
+
+def exchanged(theirs, ours, kind, method, ids, folder):
+    """What PEFT writes gives us its logits, and what we write of it gives them to PEFT."""
     base_logits = theirs(ids).logits.clone()
-    adapted = peft.get_peft_model(theirs, SHARED[method][1](gpt2)).eval()
+    adapted = peft.get_peft_model(copy.deepcopy(theirs), SHARED[method][1](kind)).eval()
     for name, parameter in adapted.named_parameters():
         if any(word in name for word in ("adaption", "ia3", "lora", "prompt_encoder")):
             torch.nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(folder / "adapter")
     expected = adapted(ids).logits[:, -9:]  # prompt tuning gives the prompt's own too
-    load_adapter(ours, tmp_path / "adapter")
+    load_adapter(ours, folder / "adapter")
     assert (ours(ids) - expected).abs().max() < 1e-5
     assert (expected - base_logits).abs().max() > 1e-2
-    save_adapter(ours, tmp_path / "again")  # and what we write of it, PEFT reads
-    again = peft.PeftModel.from_pretrained(type(theirs).from_pretrained(tmp_path / "base"), tmp_path / "again").eval()
+    save_adapter(ours, folder / "again")  # and what we write of it, PEFT reads
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), folder / "again").eval()
     assert (again(ids).logits[:, -9:] - expected).abs().max() < 1e-5
 
 
@@ -179,17 +178,15 @@ def test_we_read_what_peft_writes(pair, method, ids, tmp_path):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("use_rslora", True),
         ("init_lora_weights", "pissa"),
         ("rank_pattern", {"q_proj": 4}),
-        ("layers_to_transform", [1]),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
     ],
 )
 def test_what_peft_asks_and_we_do_not_do_is_refused_by_name(pair, key, value, tmp_path):
     theirs, ours, _ = pair
-    peft.get_peft_model(theirs, SHARED["lora"][1](False)).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(theirs, SHARED["lora"][1]("llama")).save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(minillama.FileError, match=f"{key} is"):

@@ -12,7 +12,9 @@ import pytest
 from packaging.requirements import Requirement
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "minillama"
-READING_PATH = ("attention", "llama", "gpt2", "generate", "decode", "train", "data", "device", "distributed", "speed")
+READING_PATH = (
+    "attention", "rope", "llama", "gpt2", "generate", "decode", "train", "data", "device", "distributed", "speed"
+)  # fmt: skip
 # From the ground up: a room imports those before it and itself.
 ROOMS = ("", "checkpoints", "adapters", "course", "commands", "__main__")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -77,6 +79,8 @@ def test_the_reading_path_is_short():
     for name in READING_PATH:
         assert len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 220, name
     assert len((PACKAGE / "__main__.py").read_text(encoding="utf-8").splitlines()) < 250
+    for name, most in (("llama", 190), ("gpt2", 100)):  # a page each, whatever runs through it
+        assert len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= most, name
 
 
 def test_the_linter_and_the_formatter_are_content():

@@ -17,8 +17,9 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 
 import minillama
-from minillama.attention import RoPE
+from minillama.checkpoints.architectures import ARCHITECTURES
 from minillama.checkpoints.gguf import read_gguf
+from minillama.rope import Llama3, RoPE
 
 CONFIG = minillama.LLaMAConfig(
     vocab_size=97, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
@@ -29,7 +30,8 @@ WORDS = {
     "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "behind_attention": "post_attention_norm", "behind_mlp": "post_ffw_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
@@ -80,7 +82,18 @@ def write(path, model, kind=Kind.F32, drop=(), tensors=None, architecture="llama
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings or their_name(name) in drop:
             continue
-        for proj, H in HEADS.items():
+        if name.endswith("norm.weight") or "behind" in name:
+            tensor = tensor + config.norm_offset
+        if architecture == "phi3" and name.endswith(("q_proj.weight", "gate_proj.weight")):  # two or three in one
+            parts = ("q_proj", "k_proj", "v_proj") if "q_proj" in name else ("gate_proj", "up_proj")
+            together = [model.state_dict()[name.replace(parts[0], part)] for part in parts]
+            place = f"blk.{name.split('.')[1]}.{'attn_qkv' if 'q_proj' in name else 'ffn_up'}.weight"
+            writer.add_tensor(place, gguf.quantize(torch.cat(together).numpy(), kind), raw_dtype=kind)
+        if architecture == "phi3" and any(
+            f".{part}." in name for part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        ):
+            continue
+        for proj, H in HEADS.items() if architecture == "llama" else ():
             if f".{proj}." in name:
                 d = len(tensor) // H
                 order = [i // 2 + i % 2 * (d // 2) for i in range(d)]
@@ -137,6 +150,38 @@ def test_a_plain_file_gives_the_same_model_back(changes, tmp_path, ids):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
 
 
+RELATIVES = {
+    "qwen2": ("qwen2", dict(attention_bias=True, attention_output_bias=False), {}),
+    "qwen3": ("qwen3", dict(qk_norm="head", head_dim=128), dict(key_length=128, value_length=128)),
+    "phi3": ("phi3", {}, dict(pad_token_id=0)),
+    "gemma3": ("gemma3_text", dict(
+        norms="both", norm_offset=1.0, qk_norm="head", hidden_act="gelu_pytorch_tanh", head_dim=256,
+        embedding_multiplier=16.0, attention_multiplier=1 / 16, sliding_window=5, num_hidden_layers=7,
+        layer_types=("sliding_attention",) * 5 + ("full_attention", "sliding_attention"), rope_local_base_freq=10000.0,
+        num_attention_heads=2, num_key_value_heads=1,
+    ), dict(key_length=256, value_length=256, sliding_window=5)),
+}  # fmt: skip
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in RELATIVES if name != "qwen3"]
+
+
+@pytest.mark.parametrize("kind", (Kind.F32, pytest.param(Kind.Q8_0, marks=pytest.mark.slow)), ids=("F32", "Q8_0"))
+@pytest.mark.parametrize("architecture", ["qwen3", *SLOW])
+def test_a_relative_as_transformers_reads_the_same_file(architecture, kind, tmp_path, ids):
+    model_type, changes, fields = RELATIVES[architecture]
+    base_model = base(model_type=model_type, **changes)
+    fields = fields | {"rope_dimension_count": changes.get("head_dim", 32)}
+    path = write(tmp_path / "tiny.gguf", base_model, kind, architecture=architecture, **fields)
+    model, _ = minillama.load(path, torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    assert type(theirs).__name__ == ARCHITECTURES[model_type].theirs
+    with torch.no_grad():
+        close(model(ids), theirs(ids).logits)
+        if kind == Kind.F32:
+            close(model(ids), base_model(ids), 1e-5)
+
+
 def test_dtypes(tmp_path):
     for kind, dtype in ((Kind.F16, torch.float16), (Kind.BF16, torch.bfloat16)):
         model, _ = minillama.load(write(tmp_path / f"{kind.name}.gguf", base(), kind))
@@ -150,9 +195,9 @@ def test_dtypes(tmp_path):
 
 def test_the_frequencies_of_llama_3(tmp_path):
     factor = 32.0
-    plain, scaled = (RoPE(32, 5000.0, scaling).frequencies() for scaling in (None, (factor, 1.0, 4.0, 8192.0)))
+    plain, scaled = (RoPE(32, 5000.0, scaling).frequencies() for scaling in (None, Llama3(factor, 1.0, 4.0, 8192.0)))
     path = write(tmp_path / "tiny.gguf", base(), tensors={"rope_freqs.weight": ((plain / scaled).numpy(), Kind.F32)})
-    assert minillama.load(path)[0].config.rope_scaling == (factor, 1.0, 4.0, 8192.0)
+    assert minillama.load(path)[0].config.rope_scaling == Llama3(factor, 1.0, 4.0, 8192.0)
     odd = {"rope_freqs.weight": (np.linspace(1, 9, 16, dtype=np.float32), Kind.F32)}
     path = write(tmp_path / "odd.gguf", base(), tensors=odd)
     with pytest.raises(minillama.FileError, match="rope_freqs.weight"):
@@ -160,7 +205,7 @@ def test_the_frequencies_of_llama_3(tmp_path):
 
 
 REFUSED = {
-    "architecture": (dict(architecture="qwen2"), "'qwen2'.*'llama'"),
+    "architecture": (dict(architecture="mamba"), "'mamba'.*'llama'"),
     "a mixture of experts": (dict(expert_count=8), "expert_count is 8"),
     "partial rotation": (dict(rope_dimension_count=16), "rope.dimension_count is 16"),
     "scaling": (dict(rope_scaling_type=gguf.RopeScalingType.YARN), "rope.scaling.type is 'yarn'"),

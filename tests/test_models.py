@@ -1,6 +1,7 @@
 """Our models compute what transformers' do, from the same files, both ways;
 and the cache and padding change nothing."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,43 +11,104 @@ from conftest import SHAPE, left_padded
 
 import minillama
 from minillama import Cache
+from minillama.checkpoints.architectures import ARCHITECTURES
 
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}  # fmt: skip
+# fmt: off
 GPT2_SHAPE = dict(vocab_size=101, n_embd=48, n_layer=3, n_head=6, n_positions=64)
+
+
+def rope(kind, **numbers):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **numbers}}
+
+
+LONG = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=8)
+GROUPED = dict(num_key_value_heads=2)
+LLAMA3 = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+# Small random models of transformers, each with what sets its kind apart: (its class, its configuration).
 THEIRS = {
-    "all heads": lambda: llama(),
-    "grouped": lambda: llama(num_key_value_heads=2),
-    "single key head": lambda: llama(num_key_value_heads=1),
-    "tied": lambda: llama(tie_word_embeddings=True),
-    "odd head_dim": lambda: llama(head_dim=10, num_key_value_heads=3),
-    "theta": lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
-    "llama3": lambda: llama(rope_parameters=LLAMA3),
-    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, num_key_value_heads=2)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE, num_key_value_heads=2)),
-    "qwen2, tied": lambda: transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)
+    "all heads": ("Llama", {}),
+    "grouped": ("Llama", GROUPED),
+    "single key head": ("Llama", dict(num_key_value_heads=1)),
+    "tied": ("Llama", dict(tie_word_embeddings=True)),
+    "odd head_dim": ("Llama", dict(head_dim=10, num_key_value_heads=3)),
+    "theta": ("Llama", rope("default", rope_theta=500.0)),
+    "llama3": ("Llama", rope("llama3", **LLAMA3)),
+    "biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "mistral": ("Mistral", GROUPED),
+    "mistral, window": ("Mistral", GROUPED | dict(sliding_window=4)),
+    "qwen2": ("Qwen2", GROUPED),
+    "qwen2, tied": ("Qwen2", GROUPED | dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", GROUPED | dict(head_dim=10)),
+    "qwen2, window": ("Qwen2", GROUPED | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
+    "qwen3, biases": ("Qwen3", GROUPED | dict(attention_bias=True, head_dim=8)),
+    "qwen3, window": (
+        "Qwen3", GROUPED | dict(use_sliding_window=True, sliding_window=4, max_window_layers=2, head_dim=8)
     ),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE)),
-    "gpt2, narrow mlp": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SHAPE, n_inner=50)),
+    "smollm3, window": (
+        "SmolLM3", GROUPED | dict(use_sliding_window=True, sliding_window=4, no_rope_layers=[1, 0, 1])
+    ),
+    "smollm3": ("SmolLM3", GROUPED | dict(no_rope_layers=[1, 0, 1])),
+    "olmo2": ("Olmo2", GROUPED),
+    "phi3": ("Phi3", GROUPED),
+    "phi3, long": ("Phi3", GROUPED | dict(original_max_position_embeddings=6) | rope(
+        "longrope", short_factor=[1.0, 1.1, 1.2, 1.5], long_factor=[1.0, 2.0, 3.0, 4.0],
+    )),
+    "granite": ("Granite", GROUPED | dict(
+        embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.1, logits_scaling=8.0,
+    )),
+    "gemma3": ("Gemma3Text", GROUPED | dict(
+        head_dim=10, query_pre_attn_scalar=7, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )),
+    "gemma": ("Gemma", GROUPED | dict(head_dim=10)),
+    "linear": ("Llama", rope("linear", factor=3.0)),
+    "dynamic": ("Llama", rope("dynamic", factor=3.0) | dict(max_position_embeddings=6)),
+    "yarn": ("Llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "yarn, every number": ("Llama", rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=20.0, beta_slow=2.0, truncate=False,
+        mscale=0.7, mscale_all_dim=0.4,
+    )),
+    "gpt2": ("GPT2", GPT2_SHAPE),
+    "gpt2, narrow mlp": ("GPT2", GPT2_SHAPE | dict(n_inner=50)),
 }
+
+
+# fmt: on
+
+
+def build(kind, **changes):
+    """A model of transformers by its name in THEIRS, or by (class, configuration)."""
+    name, config = THEIRS[kind] if isinstance(kind, str) else kind
+    known = {} if name == "GPT2" else dict(SHAPE, pad_token_id=None)
+    config = getattr(transformers, f"{name}Config")(**{**known, **config, **changes})
+    return getattr(
+        transformers, {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}.get(name, f"{name}ForCausalLM")
+    )(config)
 
 
 def llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SHAPE, **changes}))
 
 
-@pytest.fixture(params=list(THEIRS))
-def theirs(request):
+def faithful(kind):
+    """The model of transformers in eval mode, with numbers that hide nothing: its initialisation leaves biases at 0 and
+    norms at 1, which would hide a missing one."""
     torch.manual_seed(0)
-    model = THEIRS[request.param]().eval()
-    with torch.no_grad():  # their initialisation leaves biases at 0 and norms at 1, which would hide a missing one
+    model = build(kind).eval()
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
+
+
+@pytest.fixture(params=list(THEIRS))
+def theirs(request):
+    return faithful(request.param)
+
+
+LATER = list(THEIRS)[list(THEIRS).index("mistral, window") :]
+FIRST = ("qwen2", "qwen3", "smollm3", "gpt2", "gpt2, narrow mlp")  # of these, in the fast suite
+BOTH_WAYS = [pytest.param(k, marks=pytest.mark.slow if k in LATER and k not in FIRST else ()) for k in THEIRS]
 
 
 def close(a, b, tolerance=1e-5):
@@ -63,6 +125,7 @@ def test_logits_equal_transformers_reading_its_folder(theirs, ids, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("theirs", BOTH_WAYS, indirect=True)
 def test_logits_equal_when_transformers_reads_ours(theirs, ids, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = minillama.load(tmp_path / "theirs")
@@ -74,6 +137,7 @@ def test_logits_equal_when_transformers_reads_ours(theirs, ids, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("theirs", BOTH_WAYS, indirect=True)
 def test_shards_with_an_index(theirs, ids, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -135,9 +199,9 @@ def test_batch_generates_what_each_prompt_alone_generates(model):
 def test_bfloat16_rope_keeps_its_precision(model, ids):
     """Angles are made in float32 whatever the weights' dtype: late positions stay apart."""
     if isinstance(model, minillama.LLaMA):
-        before = model.rope(torch.tensor([1000, 1001]))
+        before = model.layers[0].rope(torch.tensor([1000, 1001]))
         model.to(torch.bfloat16)
-        after = model.rope(torch.tensor([1000, 1001]))
+        after = model.layers[0].rope(torch.tensor([1000, 1001]))
         assert torch.equal(before[0], after[0]) and after[0].dtype == torch.float32
     assert model.to(torch.bfloat16)(ids).dtype == torch.bfloat16
 
@@ -202,14 +266,18 @@ def test_generation_leaves_the_mode_and_needs_no_gradients(model, ids):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn' and factor is missing"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "mrope", "factor": 2.0}}, "mrope"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"model_type": "qwen3"}, "qwen2"),
+        ({"model_type": "qwen4"}, "qwen3"),
+        ({"model_type": "mixtral"}, "chooses among experts"),
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4"),
         ({"hidden_size": 50, "head_dim": None}, "hidden_size is 50"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": LONG | {"long_factor": [1.0, 2.0]}}, "long_factor has 2 numbers"),
+        ({"rope_parameters": LONG | {"short_factor": 3.0}}, "short_factor is 3.0"),
+        ({"rope_parameters": LONG | {"original_max_position_embeddings": 1}}, "original_max_position_embeddings is 1"),
         ({"intermediate_size": 81}, "shape"),
         ({"num_hidden_layers": 4}, "hold 3 layers .* asks for 4"),
         ({"num_hidden_layers": 2}, "hold 3 layers .* asks for 2"),
@@ -237,37 +305,119 @@ def test_gpt2_config_that_cannot_be_honoured(change, named, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ("llama", "mistral", "qwen2"))
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind != "gpt2"])
 def test_an_absent_key_means_what_it_means_to_transformers(kind, ids, tmp_path):
     """A configuration that says only the sizes: heads, window, theta and epsilon are transformers' own defaults."""
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-    sizes = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 32}
+    sizes = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 32}
     content = {"model_type": kind, **sizes}
-    config = getattr(transformers, f"{names[kind]}Config")(**content)
+    name = ARCHITECTURES[kind].theirs.replace("ForCausalLM", "TextConfig" if kind == "gemma3_text" else "Config")
+    config = getattr(transformers, name)(**{key: value for key, value in content.items() if key != "model_type"})
     ours = minillama.checkpoints.read_config(content)[0]
-    assert ours.intermediate_size == config.intermediate_size
+    for key in ("intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(ours, key) == getattr(config, key), key
     assert (ours.num_key_value_heads or 32) == config.num_key_value_heads
-    assert (ours.rms_norm_eps, ours.rope_theta) == (config.rms_norm_eps, config.rope_parameters["rope_theta"])
-    assert ours.sliding_window == getattr(config, "sliding_window", None)
+    assert (ours.head_dim or 2) == (getattr(config, "head_dim", None) or 2)
+    rope = config.rope_parameters
+    assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+    assert ours.sliding_window == (config.sliding_window if kind in ("mistral", "gemma3_text") else None)
+    assert kind != "gemma3_text" or list(ours.layer_types) == config.layer_types
+    assert kind != "smollm3" or list(ours.no_rope_layers) == config.no_rope_layers
     if kind == "mistral":
         assert minillama.checkpoints.read_config(content | {"sliding_window": None})[0].sliding_window is None
 
 
-def test_sequence_longer_than_the_sliding_window_is_refused(tmp_path):
-    theirs = transformers.MistralForCausalLM(
-        transformers.MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=8)
-    ).eval()
+# What sets a relative apart from LLaMA, each with the fields of its configuration that make it so.
+RELATIVES = {
+    "mistral, window": ("sliding_window",),
+    "qwen2": ("attention_bias",),
+    "qwen2, window": ("sliding_window", "layer_types"),
+    "qwen3": ("qk_norm",),
+    "qwen3, window": ("qk_norm", "sliding_window", "layer_types"),
+    "smollm3": ("no_rope_layers",),
+    "smollm3, window": ("no_rope_layers", "sliding_window", "layer_types"),
+    "olmo2": ("norms", "qk_norm"),
+    "phi3": (),
+    "phi3, long": ("rope_scaling",),
+    "granite": ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    "gemma3": (
+        "norms", "norm_offset", "qk_norm", "hidden_act", "embedding_multiplier", "attention_multiplier",
+        "sliding_window", "layer_types", "rope_local_base_freq",
+    ),
+    "gemma": ("norm_offset", "hidden_act", "embedding_multiplier"),
+    "linear": ("rope_scaling",),
+    "dynamic": ("rope_scaling",),
+    "yarn": ("rope_scaling",),
+    "yarn, every number": ("rope_scaling",),
+}  # fmt: skip
+
+
+SOME = [
+    pytest.param(kind, marks=() if kind in ("qwen3", "smollm3", "gemma3") else pytest.mark.slow) for kind in RELATIVES
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SOME)
+def test_a_relative_called_in_every_way(kind, ids, tmp_path):
+    """Whole, padded, in pieces through a cache: as transformers called in the same way, and by `generate` the same
+    tokens."""
+    theirs = faithful(kind)
     theirs.save_pretrained(tmp_path)
     ours, _ = minillama.load(tmp_path)
-    ids = torch.randint(0, 101, (1, 9))
-    with torch.no_grad():
-        close(ours(ids[:, :8]), theirs(ids[:, :8]).logits)
-        with pytest.raises(ValueError, match="sliding_window"):
-            ours(ids)
-        cache = Cache()
-        ours(ids[:, :8], cache=cache)
-        with pytest.raises(ValueError, match="sliding_window"):
-            ours(ids[:, 8:], cache=cache)
+    padded, mask = left_padded(ids, [9, 4, 6])
+    real, places = mask.bool(), (mask.cumsum(1) - 1).clamp(min=0)
+    close(ours(padded, mask)[real], theirs(padded, attention_mask=mask, position_ids=places).logits[real])
+    for chunks in ([1] * 9, [4, 1, 4], [2, 7]):
+        cache, kept = Cache(), transformers.DynamicCache(config=theirs.config)
+        for part in ids.split(chunks, dim=1):
+            close(ours(part, cache=cache), theirs(part, past_key_values=kept, use_cache=True).logits)
+    prompt = ids.clamp(min=1)  # no 0: their generate would take it for padding
+    if kind != "phi3, long":  # whose cache their generate throws away when the text grows past the original length
+        expected = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert torch.equal(minillama.generate(ours, prompt, max_new_tokens=12), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SOME)
+def test_every_line_of_a_relatives_configuration_counts(kind, ids, tmp_path):
+    """With the field as a LLaMA has it the logits differ, or the weights no longer fit."""
+    faithful(kind).save_pretrained(tmp_path)
+    ours, _ = minillama.load(tmp_path)
+    plain = {own.name: own.default for own in dataclasses.fields(minillama.LLaMAConfig)}
+    differing = {name for name, value in plain.items() if getattr(ours.config, name) != value}
+    extra = list(plain)[list(plain).index("model_type") + 1 :] + ["rope_scaling"]
+    assert set(RELATIVES[kind]) - {"attention_bias"} == differing & {*extra} - {"attention_output_bias"}
+    for name in RELATIVES[kind]:
+        other = minillama.LLaMA(dataclasses.replace(ours.config, **{name: plain[name]})).eval()
+        if other.state_dict().keys() == ours.state_dict().keys():
+            other.load_state_dict(ours.state_dict())
+            assert (other(ids) - ours(ids)).abs().max() > 1e-3, name
+
+
+@torch.no_grad()
+def test_dynamic_rope_grows_past_the_length_it_was_trained_on(tmp_path):
+    """Beyond max_position_embeddings in one pass, where the frequencies depend on the length; as transformers."""
+    torch.manual_seed(0)
+    theirs = faithful("dynamic")
+    theirs.save_pretrained(tmp_path)
+    ours, _ = minillama.load(tmp_path)
+    for length in (5, 20, 40):  # growing, since theirs remembers the longest
+        ids = torch.randint(0, 101, (1, length))
+        close(ours(ids), theirs(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [kind for kind in RELATIVES if "window" in kind or kind == "gemma3"])
+def test_text_longer_than_the_sliding_window(kind, ids, tmp_path):
+    """The window is the reason for some difference, and for none while the text is no longer than it."""
+    faithful(kind).save_pretrained(tmp_path)
+    ours, _ = minillama.load(tmp_path)
+    wider = minillama.LLaMA(dataclasses.replace(ours.config, sliding_window=100)).eval()
+    wider.load_state_dict(ours.state_dict())
+    assert torch.equal(wider(ids[:, :4]), ours(ids[:, :4])) and (wider(ids) - ours(ids)).abs().max() > 1e-3
+    cache = Cache()
+    whole, parts = ours(ids), [ours(part, cache=cache) for part in ids.split([6, 1, 2], dim=1)]
+    close(torch.cat(parts, dim=1), whole)
 
 
 def test_bad_files_are_named(tmp_path):

@@ -184,7 +184,9 @@ def test_a_merged_model_is_saved_whole_or_refused(kind, case, ids, tmp_path):
     else:
         adapt(model, **CASES[case][0])
     expected = merge(open_gates(model))(ids)
-    refused = (kind, case) == ("gpt2", "lora head") or (kind == "mistral" and case.startswith("v2"))
+    refused = (
+        (kind, case) == ("gpt2", "lora head") or (kind == "mistral" and case.startswith("v2")) or case == "v2, head"
+    )
     if refused:
         with pytest.raises(ValueError, match="unmerge, and save_adapter"):
             minillama.save(model, tmp_path / "never")

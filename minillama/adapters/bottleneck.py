@@ -8,7 +8,9 @@ A small network squeezes D features to m and back (figure 2), and its output is 
                    └▶ down ─▶ act ─▶ up ─────┘          └─▶ down ─▶ act ─▶ up ─▶ × scale ──────┘
                       (m, D)         (D, m)
 
-The sum then goes into the residual stream as the sublayer's output did. Placements by name:
+The sum then goes into the residual stream as the sublayer's output did. With `reads="stream"` the network reads that
+stream instead, as the AdapterHub library's seq_bn and par_bn do: with the sublayer's output added to it (pfeiffer), or
+as it is in front of the norm (parallel). Placements by name:
 
     houlsby    sequential, behind attention's and the feed-forward's last projection; GELU
     pfeiffer   sequential, behind the feed-forward only (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247); ReLU
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 PLACES = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",), "parallel": ("mlp",)}
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 INITS = ("zero", "houlsby", "adapters")
+READS = ("part", "stream")
 LEARNING_RATES = (1e-2, 3e-3)  # on the bundled bases, and on a real model
 
 
@@ -63,16 +66,19 @@ class Bottleneck(nn.Module):
 class Adapted(nn.Module):
     """Wraps a module that maps (..., D) to (..., D') and adds a bottleneck's output to its own.
 
-    parallel: the bottleneck reads the module's input (then D' must be D) instead of its output.
+    parallel: the bottleneck reads the module's input (then D' must be D) instead of its output.  stream: where the
+    residual stream passes, a `Passing`; then the bottleneck reads it, in the module's input's place, or added to its
+    output.
     With `active` set to False it is its base again, bit for bit. Around an nn.Linear, `weight` and `bias` are what it
     wraps has, for code that asks them for a dtype: with a bottleneck behind it, no weight says all.
     """
 
     own = ("bottleneck",)
 
-    def __init__(self, base, bottleneck, parallel=False, scale=1.0):
+    def __init__(self, base, bottleneck, parallel=False, scale=1.0, stream=None):
         super().__init__()
         self.base, self.bottleneck, self.parallel, self.scale, self.active = base, bottleneck, parallel, scale, True
+        self.stream = (stream,)  # in a tuple, so that it is no part of this module
         if hasattr(base, "in_features"):
             self.in_features, self.out_features = base.in_features, base.out_features
 
@@ -80,6 +86,9 @@ class Adapted(nn.Module):
         y = self.base(x)
         if not self.active:
             return y
+        if (passing := self.stream[0]) is not None:
+            stream, passing.seen = passing.seen, None  # kept no longer than needed
+            return y + self.scale * self.bottleneck(stream if self.parallel else stream + y)
         return y + self.scale * self.bottleneck(x if self.parallel else y)
 
     @property
@@ -91,24 +100,78 @@ class Adapted(nn.Module):
         return self.base.bias
 
 
+class Passing(nn.Module):
+    """Wraps the norm before the feed-forward and keeps what it was given: the residual stream, (..., D)."""
+
+    own = ()
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.active, self.seen = base, True, None
+
+    def forward(self, x):
+        if self.active:
+            self.seen = x
+        return self.base(x)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+
+def in_layers(names, layers):
+    """Those of the names, "layers.3.mlp.up_proj", that stand in the layers asked for: the top so many, or those with
+    these numbers; None: all names."""
+    if layers is None:
+        return set(names)
+    number = {name: next((int(word) for word in name.split(".") if word.isdigit()), -1) for name in names}
+    L = 1 + max(number.values(), default=-1)
+    wanted = list(range(L - layers, L) if isinstance(layers, int) else layers)
+    if not wanted or not all(isinstance(i, int) and 0 <= i < L for i in wanted):
+        raise ValueError(
+            f"layers is {layers!r}; the model has {L}, so it can be 1 to {L}, the top so many, "
+            f"or a list of numbers from 0 to {L - 1}"
+        )
+    return {name for name in names if number[name] in wanted}
+
+
 def attach(
     model, size: int = 16, reduction: int | None = None, place: str = "houlsby", activation: str | None = None,
-    init: str = "zero", scale: float = 1.0,
+    init: str = "zero", scale: float = 1.0, reads: str = "part", layers: int | tuple[int, ...] | None = None,
 ):  # fmt: skip
     """Puts a bottleneck of `size` features, or with `reduction` of D // reduction, at every place of that name;
-    activation None takes the placement's own. Freezes nothing."""
-    if place not in PLACES:
-        raise ValueError(f"place is {place!r}; it can be {', '.join(PLACES)}")
+    activation None takes the placement's own. reads: "part", what it stands at; "stream", the residual stream around
+    the feed-forward. layers: the top so many, or those with these numbers, from 0 on; None: all. Freezes nothing."""
+    for value, name, known in ((place, "place", PLACES), (reads, "reads", READS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it can be {', '.join(known)}")
+    if reads == "stream" and place == "houlsby":
+        raise ValueError("reads is 'stream' and place 'houlsby'; AdapterHub has that for 'pfeiffer' and 'parallel'")
     activation = activation or ("gelu" if place == "houlsby" else "relu")
     found = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in PLACES[place]]
     if not found:
         raise ValueError(f"the model has no part named {PLACES[place][0]!r}, where {place!r} puts its bottleneck")
+    chosen, norms = in_layers([name for name, _ in found], layers), {}
+    for name in chosen if reads == "stream" else ():
+        layer = model.get_submodule(name.removesuffix(".down_proj").rpartition(".")[0])
+        if not hasattr(layer, "post_attention_layernorm"):
+            raise ValueError(f"{name} stands in a layer without a `post_attention_layernorm`, where the stream passes")
+        norms[name] = layer
     for name, module in found:
+        if name not in chosen:
+            continue
         inner = next((part for part in module.modules() if hasattr(part, "in_features")), None)
         if inner is None:
             raise ValueError(f"{name} holds no nn.Linear, which would say how many features a bottleneck there reads")
         width = inner.in_features if place == "parallel" else inner.out_features
         narrow = size if reduction is None else width // reduction
         bottleneck = Bottleneck(width, narrow, activation, init, next(module.parameters()).device)
+        passing = None
+        if name in norms:
+            passing = norms[name].post_attention_layernorm = Passing(norms[name].post_attention_layernorm)
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, Adapted(module, bottleneck, place == "parallel", scale))
+        setattr(model.get_submodule(parent), own, Adapted(module, bottleneck, place == "parallel", scale, passing))

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 LEARNING_RATES = (1e-2, 1e-2)  # on the bundled bases, and on a real model
-PEFT_TYPE, PEFT_KEYS = "LORA", ("use_dora",)
+PEFT_TYPE, PEFT_KEYS = "LORA", ("use_dora", "use_rslora")
 
 
 class DoRALinear(nn.Module):
@@ -46,6 +46,7 @@ class DoRALinear(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.train(base.training)  # of a model in eval mode no dropout is wanted
         self.magnitude = nn.Parameter(self.direction().norm(dim=1))
 
     def direction(self):
@@ -79,22 +80,41 @@ class DoRALinear(nn.Module):
         return self.base.bias
 
 
+def in_layers(names, layers):
+    """Those of the names, "layers.3.mlp.up_proj", that stand in the layers asked for: the top so many, or those with
+    these numbers; None: all names."""
+    if layers is None:
+        return set(names)
+    number = {name: next((int(word) for word in name.split(".") if word.isdigit()), -1) for name in names}
+    L = 1 + max(number.values(), default=-1)
+    wanted = list(range(L - layers, L) if isinstance(layers, int) else layers)
+    if not wanted or not all(isinstance(i, int) and 0 <= i < L for i in wanted):
+        raise ValueError(
+            f"layers is {layers!r}; the model has {L}, so it can be 1 to {L}, the top so many, "
+            f"or a list of numbers from 0 to {L - 1}"
+        )
+    return {name for name in names if number[name] in wanted}
+
+
 def attach(
-    model, rank: int = 8, alpha: float = 16.0, targets: tuple[str, ...] = ("q_proj", "v_proj"), dropout: float = 0.0
-):
-    """Wraps every nn.Linear whose own name is in `targets`, as LoRA does; "all-linear": all but the head. Freezes
-    nothing."""
+    model, rank: int = 8, alpha: float = 16.0, targets: tuple[str, ...] = ("q_proj", "v_proj"), dropout: float = 0.0,
+    layers: int | tuple[int, ...] | None = None,
+):  # fmt: skip
+    """Wraps every nn.Linear whose own name, or whole name, is in `targets`, as LoRA does; "all-linear": all but the
+    head. layers: in the top so many, or in those with these numbers; None: in all. Freezes nothing."""
     targets = (targets,) if isinstance(targets, str) and targets != "all-linear" else targets
     linear = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_features")]
     found = [
         (name, module)
         for name, module in linear
         if (own := name.rpartition(".")[2]) != "base"
-        and (own in targets if targets != "all-linear" else own != "lm_head")
+        and (own in targets or name in targets if targets != "all-linear" else own != "lm_head")
     ]
-    if targets != "all-linear" and (missing := set(targets) - {name.rpartition(".")[2] for name, _ in found}):
+    known = {each for name, _ in found for each in (name, name.rpartition(".")[2])}
+    if targets != "all-linear" and (missing := set(targets) - known):
         raise ValueError(f"the model has no linear layer named {missing.pop()!r}, which targets asks for")
-    for name, module in found:
+    chosen = in_layers([name for name, _ in found], layers)
+    for name, module in [(name, module) for name, module in found if name in chosen]:
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, DoRALinear(module, rank, alpha, dropout))
 
@@ -111,7 +131,7 @@ def to_peft(options, tensors, layout):
     m = layout.fuse(m, lambda place: layout.modules[place].weight.detach().float().norm(dim=1).cpu(), torch.cat)
     config = {"peft_type": PEFT_TYPE, "use_dora": True, "r": options["rank"] * stacked}
     config |= {"lora_alpha": options["alpha"] * stacked, "lora_dropout": options["dropout"]}
-    config |= {"target_modules": layout.targets(A), "fan_in_fan_out": layout.fused}
+    config |= {"fan_in_fan_out": layout.transposed} | layout.asked(A)
     theirs = zip(THEIRS.values(), (A, B, m))
     return config, {f"{place}.{own}": tensor for own, every in theirs for place, tensor in every.items()}
 
@@ -126,4 +146,6 @@ def from_peft(config, tensors, layout):
         mine = ours[f"lora_{rest}"]
         own |= {f"{p}.{mine}": part for p, part in layout.split(place, tensor, None if mine == "A" else 0).items()}
     options = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
-    return options | {"targets": sorted({name.split(".")[-2] for name in own})}, own
+    if config.get("use_rslora"):  # alpha / √rank
+        options["alpha"] *= math.sqrt(config["r"])
+    return options | layout.given(name.rpartition(".")[0] for name in own), own

@@ -68,20 +68,42 @@ class IA3Linear(nn.Module):
         return (bias * self.scale).to(bias.dtype)
 
 
-def attach(model, outputs: tuple[str, ...] = ("k_proj", "v_proj"), inputs: tuple[str, ...] = ("down_proj",)):
-    """Wraps every nn.Linear whose own name is in `outputs` or in `inputs`, on that side; defaults as in the paper.
-    Freezes nothing."""
+def in_layers(names, layers):
+    """Those of the names, "layers.3.mlp.up_proj", that stand in the layers asked for: the top so many, or those with
+    these numbers; None: all names."""
+    if layers is None:
+        return set(names)
+    number = {name: next((int(word) for word in name.split(".") if word.isdigit()), -1) for name in names}
+    L = 1 + max(number.values(), default=-1)
+    wanted = list(range(L - layers, L) if isinstance(layers, int) else layers)
+    if not wanted or not all(isinstance(i, int) and 0 <= i < L for i in wanted):
+        raise ValueError(
+            f"layers is {layers!r}; the model has {L}, so it can be 1 to {L}, the top so many, "
+            f"or a list of numbers from 0 to {L - 1}"
+        )
+    return {name for name in names if number[name] in wanted}
+
+
+def attach(
+    model, outputs: tuple[str, ...] = ("k_proj", "v_proj"), inputs: tuple[str, ...] = ("down_proj",),
+    layers: int | tuple[int, ...] | None = None,
+):  # fmt: skip
+    """Wraps every nn.Linear whose own name, or whole name, is in `outputs` or in `inputs`, on that side; defaults as in
+    the paper. layers: in the top so many, or in those with these numbers, from 0 on; None: in all. Freezes nothing."""
     outputs, inputs = ((names,) if isinstance(names, str) else tuple(names) for names in (outputs, inputs))
     sides = {**dict.fromkeys(outputs, "output"), **dict.fromkeys(inputs, "input")}
     if both := set(outputs) & set(inputs):
         raise ValueError(f"{both.pop()!r} stands in outputs and in inputs; a projection is scaled on one side")
     linear = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_features")]
-    found = [(name, module) for name, module in linear if name.rpartition(".")[2] in sides]
-    if missing := sides.keys() - {name.rpartition(".")[2] for name, _ in found}:
+    asked = {name: name if name in sides else name.rpartition(".")[2] for name, _ in linear}
+    found = [(name, module) for name, module in linear if asked[name] in sides]
+    if missing := sides.keys() - {asked[name] for name, _ in found}:
         raise ValueError(f"the model has no linear layer named {missing.pop()!r}, which outputs or inputs ask for")
+    chosen = in_layers([name for name, _ in found], layers)
     for name, module in found:
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, IA3Linear(module, sides[own]))
+        if name in chosen:
+            setattr(model.get_submodule(parent), own, IA3Linear(module, sides[asked[name]]))
 
 
 # ── the PEFT library's files (peft.py says what `layout` knows) ──────────────────────────────────────────────────────
@@ -90,17 +112,13 @@ def attach(model, outputs: tuple[str, ...] = ("k_proj", "v_proj"), inputs: tuple
 def to_peft(options, tensors, layout):
     """(config, tensors) as PEFT's IA3 has them: vectors of outputs as columns, of inputs as rows."""
     own = {name.removesuffix(".scale"): scale for name, scale in tensors.items()}
-    inputs = {place for place in own if place.rpartition(".")[2] in options["inputs"]}
-    if layout.fused and any(place in layout.qkv for place in inputs):
-        return None  # one input of c_attn serves queries, keys and values there
+    inputs = {place for place in own if {place, place.rpartition(".")[2]} & {*options["inputs"]}}
+    if any(layout.is_fused(place) for place in inputs):
+        return None  # one input serves all that the matrix holds
     own = {place: scale[None] if place in inputs else scale[:, None] for place, scale in own.items()}
     own = layout.fuse(own, lambda place: torch.ones(layout.size(place)[0], 1), torch.cat)
-    config = {
-        "peft_type": PEFT_TYPE,
-        "target_modules": layout.targets(own),
-        "feedforward_modules": layout.targets(inputs),
-    }
-    return config | {"fan_in_fan_out": layout.fused}, {f"{place}.ia3_l": scale for place, scale in own.items()}
+    config = {"peft_type": PEFT_TYPE, "target_modules": layout.named(own), "feedforward_modules": layout.named(inputs)}
+    return config | {"fan_in_fan_out": layout.transposed}, {f"{place}.ia3_l": scale for place, scale in own.items()}
 
 
 def from_peft(config, tensors, layout):
@@ -114,9 +132,6 @@ def from_peft(config, tensors, layout):
                 "those end in ia3_l and have one row or one column"
             )
         own |= layout.split(place, tensor, 0) if tensor.shape[1] == 1 else {place: tensor}
-    outputs, inputs = (
-        sorted({place.rpartition(".")[2] for place, tensor in own.items() if tensor.shape[axis] == 1})
-        for axis in (1, 0)
-    )
+    outputs, inputs = ([place for place, tensor in own.items() if tensor.shape[axis] == 1] for axis in (1, 0))
     scales = {f"{place}.scale": tensor.flatten() for place, tensor in own.items()}
-    return {"outputs": outputs, "inputs": inputs}, scales
+    return layout.given(outputs, inputs, names=("outputs", "inputs")), scales

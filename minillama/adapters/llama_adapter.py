@@ -33,9 +33,7 @@ GATES, JOINS, INITS = ("head", "layer", "feature"), ("before", "after", "unproje
 # What the known implementations compute, as options of `attach`; prompts are N(0, 1) and gates 0 in all of them.
 PRESETS = {
     "paper": dict(gate="head", tanh=True, join="before"),  # and its official training code
-    "lit_llama": dict(
-        gate="head", tanh=False, join="before"
-    ),  # and the official inference code; lit-llama skips 2 layers
+    "lit_llama": dict(gate="head", tanh=False, join="before"),  # and official inference; lit-llama skips 2 layers
     "peft": dict(gate="layer", tanh=False, join="after"),  # PEFT on LLaMA and Mistral
     "peft_gpt2": dict(gate="layer", tanh=False, join="unprojected"),  # PEFT on GPT-2
 }
@@ -165,8 +163,10 @@ def attach(
     for layer in model.layers[-layers:]:
         layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh, join)
         if init == "input":
-            size = next(layer.input_layernorm.parameters()).detach().float().square().mean().sqrt()
-            layer.self_attn.prompt.data *= size
+            if not hasattr(norm := list(layer.input_layernorm.modules())[-1], "weight"):  # under V2 its trained one
+                raise ValueError("init is 'input' and the layers have no norm before their attention: take 'normal'")
+            weight = norm.weight.detach().float() + getattr(norm, "offset", 0)
+            layer.self_attn.prompt.data *= weight.square().mean().sqrt()
 
 
 class GatedPrefixAttention(nn.Module):
@@ -204,7 +204,7 @@ class GatedPrefixAttention(nn.Module):
 
 def their_joins(layout):
     """Where PEFT's adaption prompt adds its term, the cheapest of equal ways first."""
-    if layout.fused:
+    if layout.transposed:
         return ("unprojected",)
     return ("after",) if layout.output_bias else ("before", "after")
 

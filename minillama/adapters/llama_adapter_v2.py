@@ -9,8 +9,8 @@ trained (equation 4):
 
 The paper and lit-llama compute s · (W x + b), order "output"; the official code W (s · x) + b, order "input". At the
 start y = 1 · (W x + 0): the model returns what it returned, bit for bit. In the paper this stands beside gated prefix
-attention: adapt the model with both methods under one name. lit-llama and litgpt scale the head too; here, as in the
-official code, it stays as it is.
+attention: adapt the model with both methods under one name. lit-llama and litgpt scale the head too, which `head` asks
+for; the official code leaves it as it is.
 
 Scale and bias fold into the projection, the trained norms into the base's place. Trained parameters: for each
 projection 2 · out (order "input": in + out), for each norm its own.
@@ -24,7 +24,10 @@ import torch
 from torch import nn
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+NORMS = (
+    "input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm", "behind_attention", "behind_mlp",
+    "pre_feedforward_layernorm", "post_feedforward_layernorm",
+)  # fmt: skip
 ORDERS = ("output", "input")
 LEARNING_RATES = (1e-2, 3e-3)  # on the bundled bases, and on a real model
 
@@ -102,15 +105,15 @@ class TrainedNorm(nn.Module):
         return self.trained.bias.to(bias.dtype) if self.active and bias is not None else bias
 
 
-def attach(model, order: str = "output"):
-    """Wraps every projection and every norm of the model, by their names; the head and the embedding stay as they are.
-    Freezes nothing."""
-    wrapped = []
+def attach(model, order: str = "output", head: bool = False):
+    """Wraps every projection and every norm of the model, by their names, and with `head` its `lm_head`; the embedding
+    stays as it is. Freezes nothing."""
+    wrapped, projections = [], (*PROJECTIONS, "lm_head") if head else PROJECTIONS
     for name, module in model.named_modules():
         own = name.rpartition(".")[2]
-        if own in PROJECTIONS and hasattr(module, "in_features"):
+        if own in projections and hasattr(module, "in_features"):
             wrapped.append((name, ScaledLinear(module, order)))
-        elif own in NORMS:
+        elif own in NORMS and hasattr(module, "weight"):
             wrapped.append((name, TrainedNorm(module)))
     if not any(isinstance(wrapper, ScaledLinear) for _, wrapper in wrapped):
         raise ValueError(

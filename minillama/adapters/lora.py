@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 LEARNING_RATES = (1e-2, 1e-2)  # on the bundled bases, and on a real model
-PEFT_TYPE = "LORA"
+PEFT_TYPE, PEFT_KEYS = "LORA", ("use_rslora",)
 
 
 class LoRALinear(nn.Module):
@@ -46,6 +46,7 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.train(base.training)  # of a model in eval mode no dropout is wanted
 
     def forward(self, x):
         """(..., in_features) -> (..., out_features)."""
@@ -66,25 +67,46 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
 
-def linear_layers(model, targets):
-    """(name, module) of every nn.Linear whose own name is in `targets`; "all-linear" takes all but the head."""
+def in_layers(names, layers):
+    """Those of the names, "layers.3.mlp.up_proj", that stand in the layers asked for: the top so many, or those with
+    these numbers; None: all names."""
+    if layers is None:
+        return set(names)
+    number = {name: next((int(word) for word in name.split(".") if word.isdigit()), -1) for name in names}
+    L = 1 + max(number.values(), default=-1)
+    wanted = list(range(L - layers, L) if isinstance(layers, int) else layers)
+    if not wanted or not all(isinstance(i, int) and 0 <= i < L for i in wanted):
+        raise ValueError(
+            f"layers is {layers!r}; the model has {L}, so it can be 1 to {L}, the top so many, "
+            f"or a list of numbers from 0 to {L - 1}"
+        )
+    return {name for name in names if number[name] in wanted}
+
+
+def linear_layers(model, targets, layers=None):
+    """(name, module) of every nn.Linear whose own name, or whole name, is in `targets`; "all-linear" takes all but the
+    head. layers: see `in_layers`."""
     linear = [(name, module) for name, module in model.named_modules() if hasattr(module, "in_features")]
     linear = [(name, module) for name, module in linear if name.rpartition(".")[2] != "base"]  # inside another wrapper
     if targets == "all-linear":
-        return [(name, module) for name, module in linear if name.rpartition(".")[2] != "lm_head"]
-    targets = {targets} if isinstance(targets, str) else set(targets)
-    found = [(name, module) for name, module in linear if name.rpartition(".")[2] in targets]
-    if missing := targets - {name.rpartition(".")[2] for name, _ in found}:
-        raise ValueError(f"the model has no linear layer named {missing.pop()!r}, which targets asks for")
-    return found
+        found = [(name, module) for name, module in linear if name.rpartition(".")[2] != "lm_head"]
+    else:
+        targets = {targets} if isinstance(targets, str) else set(targets)
+        found = [(name, module) for name, module in linear if {name, name.rpartition(".")[2]} & targets]
+        if missing := targets - {each for name, _ in found for each in (name, name.rpartition(".")[2])}:
+            raise ValueError(f"the model has no linear layer named {missing.pop()!r}, which targets asks for")
+    chosen = in_layers([name for name, _ in found], layers)
+    return [(name, module) for name, module in found if name in chosen]
 
 
 def attach(
-    model, rank: int = 8, alpha: float = 16.0, targets: tuple[str, ...] = ("q_proj", "v_proj"), dropout: float = 0.0
-):
-    """Wraps every nn.Linear whose own name is in `targets`; query and value by default, as in the paper; "all-linear":
-    all but the head. Freezes nothing."""
-    for name, module in linear_layers(model, targets):
+    model, rank: int = 8, alpha: float = 16.0, targets: tuple[str, ...] = ("q_proj", "v_proj"), dropout: float = 0.0,
+    layers: int | tuple[int, ...] | None = None,
+):  # fmt: skip
+    """Wraps every nn.Linear whose own name, or whole name, is in `targets`; query and value by default, as in the
+    paper; "all-linear": all but the head. layers: in the top so many, or in those with these numbers, from 0 on; None:
+    in all. Freezes nothing."""
+    for name, module in linear_layers(model, targets, layers):
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, LoRALinear(module, rank, alpha, dropout))
 
@@ -97,7 +119,7 @@ def to_peft(options, tensors, layout):
     A, B = ({n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)} for end in (".A", ".B"))
     stacked, A, B = layout.stack_low_rank(A, B)  # one rank for the file, and the same alpha / rank
     config = {"peft_type": PEFT_TYPE, "r": options["rank"] * stacked, "lora_alpha": options["alpha"] * stacked}
-    config |= {"lora_dropout": options["dropout"], "target_modules": layout.targets(A), "fan_in_fan_out": layout.fused}
+    config |= {"lora_dropout": options["dropout"], "fan_in_fan_out": layout.transposed} | layout.asked(A)
     matrices = (("lora_A.weight", A), ("lora_B.weight", B))
     return config, {f"{place}.{own}": tensor for own, matrix in matrices for place, tensor in matrix.items()}
 
@@ -113,4 +135,6 @@ def from_peft(config, tensors, layout):
             f"{p}.{rest[0]}": half for p, half in layout.split(place, tensor, None if rest[0] == "A" else 0).items()
         }
     options = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config.get("lora_dropout", 0.0)}
-    return options | {"targets": sorted({name.split(".")[-2] for name in own})}, own
+    if config.get("use_rslora"):  # alpha / √rank (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)
+        options["alpha"] *= math.sqrt(config["r"])
+    return options | layout.given(name.rpartition(".")[0] for name in own), own

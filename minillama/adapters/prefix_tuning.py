@@ -73,6 +73,7 @@ class PrefixAttention(nn.Module):
             cos, sin = self.rope(torch.full((self.length,), -self.length, device=k.device))
             left, right = k.chunk(2, dim=-1)
             k = k * cos + torch.cat((-right, left), dim=-1) * sin
+            k = k / getattr(self.rope, "attention_factor", 1.0)  # of YaRN: the tokens' alone are multiplied by it
         return k.to(dtype), v.to(dtype)
 
     def project(self, x, positions=None):
@@ -128,6 +129,11 @@ def attach(model, prefix_length: int = 10, reparameterize: int | None = None):
         raise ValueError(
             "the model has no `layers` whose `self_attn` has the verb `attend`, where the prefix goes in: minillama's "
             "models have it, and adapters/transformers_llama.py gives it to a LLaMA of transformers"
+        )
+    if any(hasattr(getattr(layer.self_attn.rope, "scaling", None), "by_length") for layer in model.layers):
+        raise ValueError(
+            "the model's RoPE turns otherwise in longer texts (dynamic or long RoPE), and the prefix's keys are turned "
+            "before the text is known: llama_adapter's prompts are not turned and stand there as on any model"
         )
     for layer in model.layers:
         layer.self_attn = PrefixAttention(layer.self_attn, prefix_length, reparameterize)

@@ -89,9 +89,10 @@ def to_peft(options, tensors, layout):
         "num_attention_heads": layout.num_heads,
         "num_transformer_submodules": 1,
     }
-    return config, {"prompt_embeddings": prompt}
+    return config, {"prompt_embeddings": prompt * layout.prompt_scale}
 
 
 def from_peft(config, tensors, layout):
     """(options, tensors) of ours."""
-    return {"prompt_length": config["num_virtual_tokens"]}, {"embed_tokens.prompt": tensors["prompt_embeddings"]}
+    prompt = tensors["prompt_embeddings"] / layout.prompt_scale
+    return {"prompt_length": config["num_virtual_tokens"]}, {"embed_tokens.prompt": prompt}

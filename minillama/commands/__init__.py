@@ -121,7 +121,8 @@ def prepare(model, tokenizer, method, options, args, seed):
     if method == "full":
         model.float().requires_grad_(True)
     else:
-        own = {"init": "input"} if is_real(tokenizer) and method == "llama_adapter" else {}
+        normed = hasattr(model.layers[0].input_layernorm, "weight")
+        own = {"init": "input"} if is_real(tokenizer) and method == "llama_adapter" and normed else {}
         adapters.adapt(model, method, **own | options)
     if getattr(args, "shard", False):
         distributed.shard(model)

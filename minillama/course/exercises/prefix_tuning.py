@@ -10,6 +10,7 @@ import minillama
 
 from ...adapters import adapter_parameters, prefix_tuning, prompt_tuning
 from ...attention import Attention, Cache, LayerCache, RoPE, embed, rotate
+from ...rope import Llama3
 from .catalogue import catalogue, tables
 from .modules import follows, some
 from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, gradients
@@ -62,7 +63,7 @@ def right_turn_back(rope, keys):
 
 TURNED_KEYS = calls(
     lambda draw, G, K, d, rope: dict(rope=RoPE(d, *rope), keys=draw(G, K, d)), "the turned keys (G, K, d)",
-    (dict(G=2, K=3, d=8, rope=(60.0,)), dict(G=3, K=5, d=4, rope=(900.0, (8.0, 1.0, 4.0, 64))),
+    (dict(G=2, K=3, d=8, rope=(60.0,)), dict(G=3, K=5, d=4, rope=(900.0, Llama3(8.0, 1.0, 4.0, 64))),
      dict(G=1, K=1, d=6, rope=(9.0,))), half=False,
 )  # fmt: skip
 

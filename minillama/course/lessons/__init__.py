@@ -25,7 +25,7 @@ from .looking import (
 )
 from .lora import first_steps, lora_started, multiplications
 from .prefix_tuning import counted, loss_curve, starts_table
-from .real_model import BAD, GOOD, HELD_TEXTS, peft_answers, smollm2, zero_init_runs
+from .real_model import BAD, GOOD, HELD_TEXTS, peft_answers, scored_pieces, smollm2, sweep, zero_init_runs
 from .runs import adaptation, base, begun, distances, judged, mean_match, over_seeds, scaled
 from .scaling_out import operations, rows_read, torchrun
 from .shown import ROOT, matches_table, percent, show, table

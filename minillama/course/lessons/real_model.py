@@ -9,9 +9,11 @@ import tempfile
 
 import torch
 
-from ...adapters import save_adapter
+from ...adapters import adapt, delete_adapter, save_adapter
 from ...checkpoints import load, save
+from ...data import collate
 from ...device import pick_dtype
+from ...train import train
 from .shown import ROOT
 
 HELD_TEXTS = {
@@ -86,3 +88,32 @@ def peft_answers(base, adapted, tokenizer, prompts):
         new = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)[0, ids.shape[1] :]
         written.append(tokenizer.decode(new.tolist()))
     return written
+
+
+def sweep(model, tokenizer, pairs, method, rates, steps, **options):
+    """{learning rate: the loss of each step} of short trainings from the same start; the model is its base afterwards.
+    A rate at which the loss stops being a number has the losses up to there."""
+    curves = {}
+    for rate in rates:
+        torch.manual_seed(0)
+        adapt(model, method, **options)
+        history = []
+        try:
+            how = dict(steps=steps, batch_size=len(pairs), learning_rate=rate, bucket=1, progress=False)
+            history = [record["loss"] for record in train(model, tokenizer, pairs, **how)]
+        except ValueError as error:
+            print(f"rate {rate:g}: {error}")
+        finally:
+            delete_adapter(model)
+        curves[rate] = history
+    return curves
+
+
+def scored_pieces(tokenizer, pair):
+    """A pair (prompt, answer) as the model reads it: its tokens between bars, those that carry loss in brackets."""
+    ids, labels = collate([pair], tokenizer)
+    shown = (
+        tokenizer.decode([i]) if label < 0 else f"[{tokenizer.decode([i])}]"
+        for i, label in zip(ids[0].tolist(), labels[0].tolist())
+    )
+    return "|".join(repr(piece)[1:-1] for piece in shown)
