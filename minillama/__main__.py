@@ -26,6 +26,7 @@ COMMANDS = {
     "lessons": "execute the notebooks of lessons/ and store their outputs",
     "bench": "time a training step beside the PEFT library's",
     "zero-init": "run the paper's ablation, a gate begun at 0 and at 1, on a real model",
+    "site": "build the course as a website",
     "check": "look whether everything is in place",
 }
 
