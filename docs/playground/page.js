@@ -341,6 +341,7 @@ function tellHeight() {
 async function start() {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   document.documentElement.classList.toggle("inside", parent !== window);
+  document.documentElement.classList.toggle("lesson", options.has("lesson")); // whose text has told the story
   addEventListener("message", ({ data }) => data?.minillama === "theme" && setTheme(data.theme));
   dark.onchange = () => parent === window && setTheme(dark.matches ? "dark" : "light");
   $("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");

