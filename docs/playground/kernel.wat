@@ -4,7 +4,7 @@
 ;; `pack`). Four rows of a panel are summed at once, in eight vectors of four numbers, the rows left over one by one; either
 ;; way each sum runs over k in order, so that a row's bits do not depend on its neighbours.
 ;;
-;; kernel.wasm is made of this text by wabt:   npx --package wabt@1.0.39 wat2wasm kernel.wat -o kernel.wasm
+;; kernel.wasm is made of this text by wabt (apt install wabt):   wat2wasm kernel.wat -o kernel.wasm
 (module
   (import "env" "memory" (memory 1))
   (func (export "multiply")

@@ -2,7 +2,8 @@
 // (minillama/course/playground.py): config, weights, kernel, adapters, presets, fingerprint, the worker's script.
 import { Memory } from "./matrix.js";
 import { LLaMA } from "./llama.js";
-import { FORMATS, dayOf, decode, encode, iso, languageName, truth, written } from "./dates.js";
+import { AdamW, adapterOf, lossAndGradient } from "./train.js";
+import { FORMATS, decode, encode, iso, languageName, truth, written } from "./dates.js";
 import { readAdapter, readSafetensors, writeAdapter } from "./safetensors.js";
 import { drawAttention, drawCurves, letter } from "./draw.js";
 import { Pool, Run } from "./run.js";
@@ -385,5 +386,8 @@ async function start() {
 }
 
 // For the tests, and for a curious reader's console.
-globalThis.playground = { model, adapters, state, look, draw, setText, setFactors, setAdapter, train, openPool, Run, dayOf };
+globalThis.playground = {
+  model, adapters, state, weights, kernel, answer, look, setText, setFactors, setAdapter, train,
+  Memory, LLaMA, AdamW, adapterOf, lossAndGradient, readSafetensors, writeAdapter, written, encode, decode,
+};
 start();
