@@ -1,5 +1,5 @@
-// The dates task, as minillama/data.py has it, from the browser's own copy of the Unicode CLDR: Intl writes what Babel does.
-// A day is a number, 0 for 1 January 1900; the calendar is UTC's, so that no time zone moves it.
+// The dates task, as minillama/data.py has it, from the browser's own copy of the Unicode CLDR: Intl writes what Babel
+// does. A day is a number, 0 for 1 January 1900; the calendar is UTC's, so that no time zone moves it.
 
 export const FORMATS = ["medium", "long", "full"];
 const FIRST_DAY = Date.UTC(1900, 0, 1), DAY = 86_400_000, DAYS = 73_049; // to 31 December 2099

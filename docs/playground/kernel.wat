@@ -1,8 +1,8 @@
-;; multiply(out, x, matrix, rows, K, N, add): out (rows, N) = x (rows, K) · matrix (K, N), or += where add is 1; float32.
+;; multiply(out, x, matrix, rows, K, N, add): out (rows, N) = x (rows, K) · matrix (K, N), += where add is 1; float32.
 ;;
-;; The first three are addresses. The matrix lies in panels of eight columns, (K, 8) each, one behind the other (matrix.js,
-;; `pack`). Four rows of a panel are summed at once, in eight vectors of four numbers, the rows left over one by one; either
-;; way each sum runs over k in order, so that a row's bits do not depend on its neighbours.
+;; The first three are addresses. The matrix lies in panels of eight columns, (K, 8) each, one behind the other
+;; (matrix.js, `pack`). Four rows are summed at once, in eight vectors of four numbers, the rows left over one by one;
+;; either way each sum runs over k in order, so that a row's bits do not depend on its neighbours.
 ;;
 ;; kernel.wasm is made of this text by wabt (apt install wabt):   wat2wasm kernel.wat -o kernel.wasm
 (module
@@ -12,7 +12,7 @@
     (local $row i32) (local $column i32) (local $k i32) (local $panel i32) (local $width i32) (local $stride i32)
     (local $x0 i32) (local $x1 i32) (local $x2 i32) (local $x3 i32)              ;; four rows of x
     (local $out0 i32) (local $out1 i32) (local $out2 i32) (local $out3 i32)      ;; and of out
-    (local $left v128) (local $right v128) (local $factor v128)                  ;; a row of the panel; a number of x, four times
+    (local $left v128) (local $right v128) (local $factor v128)      ;; a row of the panel; a number of x, four times
     (local $l0 v128) (local $l1 v128) (local $l2 v128) (local $l3 v128)          ;; the sums: left four columns
     (local $r0 v128) (local $r1 v128) (local $r2 v128) (local $r3 v128)          ;; and right four
     (local.set $width (i32.shl (local.get $K) (i32.const 2)))                    ;; bytes of a row of x

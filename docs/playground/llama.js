@@ -1,12 +1,13 @@
-// LLaMA and gated prefix attention: minillama/llama.py, attention.py and adapters/llama_adapter.py once more, with the same
-// names, so that one can be read beside the other.
+// LLaMA and gated prefix attention: minillama/llama.py, attention.py and adapters/llama_adapter.py once more, with the
+// same names, so that one can be read beside the other.
 //
 //     ids ─▶ embed ─▶ ┌ x + attention(norm(x)) ─▶ x + mlp(norm(x)) ┐ × L ─▶ norm ─▶ head ─▶ logits
 //                     └────────────────────────────────────────────┘
 //
-// Shapes: N tokens of all rows together, one row behind the other, so nothing is padded; T tokens of one row, S those that
-// it may see; D model width, F width of the MLP, H query heads, G key/value heads, d head width, K prompt tokens,
-// V vocabulary, L layers. An array is flat, the last letter runs fastest: q (N, H·d) has head h of token t from (t·H + h)·d.
+// Shapes: N tokens of all rows together, one row behind the other, so nothing is padded; T tokens of one row, S those
+// that it may see; D model width, F width of the MLP, H query heads, G key/value heads, d head width, K prompt tokens,
+// V vocabulary, L layers. An array is flat, the last letter runs fastest: q (N, H·d) has head h of token t from
+// (t·H + h)·d.
 import { dot } from "./matrix.js";
 
 export class LLaMA {
@@ -60,7 +61,7 @@ export class LLaMA {
     }
   }
 
-  /** x (N, heads·d), turned in place by its positions: feature i of each head with feature i + d/2. `sign` −1 turns back. */
+  /** x (N, heads·d), turned in place by its positions: feature i of each head with i + d/2. `sign` −1 turns back. */
   rotate(x, heads, positions, sign = 1) {
     const { d, cos, sin } = this, half = d / 2;
     positions.forEach((position, t) => {
@@ -87,7 +88,7 @@ export class LLaMA {
     return out;
   }
 
-  // ── the three verbs of attention.py ─────────────────────────────────────────────────────────────────────────────────
+  // ── the three verbs of attention.py ──────────────────────────────────────────────────────────────────────────────
 
   /** Unrotated keys and values (N, G·d) of any vectors x (N, D) of the model's width: of tokens, or of prompts. */
   keys_values(layer, x, N) {
@@ -109,8 +110,8 @@ export class LLaMA {
 
   /** softmax(q kᵀ / √d) v of one row: q (T, H·d), k and v (S, G·d) -> y (T, H·d); returns the softmax, (H, T, S).
    *
-   * Without openings it is attention among tokens: causal, y is overwritten. With openings (H,) it is the adapter's term:
-   * every prompt is seen, and opening · term is added to y. An opening of 0 adds 0 · (something finite). */
+   * Without openings it is attention among tokens: causal, y is overwritten. With openings (H,) it is the adapter's
+   * term: every prompt is seen, and opening · term is added to y. An opening of 0 adds 0 · (something finite). */
   attend(y, q, k, v, T, S, openings = null) {
     const { memory, H, G, d } = this, weights = memory.floats(H * T * S), mean = new Float32Array(d);
     const root = 1 / Math.sqrt(d);
@@ -157,7 +158,7 @@ export class LLaMA {
     return { gate, up, sigmoid };
   }
 
-  // ── the adapter (adapters/llama_adapter.py) ─────────────────────────────────────────────────────────────────────────
+  // ── the adapter (adapters/llama_adapter.py) ──────────────────────────────────────────────────────────────────────
 
   /** An adapter {K, prompts: L of (K, D), gates: (L·H)} as `forward` takes it: the prompts' keys and values, and each
    *  gate's opening, tanh(gate · factor); factors (L·H) are the page's sliders. */
@@ -170,7 +171,7 @@ export class LLaMA {
     return { K, prefixes, openings };
   }
 
-  // ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
+  // ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────
 
   /** rows: arrays of ids.  adapter: from `open`, or null for the base.  cache: from `newCache`, for a single row.
    *  keep: leave in memory what the backward pass and the pictures read.
@@ -178,13 +179,14 @@ export class LLaMA {
   forward(rows, { adapter = null, cache = null, keep = false } = {}) {
     const { memory, D, H, G, d } = this, lengths = rows.map((row) => row.length), past = cache ? cache.length : 0;
     const positions = lengths.flatMap((T) => Array.from({ length: T }, (_, t) => past + t)), N = positions.length;
-    if (Math.max(...positions) >= this.longest) throw new Error(`a text of more than ${this.longest} bytes: shorten it`);
+    if (Math.max(...positions) >= this.longest) throw new Error(`a text of over ${this.longest} bytes: shorten it`);
     let x = memory.floats(N * D);
     rows.flat().forEach((id, t) => x.set(this.embed_tokens.subarray(id * D, (id + 1) * D), t * D));
     const kept = this.layers.map((layer, l) => {
       const next = keep ? memory.floats(N * D) : x, used = memory.used;
       const scales1 = memory.floats(N), scales2 = memory.floats(N);
-      const { q, k, v } = this.project(layer, this.rms_norm(memory.floats(N * D), x, layer.input_layernorm, N, scales1), positions);
+      const normed1 = this.rms_norm(memory.floats(N * D), x, layer.input_layernorm, N, scales1);
+      const { q, k, v } = this.project(layer, normed1, positions);
       const y = memory.floats(N * H * d), onTokens = [], onPrompts = [];
       let start = 0;
       for (const T of lengths) {
@@ -203,10 +205,10 @@ export class LLaMA {
         start += T;
       }
       const middle = this.output(memory.copy(x), layer, y, N); // x + attention(norm(x))
-      const normed = this.rms_norm(memory.floats(N * D), middle, layer.post_attention_layernorm, N, scales2);
+      const normed2 = this.rms_norm(memory.floats(N * D), middle, layer.post_attention_layernorm, N, scales2);
       const before = x;
       next.set(middle);
-      const mlp = this.mlp(next, layer, normed, N); // middle + mlp(norm(middle))
+      const mlp = this.mlp(next, layer, normed2, N); // middle + mlp(norm(middle))
       x = next;
       if (!keep) memory.used = used;
       return keep ? { x: before, scales1, q, k, v, onTokens, onPrompts, middle, scales2, ...mlp } : null;

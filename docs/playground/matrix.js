@@ -1,5 +1,5 @@
-// Memory and the one costly operation, the product of matrices: in WebAssembly where the browser has its vectors of four
-// numbers (kernel.wat), else in plain JavaScript. The two may differ in the last bits: the kernel sums in float32.
+// Memory and the one costly operation, the product of matrices: in WebAssembly where the browser has its vectors of
+// four numbers (kernel.wat), else in plain JavaScript. The two may differ in the last bits: the kernel sums in float32.
 
 export class Memory {
   /** megabytes: all that a model and its activations may take.  kernel: the bytes of kernel.wasm, or null. */
@@ -46,8 +46,8 @@ export class Memory {
     }
   }
 
-  /** A weight (out, in), as nn.Linear keeps it, laid out for `multiply` as the matrix of x ↦ x Wᵀ; `back`: of dy ↦ dy W.
-   *  Panels of eight columns, one behind the other: what the kernel reads lies side by side. */
+  /** A weight (out, in), as nn.Linear keeps it, laid out for `multiply` as the matrix of x ↦ x Wᵀ; `back`: of
+   *  dy ↦ dy W. Panels of eight columns, one behind the other: what the kernel reads lies side by side. */
   pack({ shape: [outs, ins], data }, back = false) {
     const [K, N] = back ? [outs, ins] : [ins, outs], packed = this.floats(K * N);
     if (N % 8) throw new Error(`a matrix of ${N} columns; needed is a multiple of 8`);
@@ -59,7 +59,7 @@ export class Memory {
     return { data: packed, K, N };
   }
 
-  /** out (rows, N) = x (rows, K) · matrix (K, N), or with `add` out += it. A row's bits do not depend on its neighbours. */
+  /** out (rows, N) = x (rows, K) · matrix (K, N), or with `add` out += it. A row's bits do not depend on the others. */
   multiply(out, x, matrix, rows, add = false) {
     const { data, K, N } = matrix;
     if (this.kernel) {

@@ -4,7 +4,8 @@ import { AdamW, newAdapter } from "./train.js";
 /** Workers that each hold a model; `ask` sends a task to all and waits for all their answers. */
 export class Pool {
   static async open(script, count, { config, weights, kernel }) {
-    const url = URL.createObjectURL(new Blob([script], { type: "text/javascript" })), pool = new Pool();
+    const url = URL.createObjectURL(new Blob([script], { type: "text/javascript" })),
+      pool = new Pool();
     pool.workers = Array.from({ length: count }, () => new Worker(url));
     pool.waiting = new Map();
     pool.next = 0;
@@ -22,7 +23,9 @@ export class Pool {
 
   /** One answer of each worker, in their order. */
   ask(message) {
-    return Promise.all(this.workers.map((worker, i) => this.send(worker, { ...message, worker: i, workers: this.workers.length })));
+    return Promise.all(
+      this.workers.map((worker, i) => this.send(worker, { ...message, worker: i, workers: this.workers.length })),
+    );
   }
 
   one(message) {
@@ -54,13 +57,20 @@ export class Run {
 
   /** One step of AdamW; its record joins the history. */
   async step() {
-    const { language, seed, batch, K, flat } = this, step = this.history.length;
+    const { language, seed, batch, K, flat } = this,
+      step = this.history.length;
     const parts = await this.pool.ask({ task: "step", flat, K, language, seed, step, batch });
-    const count = total(parts, "count"), gradient = new Float64Array(flat.length);
+    const count = total(parts, "count"),
+      gradient = new Float64Array(flat.length);
     for (const part of parts) for (let i = 0; i < gradient.length; i++) gradient[i] += part.gradient[i] / count;
     const norm = this.optimizer.update(flat, gradient);
     const { gates } = this.adapter;
-    this.history.push({ loss: total(parts, "loss") / count, right: total(parts, "right") / batch, norm, openings: Array.from(gates, Math.tanh) });
+    this.history.push({
+      loss: total(parts, "loss") / count,
+      right: total(parts, "right") / batch,
+      norm,
+      openings: Array.from(gates, Math.tanh),
+    });
     return this.history.at(-1);
   }
 

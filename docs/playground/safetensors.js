@@ -1,13 +1,15 @@
-// Files of tensors, and adapters in them as minillama/adapters/storage.py has them: adapter_model.safetensors carries its own
-// options, the fingerprint of its base and a hash of its numbers, so this one file is the whole adapter. A gate per head
-// under a tanh is in nobody's layout but ours; the file is PEFT's safetensors, its `peft_type` "MINILLAMA".
+// Files of tensors, and adapters in them as minillama/adapters/storage.py has them: adapter_model.safetensors carries
+// its own options, the fingerprint of its base and a hash of its numbers, so this one file is the whole adapter. A gate
+// per head under a tanh is in no layout of PEFT's; the file has its form and name, and the `peft_type` "MINILLAMA".
 import { adapterOf } from "./train.js";
 
 /** {tensors: {name: {shape, data}}, metadata} of the bytes of a .safetensors file; float32 alone. */
 export function readSafetensors(buffer) {
   const length = buffer.byteLength < 8 ? Infinity : Number(new DataView(buffer).getBigUint64(0, true));
   if (length > buffer.byteLength - 8) throw new Error("this is no safetensors file, or a part of one");
-  const { __metadata__: metadata = {}, ...header } = JSON.parse(new TextDecoder().decode(buffer.slice(8, 8 + length)));
+  const { __metadata__: metadata = {}, ...header } = JSON.parse(
+    new TextDecoder().decode(buffer.slice(8, 8 + length)),
+  );
   const tensors = {};
   for (const [name, { dtype, shape, data_offsets }] of Object.entries(header)) {
     if (dtype !== "F32") throw new Error(`${name} is ${dtype}; needed is F32`);
@@ -20,19 +22,24 @@ export function readSafetensors(buffer) {
 
 /** The bytes of a .safetensors file. */
 export function writeSafetensors(tensors, metadata) {
-  const header = { __metadata__: metadata }, names = Object.keys(tensors).sort();
+  const header = { __metadata__: metadata },
+    names = Object.keys(tensors).sort();
   let end = 0;
   for (const name of names) {
     const { shape, data } = tensors[name];
     header[name] = { dtype: "F32", shape, data_offsets: [end, (end += data.byteLength)] };
   }
-  const json = new TextEncoder().encode(JSON.stringify(header)), padded = (json.length + 7) & ~7;
+  const json = new TextEncoder().encode(JSON.stringify(header)),
+    padded = (json.length + 7) & ~7;
   const file = new Uint8Array(8 + padded + end).fill(32, 8, 8 + padded);
   new DataView(file.buffer).setBigUint64(0, BigInt(padded), true);
   file.set(json, 8);
   for (const name of names) {
     const { data } = tensors[name];
-    file.set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), 8 + padded + header[name].data_offsets[0]);
+    file.set(
+      new Uint8Array(data.buffer, data.byteOffset, data.byteLength),
+      8 + padded + header[name].data_offsets[0],
+    );
   }
   return file;
 }
@@ -44,7 +51,8 @@ async function digest(tensors) {
   }
   const parts = [];
   for (const name of Object.keys(tensors).sort()) {
-    const { shape, data } = tensors[name], tuple = shape.length === 1 ? `${shape[0]},` : shape.join(", ");
+    const { shape, data } = tensors[name],
+      tuple = shape.length === 1 ? `${shape[0]},` : shape.join(", ");
     parts.push(`${name} torch.float32 (${tuple})`, data);
   }
   const bytes = new Uint8Array(await new Blob(parts).arrayBuffer());
@@ -78,18 +86,25 @@ export async function writeAdapter({ K, prompts, gates }, { L, H, D }, fingerpri
 
 /** The adapter in a file that minillama or this page wrote; throws a sentence where the page cannot run it. */
 export async function readAdapter(buffer, model, fingerprint) {
-  const { tensors, metadata } = readSafetensors(buffer), { L, H, D } = model;
-  if (!metadata.adapter_config) throw new Error("this file is no adapter of minillama's: `adapt` writes one, and this page");
-  if (!sameBase(metadata.base_fingerprint ?? "", fingerprint)) throw new Error("this adapter was trained on another base");
-  const { parts = [] } = JSON.parse(metadata.adapter_config), [part] = parts;
+  const { tensors, metadata } = readSafetensors(buffer),
+    { L, H, D } = model;
+  if (!metadata.adapter_config)
+    throw new Error("this file is no adapter of minillama's: `adapt` writes one, and this page");
+  if (!sameBase(metadata.base_fingerprint ?? "", fingerprint))
+    throw new Error("this adapter was trained on another base");
+  const { parts = [] } = JSON.parse(metadata.adapter_config),
+    [part] = parts;
   if (parts.length !== 1 || part.method !== "llama_adapter" || part.gate !== "head" || part.join !== "before") {
     throw new Error("this page runs one llama_adapter with a gate per head; the file holds something else");
   }
-  if ((part.layers ?? L) !== L) throw new Error(`the adapter is for the top ${part.layers} layers; this page adapts all ${L}`);
+  if ((part.layers ?? L) !== L)
+    throw new Error(`the adapter is for the top ${part.layers} layers; this page adapts all ${L}`);
   if (globalThis.crypto?.subtle && (await digest(tensors)) !== metadata.numbers_sha256) {
     throw new Error("its numbers are not those that were written: it is damaged, copy it again");
   }
-  const K = part.prompt_length, flat = new Float32Array(L * K * D + L * H), adapter = adapterOf(model, K, flat);
+  const K = part.prompt_length,
+    flat = new Float32Array(L * K * D + L * H),
+    adapter = adapterOf(model, K, flat);
   for (let l = 0; l < L; l++) {
     const place = `layers.${l}.self_attn.llama_adapter`;
     adapter.prompts[l].set(tensors[`${place}.prompt`].data);

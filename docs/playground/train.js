@@ -1,8 +1,8 @@
-// Training gated prefix attention: the loss, its gradient with respect to prompts and gates alone, and the step of AdamW
-// that minillama/train.py makes. The base's weights are read, never changed. Shapes: see llama.js.
+// Training gated prefix attention: the loss, its gradient with respect to prompts and gates alone, and the step of
+// AdamW that minillama/train.py makes. The base's weights are read, never changed. Shapes: see llama.js.
 //
-// The backward pass walks the layers from the last to the first. Where the forward pass multiplied by W, it multiplies by
-// Wᵀ (`back`); below the lowest prompts nothing need be known, so it ends there.
+// The backward pass walks the layers from the last to the first. Where the forward pass multiplied by W, it multiplies
+// by Wᵀ (`back`); below the lowest prompts nothing need be known, so it ends there.
 import { dot } from "./matrix.js";
 
 /** The sum of the loss over a batch's answer tokens and its gradient.
@@ -39,7 +39,8 @@ export function lossAndGradient(model, adapter, batch) {
 
     const gradient = new Float32Array(adapter.flat.length), views = adapterOf(model, adapter.K, gradient);
     for (let l = L - 1; l >= 0; l--) {
-      memory.within(() => layerBack(model, l, run, opened, dx, views.prompts[l], views.gates.subarray(l * H, (l + 1) * H)));
+      const dGates = views.gates.subarray(l * H, (l + 1) * H);
+      memory.within(() => layerBack(model, l, run, opened, dx, views.prompts[l], dGates));
     }
     return { loss, count: n, right: batch.length - new Set(rowOf.filter((_, i) => wrong[i])).size, gradient };
   });
@@ -145,7 +146,7 @@ function rmsNormBack(dx, dOut, x, weight, scales, N, D) {
   }
 }
 
-/** AdamW (betas 0.9 and 0.99, no decay), gradients clipped to norm 1, warm-up and half a cosine: train.py's defaults. */
+/** AdamW (betas 0.9 and 0.99, no decay), gradients clipped to norm 1, warm-up and half a cosine, as in train.py. */
 export class AdamW {
   constructor(count, { steps, peak = 0.1, warmup = 0.1, clip = 1 }) {
     Object.assign(this, { steps, peak, warmup, clip, step: 0, m: new Float64Array(count), v: new Float64Array(count) });

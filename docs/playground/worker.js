@@ -12,12 +12,14 @@ const answers = {
     return {};
   },
 
-  /** Loss and gradient over this worker's share of a batch; every example has a seed of its own, so that the batches are
-   *  the same however many workers there are. */
+  /** Loss and gradient over this worker's share of a batch, which must not be empty; every example has a seed of its
+   *  own, so that the batches are the same however many workers there are. */
   step({ adapter, language, seed, step, batch, worker, workers }) {
     const share = [];
-    for (let i = worker; i < batch; i += workers) share.push(example(language, seeded(seed * 1_000_003 + step * 1009 + i)));
-    return share.length ? lossAndGradient(model, adapter, share) : { loss: 0, count: 0, right: 0, gradient: new Float32Array(adapter.flat.length) };
+    for (let i = worker; i < batch; i += workers) {
+      share.push(example(language, seeded(seed * 1_000_003 + step * 1009 + i)));
+    }
+    return lossAndGradient(model, adapter, share);
   },
 
   /** How many of this worker's share of unseen dates are answered to the letter. */

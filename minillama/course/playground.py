@@ -26,6 +26,7 @@ from .notebooks import ROOT
 
 FOLDER = ROOT / "docs/playground"
 MODEL = ("matrix.js", "llama.js", "train.js", "dates.js", "safetensors.js")
+PAGE = ("draw.js", "run.js", "common.js", "shown.js", "learn.js", "page.js")
 LANGUAGES = ("fr", "fi", "de", "es")  # whose adapters the page brings
 
 
@@ -59,7 +60,7 @@ def page():
     html = (FOLDER / "index.html").read_text(encoding="utf-8")
     style = f"<style>\n{(FOLDER / 'style.css').read_text(encoding='utf-8')}</style>"
     brought = json.dumps(assets()).replace("</", "<\\/")
-    program = script(*MODEL, "draw.js", "run.js", "page.js")
+    program = script(*MODEL, *PAGE)
     scripts = f"<script>globalThis.ASSETS = {brought};</script>\n<script>\n{program}</script>"
     for place, content in (
         ('<link rel="stylesheet" href="style.css">', style),
@@ -149,7 +150,7 @@ def greedy(name, count=50, shown=4):
 
 def fixtures():
     """What PyTorch computes, for tests/test_playground.py: greedy answers, the losses of 40 training steps on given
-    batches, and the gradient at open gates, where they ended."""
+    batches, and the gradient at gates drawn from N(0, 1/4)."""
     torch.set_num_threads(1)
     made = {"answers": {name or "base": greedy(name) for name in (None, "fr", "fi")}}
     model, tokenizer = load("dates-llama", torch.float32)
@@ -161,8 +162,10 @@ def fixtures():
     history = train(model, tokenizer, pairs, steps=40, batch_size=16, learning_rate=0.1, seed=0, progress=False)
     losses = [round(record["loss"], 6) for record in history]
     made["training"] = {"start": start, "batches": some, "losses": losses}
-    ids, labels = data.collate(some[0], tokenizer)
-    loss = answer_loss(model, ids, labels)  # as trained: every gate is open
+    model.zero_grad()
+    for layer in model.layers:  # half open, half learned: a gradient that is not small
+        layer.self_attn.gate.data.normal_(std=0.5)
+    loss = answer_loss(model, *data.collate(some[0], tokenizer))
     loss.backward()
     made["gradient"] = {"at": numbers(*flat(model)), "is": numbers(*flat(model, lambda parameter: parameter.grad))}
     return made | {"loss": loss.item()}
