@@ -46,7 +46,7 @@ def test_its_requirements_are_pinned_with_a_reason():
 
 
 def test_a_docstring_becomes_markdown():
-    """Prose stays prose, though it holds what Markdown or HTML would take for theirs; drawings and examples are code."""
+    """Prose stays prose, though it holds what Markdown or HTML take for theirs; drawings and examples are code."""
     text = "ids -> <end>, a * b, $x$.\n\n    x ──▶ y\n\n>>> 1 + 1\n2\n\nEnd."
     shown = site.as_markdown(text)
     assert shown.startswith(r"ids -> \<end>, a \* b, \$x\$.") and "\n    x ──▶ y\n" in shown
@@ -82,7 +82,8 @@ LOOK = """() => ({
     broken: document.querySelectorAll(".katex-error").length,
     dollars: [...document.querySelectorAll("article p, article li, article td")].flatMap((e) => [...e.childNodes])
         .filter((n) => n.nodeType === 3 && /\\$[^$]+\\$/.test(n.data)).map((n) => n.data.trim().slice(0, 80)),
-    bars: [...document.querySelectorAll("article p")].map((e) => e.textContent).filter((t) => /^\\|.*\\|\\s*\\|/.test(t)),
+    bars: [...document.querySelectorAll("article p")].map((e) => e.textContent)
+        .filter((text) => /^\\|.*\\|\\s*\\|/.test(text)),
     figures: document.querySelectorAll("article img").length,
     ground: getComputedStyle(document.body).backgroundColor,
 })"""
@@ -115,7 +116,9 @@ def test_every_page_in_a_browser(tmp_path):
 
         for path in sorted(out.rglob("*.html")):
             page.goto(path.as_uri(), wait_until="load")
-            if path.name != "playground.html":
+            if path.name == "playground.html":
+                page.wait_for_selector("html[data-ready=yes]", timeout=60_000)
+            else:
                 page.evaluate(DECODE)
             grounds = []
             for scheme in ("light", "dark"):

@@ -50,7 +50,7 @@ async function open() {
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  later();
+  if (state.adapter) later(); // not before there is something to draw
   drawRuns();
 }
 
@@ -62,7 +62,7 @@ async function start() {
   dark.onchange = () => parent === window && setTheme(dark.matches ? "dark" : "light");
   $("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   addEventListener("resize", () => {
-    later();
+    if (state.adapter) later(); // not before there is something to draw
     drawRuns();
   });
 

@@ -138,7 +138,8 @@ export function draw() {
   drawAttention($("attention"), seen.heads, seen.seen);
   $("attention-caption").textContent =
     `Each row is a head, while the model writes “${letter(seen.now.ids[place])}”, ` +
-    `character ${place + 1} of its answer. Left, what it takes from each prompt (orange adds, purple subtracts); right, where it looks in the text.`;
+    `character ${place + 1} of its answer. Left, what it takes from each prompt (orange adds, purple subtracts); ` +
+    "right, where it looks in the text.";
   $("attention-words").textContent = inWords(seen);
   tellHeight();
 }
