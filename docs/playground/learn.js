@@ -10,8 +10,8 @@ import { addAdapter, setAdapter, setFactors, setText } from "./shown.js";
 
 /** Each step: a sentence, the answer that this tab computes for it now, and a button that sets the page so. */
 export function tour({ telling, layer }) {
-  const french = adapters.fr,
-    closed = allAt(1).map((factor, i) => (Math.floor(i / H) === layer.layer ? 0 : factor));
+  const french = adapters.fr;
+  const closed = allAt(1).map((factor, i) => (Math.floor(i / H) === layer.layer ? 0 : factor));
   const steps = [
     {
       say: "The base knows English, and nothing changes it from here on: its 791,680 weights are frozen.",
@@ -42,8 +42,8 @@ export function tour({ telling, layer }) {
     },
   ];
   const items = steps.map(({ say, text, factors }) => {
-    const { ids } = answer(text, french, factors),
-      mark = verdict(ids, truth(text, READ));
+    const { ids } = answer(text, french, factors);
+    const mark = verdict(ids, truth(text, READ));
     const shown = element(
       "code",
       {},
@@ -96,8 +96,8 @@ function openPool() {
 
 /** Trains one run, or two side by side, tests before and after, and keeps the adapters. */
 export async function train({ language, steps, starts, dates = 200, seed = 0 }) {
-  const name = languageName(language),
-    days = [30_000, 44_259, 61_234];
+  const name = languageName(language);
+  const days = [30_000, 44_259, 61_234];
   const texts = days.map((day, i) => written(day, FORMATS[2 - i], language));
   if (!READ.includes(language)) READ.push(language);
   stopped = false;
@@ -108,12 +108,13 @@ export async function train({ language, steps, starts, dates = 200, seed = 0 }) 
     Object.assign(new Run(model, open, { language, steps, seed, gate }), { name: `gates from ${gate}` }),
   );
   $("progress").textContent = "testing the base …";
-  const before = await runs[0].test(dates, true),
-    started = performance.now();
+  const before = await runs[0].test(dates, true);
+  const started = performance.now();
+  drawRuns();
   for (let step = 0; step < steps && !stopped; step++) {
     for (const run of runs) await run.step();
-    const seconds = (performance.now() - started) / 1000,
-      now = runs.map((run) => run.history[step].loss.toFixed(3)).join(" and ");
+    const seconds = (performance.now() - started) / 1000;
+    const now = runs.map((run) => run.history[step].loss.toFixed(3)).join(" and ");
     $("progress").textContent =
       `step ${step + 1} of ${steps} · loss ${now} · ${seconds.toFixed(0)} s · ${open.workers.length} workers`;
     const tenth = step % 10 === 9 || step === steps - 1;
@@ -132,15 +133,15 @@ export async function train({ language, steps, starts, dates = 200, seed = 0 }) 
       await new Promise((resolve) => setTimeout(resolve)); // lets the page live
     }
   }
-  const seconds = (performance.now() - started) / 1000,
-    after = [];
+  const seconds = (performance.now() - started) / 1000;
+  const after = [];
   for (const run of runs) after.push(await run.test(dates));
   runs.forEach((run, i) => {
     const from = starts[i] ? `, gates from ${starts[i]}` : "";
     addAdapter(`${language}-${starts[i]}`, `${name}, learned here${from}`, run.adapter);
   });
-  const percent = (share) => `${(100 * share).toFixed(1)} %`,
-    taken = runs[0].history.length;
+  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+  const taken = runs[0].history.length;
   const learned = runs.map((run, i) => `${percent(after[i])} with ${run.name}`).join(" and ");
   $("result").textContent =
     `${name}, ${dates} dates never trained on: ${percent(before)} before; after ${taken} steps of 16 in ` +

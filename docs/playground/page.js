@@ -4,20 +4,8 @@ import { LLaMA } from "./llama.js";
 import { AdamW, adapterOf, lossAndGradient } from "./train.js";
 import { decode, encode, languageName, written } from "./dates.js";
 import { readAdapter, readSafetensors, writeAdapter } from "./safetensors.js";
-import {
-  $,
-  adapters,
-  answer,
-  ASSETS,
-  bytes,
-  element,
-  kernel,
-  LANGUAGES,
-  model,
-  options,
-  state,
-  weights,
-} from "./common.js";
+import { $, adapters, answer, ASSETS, bytes, element } from "./common.js";
+import { kernel, LANGUAGES, model, options, state, weights } from "./common.js";
 import { addAdapter, draw, gateSliders, later, look, setAdapter, setFactors, setText } from "./shown.js";
 import { drawRuns, tour, train, trainOrStop } from "./learn.js";
 

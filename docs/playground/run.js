@@ -4,8 +4,8 @@ import { AdamW, newAdapter } from "./train.js";
 /** Workers that each hold a model; `ask` sends a task to all and waits for all their answers. */
 export class Pool {
   static async open(script, count, { config, weights, kernel }) {
-    const url = URL.createObjectURL(new Blob([script], { type: "text/javascript" })),
-      pool = new Pool();
+    const url = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
+    const pool = new Pool();
     pool.workers = Array.from({ length: count }, () => new Worker(url));
     pool.waiting = new Map();
     pool.next = 0;
@@ -57,11 +57,11 @@ export class Run {
 
   /** One step of AdamW; its record joins the history. */
   async step() {
-    const { language, seed, batch, K, flat } = this,
-      step = this.history.length;
+    const { language, seed, batch, K, flat } = this;
+    const step = this.history.length;
     const parts = await this.pool.ask({ task: "step", flat, K, language, seed, step, batch });
-    const count = total(parts, "count"),
-      gradient = new Float64Array(flat.length);
+    const count = total(parts, "count");
+    const gradient = new Float64Array(flat.length);
     for (const part of parts) for (let i = 0; i < gradient.length; i++) gradient[i] += part.gradient[i] / count;
     const norm = this.optimizer.update(flat, gradient);
     const { gates } = this.adapter;

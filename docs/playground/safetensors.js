@@ -7,11 +7,15 @@ import { adapterOf } from "./train.js";
 export function readSafetensors(buffer) {
   const length = buffer.byteLength < 8 ? Infinity : Number(new DataView(buffer).getBigUint64(0, true));
   if (length > buffer.byteLength - 8) throw new Error("this is no safetensors file, or a part of one");
-  const { __metadata__: metadata = {}, ...header } = JSON.parse(
-    new TextDecoder().decode(buffer.slice(8, 8 + length)),
-  );
+  let header;
+  try {
+    header = JSON.parse(new TextDecoder().decode(buffer.slice(8, 8 + length)));
+  } catch {
+    throw new Error("its header is no JSON: this is no safetensors file, or a damaged one");
+  }
+  const { __metadata__: metadata = {}, ...entries } = header;
   const tensors = {};
-  for (const [name, { dtype, shape, data_offsets }] of Object.entries(header)) {
+  for (const [name, { dtype, shape, data_offsets }] of Object.entries(entries)) {
     if (dtype !== "F32") throw new Error(`${name} is ${dtype}; needed is F32`);
     const [start, end] = data_offsets.map((offset) => 8 + length + offset);
     if (end > buffer.byteLength) throw new Error(`${name} ends behind the file: it is cut off, copy it again`);
@@ -22,15 +26,15 @@ export function readSafetensors(buffer) {
 
 /** The bytes of a .safetensors file. */
 export function writeSafetensors(tensors, metadata) {
-  const header = { __metadata__: metadata },
-    names = Object.keys(tensors).sort();
+  const header = { __metadata__: metadata };
+  const names = Object.keys(tensors).sort();
   let end = 0;
   for (const name of names) {
     const { shape, data } = tensors[name];
     header[name] = { dtype: "F32", shape, data_offsets: [end, (end += data.byteLength)] };
   }
-  const json = new TextEncoder().encode(JSON.stringify(header)),
-    padded = (json.length + 7) & ~7;
+  const json = new TextEncoder().encode(JSON.stringify(header));
+  const padded = (json.length + 7) & ~7;
   const file = new Uint8Array(8 + padded + end).fill(32, 8, 8 + padded);
   new DataView(file.buffer).setBigUint64(0, BigInt(padded), true);
   file.set(json, 8);
@@ -51,8 +55,8 @@ async function digest(tensors) {
   }
   const parts = [];
   for (const name of Object.keys(tensors).sort()) {
-    const { shape, data } = tensors[name],
-      tuple = shape.length === 1 ? `${shape[0]},` : shape.join(", ");
+    const { shape, data } = tensors[name];
+    const tuple = shape.length === 1 ? `${shape[0]},` : shape.join(", ");
     parts.push(`${name} torch.float32 (${tuple})`, data);
   }
   const bytes = new Uint8Array(await new Blob(parts).arrayBuffer());
@@ -86,14 +90,14 @@ export async function writeAdapter({ K, prompts, gates }, { L, H, D }, fingerpri
 
 /** The adapter in a file that minillama or this page wrote; throws a sentence where the page cannot run it. */
 export async function readAdapter(buffer, model, fingerprint) {
-  const { tensors, metadata } = readSafetensors(buffer),
-    { L, H, D } = model;
+  const { tensors, metadata } = readSafetensors(buffer);
+  const { L, H, D } = model;
   if (!metadata.adapter_config)
     throw new Error("this file is no adapter of minillama's: `adapt` writes one, and this page");
   if (!sameBase(metadata.base_fingerprint ?? "", fingerprint))
     throw new Error("this adapter was trained on another base");
-  const { parts = [] } = JSON.parse(metadata.adapter_config),
-    [part] = parts;
+  const { parts = [] } = JSON.parse(metadata.adapter_config);
+  const [part] = parts;
   if (parts.length !== 1 || part.method !== "llama_adapter" || part.gate !== "head" || part.join !== "before") {
     throw new Error("this page runs one llama_adapter with a gate per head; the file holds something else");
   }
@@ -102,13 +106,16 @@ export async function readAdapter(buffer, model, fingerprint) {
   if (globalThis.crypto?.subtle && (await digest(tensors)) !== metadata.numbers_sha256) {
     throw new Error("its numbers are not those that were written: it is damaged, copy it again");
   }
-  const K = part.prompt_length,
-    flat = new Float32Array(L * K * D + L * H),
-    adapter = adapterOf(model, K, flat);
+  const K = part.prompt_length;
+  const flat = new Float32Array(L * K * D + L * H);
+  const adapter = adapterOf(model, K, flat);
   for (let l = 0; l < L; l++) {
     const place = `layers.${l}.self_attn.llama_adapter`;
-    adapter.prompts[l].set(tensors[`${place}.prompt`].data);
-    adapter.gates.set(tensors[`${place}.gate`].data, l * H);
+    for (const [name, to] of [["prompt", adapter.prompts[l]], ["gate", adapter.gates.subarray(l * H, (l + 1) * H)]]) {
+      const { data } = tensors[`${place}.${name}`] ?? { data: [] };
+      if (data.length !== to.length) throw new Error(`${place}.${name} has ${data.length} numbers; needed are ${to.length}`);
+      to.set(data);
+    }
   }
   return Object.assign(adapter, { tanh: part.tanh });
 }

@@ -1,47 +1,32 @@
 // What the page shows of its state: the answer, the gates, the attention; and what changes that state.
 import { encode, truth } from "./dates.js";
 import { drawAttention, letter } from "./draw.js";
-import {
-  $,
-  adapters,
-  allAt,
-  answer,
-  element,
-  H,
-  ids,
-  kernel,
-  L,
-  model,
-  READ,
-  state,
-  tellHeight,
-  V,
-  verdict,
-} from "./common.js";
+import { $, adapters, allAt, answer, element, H, ids, kernel } from "./common.js";
+import { L, model, READ, state, tellHeight, V, verdict } from "./common.js";
 
 /** All that the page shows of its state. */
 export function look({ text, adapter, factors, place }) {
-  const started = performance.now(),
-    used = adapters[adapter],
-    prompt = ids(text);
-  const now = answer(text, used, factors),
-    base = answer(text, null);
-  const whole = [...prompt, ...now.ids.slice(0, -1)],
-    T = whole.length;
+  const started = performance.now();
+  const used = adapters[adapter];
+  const prompt = ids(text);
+  const now = answer(text, used, factors);
+  const base = answer(text, null);
+  const whole = [...prompt, ...now.ids.slice(0, -1)];
+  const T = whole.length;
   const at = prompt.length - 1 + Math.min(place, now.ids.length - 1); // where the chosen character is written
   const reference = model.memory.within(() => {
     const { x, N } = model.forward([whole]);
     return model.logits(x, N).slice();
   });
   return model.memory.within(() => {
-    const opened = model.open(used, factors),
-      run = model.forward([whole], { adapter: opened, keep: true }),
-      { K } = used;
-    const logits = model.logits(run.x, T),
-      bits = (array) => new Uint32Array(array.buffer, array.byteOffset, array.length);
+    const opened = model.open(used, factors);
+    const run = model.forward([whole], { adapter: opened, keep: true });
+    const { K } = used;
+    const logits = model.logits(run.x, T);
+    const bits = (array) => new Uint32Array(array.buffer, array.byteOffset, array.length);
     const [mine, theirs] = [bits(logits), bits(reference)];
-    let differ = 0,
-      furthest = 0;
+    let differ = 0;
+    let furthest = 0;
     for (let i = 0; i < mine.length; i++) {
       differ += mine[i] !== theirs[i];
       furthest = Math.max(furthest, Math.abs(logits[i] - reference[i]));
@@ -49,8 +34,8 @@ export function look({ text, adapter, factors, place }) {
     const heads = [];
     for (let layer = 0; layer < L; layer++) {
       for (let head = 0; head < H; head++) {
-        const { onTokens, onPrompts } = run.layers[layer],
-          row = head * T + at;
+        const { onTokens, onPrompts } = run.layers[layer];
+        const row = head * T + at;
         heads.push({
           layer,
           head,
@@ -60,8 +45,8 @@ export function look({ text, adapter, factors, place }) {
         });
       }
     }
-    const seen = whole.slice(0, at + 1),
-      milliseconds = performance.now() - started;
+    const seen = whole.slice(0, at + 1);
+    const milliseconds = performance.now() - started;
     return {
       text,
       now,
@@ -83,12 +68,12 @@ const probability = (logits, id) => 1 / logits.reduce((sum, logit) => sum + Math
 
 /** The characters of an answer; those that can be chosen are buttons, among which the arrow keys move. */
 function boxes(host, { ids, logits }, right, chosen = null) {
-  const wanted = right && encode(`${right}\n`),
-    focused = host.contains(document.activeElement);
+  const wanted = right && encode(`${right}\n`);
+  const focused = host.contains(document.activeElement);
   host.replaceChildren(
     ...ids.map((id, i) => {
-      const share = probability(logits[i], id),
-        name = `${letter(id)}, ${(100 * share).toFixed(1)} %`;
+      const share = probability(logits[i], id);
+      const name = `${letter(id)}, ${(100 * share).toFixed(1)} %`;
       const box = element(chosen === null ? "span" : "button", {
         className: "box",
         textContent: letter(id),
@@ -113,8 +98,8 @@ function boxes(host, { ids, logits }, right, chosen = null) {
 }
 
 export function draw() {
-  const seen = look(state),
-    place = Math.min(state.place, seen.now.ids.length - 1);
+  const seen = look(state);
+  const place = Math.min(state.place, seen.now.ids.length - 1);
   boxes($("answer"), seen.now, seen.right, place);
   boxes($("base"), seen.base, seen.right);
   for (const [id, { ids }] of [
@@ -123,9 +108,9 @@ export function draw() {
   ]) {
     $(id).textContent = $(id).className = verdict(ids, seen.right);
   }
-  const number = (value) => value.toLocaleString("en"),
-    compared = number(seen.compared),
-    same = seen.differ === 0;
+  const number = (value) => value.toLocaleString("en");
+  const compared = number(seen.compared);
+  const same = seen.differ === 0;
   $("identity").className = same ? "same" : "";
   $("identity").textContent = same
     ? `The base, bit for bit: of ${compared} logits (${seen.compared / V} places × ${V}), 0 differ in any bit.`
@@ -148,9 +133,9 @@ function inWords({ heads, seen }) {
   const most = (list) => list.indexOf(Math.max(...list));
   const taking = heads.map(({ opening, prompts }) => Math.abs(opening) * Math.max(...prompts));
   const looking = heads.map(({ tokens }) => Math.max(...tokens));
-  const taker = heads[most(taking)],
-    looker = heads[most(looking)],
-    at = most([...looker.tokens]);
+  const taker = heads[most(taking)];
+  const looker = heads[most(looking)];
+  const at = most([...looker.tokens]);
   const amount = (taker.opening < 0 ? "−" : "") + Math.max(...taking).toFixed(2);
   const certain = (100 * Math.max(...looking)).toFixed(0);
   return (
