@@ -8,7 +8,7 @@
 // that it may see; D model width, F width of the MLP, H query heads, G key/value heads, d head width, K prompt tokens,
 // V vocabulary, L layers. An array is flat, the last letter runs fastest: q (N, H·d) has head h of token t from
 // (t·H + h)·d.
-import { dot } from "./matrix.js";
+import { addTo, dot } from "./matrix.js";
 
 export class LLaMA {
   /** config: Hugging Face's config.json.  tensors: {name: {shape, data}} (safetensors.js).
@@ -128,11 +128,11 @@ export class LLaMA {
         for (let s = 0; s < seen; s++) sum += weights[row + s] = Math.exp(weights[row + s] - most);
         mean.fill(0);
         for (let s = 0; s < seen; s++) {
-          const weight = (weights[row + s] /= sum);
-          for (let i = 0, from = s * G * d + group; i < d; i++) mean[i] += weight * v[from + i];
+          weights[row + s] /= sum;
+          addTo(mean, 0, weights[row + s], v, s * G * d + group, d);
         }
         weights.fill(0, row + seen, row + S);
-        if (openings) for (let i = 0; i < d; i++) y[at + i] += openings[h] * mean[i];
+        if (openings) addTo(y, at, openings[h], mean, 0, d);
         else y.set(mean, at);
       }
     }

@@ -92,3 +92,13 @@ export function dot(a, i, b, j, count) {
   }
   return s0 + s1 + (s2 + s3);
 }
+
+/** a[i + n] += factor · b[j + n] over n < count, a multiple of 4. */
+export function addTo(a, i, factor, b, j, count) {
+  for (const end = i + count; i < end; i += 4, j += 4) {
+    a[i] += factor * b[j];
+    a[i + 1] += factor * b[j + 1];
+    a[i + 2] += factor * b[j + 2];
+    a[i + 3] += factor * b[j + 3];
+  }
+}

@@ -65,14 +65,14 @@ async function digest(tensors) {
 }
 
 /** The file of an adapter, for `minillama.load_adapter(model, folder)`. */
-export async function writeAdapter({ K, prompts, gates }, { L, H, D }, fingerprint) {
+export async function writeAdapter({ K, prompts, gates, tanh }, { L, H, D }, fingerprint) {
   const tensors = {};
   for (let l = 0; l < L; l++) {
     const place = `layers.${l}.self_attn.llama_adapter`;
     tensors[`${place}.prompt`] = { shape: [K, D], data: prompts[l] };
     tensors[`${place}.gate`] = { shape: [H, 1, 1], data: gates.slice(l * H, (l + 1) * H) };
   }
-  const options = { prompt_length: K, layers: null, gate: "head", tanh: true, join: "before", init: "normal" };
+  const options = { prompt_length: K, layers: null, gate: "head", tanh, join: "before", init: "normal" };
   const config = {
     peft_type: "MINILLAMA",
     parts: [{ method: "llama_adapter", ...options }],
@@ -113,7 +113,8 @@ export async function readAdapter(buffer, model, fingerprint) {
     const place = `layers.${l}.self_attn.llama_adapter`;
     for (const [name, to] of [["prompt", adapter.prompts[l]], ["gate", adapter.gates.subarray(l * H, (l + 1) * H)]]) {
       const { data } = tensors[`${place}.${name}`] ?? { data: [] };
-      if (data.length !== to.length) throw new Error(`${place}.${name} has ${data.length} numbers; needed are ${to.length}`);
+      const numbers = `${place}.${name} has ${data.length} numbers; needed are ${to.length}`;
+      if (data.length !== to.length) throw new Error(numbers);
       to.set(data);
     }
   }

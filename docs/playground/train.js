@@ -3,7 +3,7 @@
 //
 // The backward pass walks the layers from the last to the first. Where the forward pass multiplied by W, it multiplies
 // by Wᵀ (`back`); below the lowest prompts nothing need be known, so it ends there.
-import { dot } from "./matrix.js";
+import { addTo, dot } from "./matrix.js";
 
 /** The sum of the loss over a batch's answer tokens and its gradient.
  *
@@ -125,11 +125,10 @@ function attendBack({ H, G, d }, weights, from, dy, to, T, S, openings = null, d
       if (openings) dOpenings[h] += mean;
       for (let s = 0; s < seen; s++) {
         const weight = opening * weights[row + s], dScore = weight * (dWeights[s] - mean) * root;
-        for (let i = 0, key = s * G * d + group; i < d; i++) {
-          to.v[key + i] += weight * dy[at + i];
-          to.k[key + i] += dScore * from.q[at + i];
-          to.q[at + i] += dScore * from.k[key + i];
-        }
+        const key = s * G * d + group;
+        addTo(to.v, key, weight, dy, at, d);
+        addTo(to.k, key, dScore, from.q, at, d);
+        addTo(to.q, at, dScore, from.k, key, d);
       }
     }
   }
