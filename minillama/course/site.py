@@ -113,15 +113,15 @@ def contents(lessons):
 
 
 def code(pages):
-    """The list of all modules, each with its first sentence."""
+    """The list of all modules, each with its docstring's first paragraph."""
     rows = []
     for name, page in pages.items():
         docstring = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8"))) or ""
-        first = as_markdown(re.split(r"(?<=[.:])\s", docstring)[0].replace("\n", " ").replace("|", "\\|"))
-        rows.append(f"| [`{name}`]({page}) | {first} |")
+        first = " ".join(docstring.split("\n\n")[0].split())
+        rows.append(f"- [`{name}`]({page}): {as_markdown(first)}")
     modules = [(str(page.with_suffix("")), name.removeprefix("minillama/")) for name, page in pages.items()]
-    table = ["# The code", "", "Docstrings and source of each module, made from the files.", "", "| | |", "|---|---|"]
-    return "\n".join([*table, *rows, "", toctree(modules)])
+    head = "# The code\n\nDocstrings and source of each module, made from the files.\n\n"
+    return head + "\n".join(rows) + "\n\n" + toctree(modules)
 
 
 ALONE = '<p><a href="playground.html">On a page of its own</a></p>'
