@@ -74,7 +74,7 @@ export function tour({ telling, layer }) {
     $("train").click();
   };
   const say =
-    "None of this is a film. In a hundred steps a new adapter learns French in this tab: its gates begin at 0, so " +
+    "None of this is a film. In 150 steps a new adapter learns French in this tab: its gates begin at 0, so " +
     "that the first step starts from the base and moves only the gates. Begin them at 1 and see what the zero is for.";
   const lastStep = element("li", {}, say, element("div", { className: "shown" }, train));
   $("tour").replaceChildren(...items, lastStep);
@@ -162,7 +162,7 @@ export async function trainOrStop() {
   const starts = { 0: [0], 1: [1], race: [0, 1] }[$("start").value];
   $("train").textContent = "stop";
   try {
-    await train({ language, steps: Math.max(1, Math.min(2000, Math.round(+$("steps").value || 100))), starts });
+    await train({ language, steps: Math.max(1, Math.min(2000, Math.round(+$("steps").value || 150))), starts });
   } catch (error) {
     $("progress").textContent = "";
     $("result").textContent = error.message;

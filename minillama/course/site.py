@@ -29,7 +29,8 @@ SITE = ROOT / "docs/site"
 ROOMS = ("", "adapters", "checkpoints")  # whose modules have a page; the course's hold the exercises' answers
 BESIDE = {
     "docs/teaching": "For who teaches", "docs/adapters": "All methods", "docs/results": "Results",
-    "docs/performance": "Speed", "docs/reliability": "What is promised", "code": "The code",
+    "docs/performance": "Speed", "docs/reliability": "What is promised", "docs/playground/README": "The playground",
+    "code": "The code",
 }  # fmt: skip
 KERNEL = re.compile(r"\(The slider needs a running kernel\.[^)]*\)")
 HERE = (
@@ -76,11 +77,12 @@ def lay_out(stage):
         write(stage / page, api(name))
     for path in lessons:
         write(stage / "lessons" / path.name, json.dumps(lesson(path, pages)))
-    for path in (ROOT / "docs").iterdir():
+    for path in [*(ROOT / "docs").iterdir(), playground.FOLDER / "README.md"]:
+        to = path.relative_to(ROOT)
         if path.suffix in (".png", ".svg", ".json", ".jsonl"):
-            shutil.copy(path, stage / "docs")
+            shutil.copy(path, stage / to)
         elif path.suffix == ".md":
-            write(stage / "docs" / path.name, links(path.read_text(encoding="utf-8"), "docs", pages))
+            write(stage / to, links(path.read_text(encoding="utf-8"), to.parent, pages))
     for name, folder, at in (("lessons/README.md", "lessons", "lessons/README.md"), ("README.md", "", "index.md")):
         text = links((ROOT / name).read_text(encoding="utf-8"), folder, pages)
         write(stage / at, text if folder else text + contents(lessons))
