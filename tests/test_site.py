@@ -133,10 +133,11 @@ def test_every_page_in_a_browser(tmp_path):
                 assert seen["figures"] == figures(source) and seen["formulas"] >= formulas(source), (path, seen)
             assert not wrong, (path, wrong)
 
-        search = (out / "search.html").as_uri() + "?" + urllib.parse.urlencode({"q": "rotary"})
-        page.goto(search)
-        page.wait_for_selector("#search-results li a", timeout=30_000)
-        assert "01_base_models" in page.locator("#search-results").inner_html()
+        for word, place in (("ScienceQA", "lessons/03_llama_adapter.html"), ("load_adapter", "storage.load_adapter")):
+            page.goto((out / "search.html").as_uri() + "?" + urllib.parse.urlencode({"q": word}))
+            finished = "document.querySelector('.search-summary')?.textContent.includes('finished')"
+            page.wait_for_function(finished, timeout=60_000)
+            assert place in page.locator("#search-results").inner_html()
 
         page.emulate_media(color_scheme="light")
         for path in find(("00", "03")):

@@ -75,9 +75,9 @@ export function tour({ telling, layer }) {
   };
   const say =
     "None of this is a film. In 150 steps a new adapter learns French in this tab: its gates begin at 0, so that the " +
-    "first step starts from the base and moves only the gates. You can race it against gates begun at 1. On this small " +
-    "base both arrive, at 98 % after 100 steps (three seeds each); a real LLaMA in lesson 08 reaches 99 % from 0 and " +
-    "at most 31 % from 1.";
+    "first step starts from the base and moves only the gates. You can race it against gates begun at 1. On this " +
+    "small base both arrive, at 98 % after 100 steps (three seeds each); a real LLaMA in lesson 08 reaches 99 % from " +
+    "0 and at most 31 % from 1.";
   const lastStep = element("li", {}, say, element("div", { className: "shown" }, train));
   $("tour").replaceChildren(...items, lastStep);
 }
