@@ -123,6 +123,8 @@ def test_every_page_in_a_browser(tmp_path):
             grounds = []
             for scheme in ("light", "dark"):
                 page.emulate_media(color_scheme=scheme)
+                if path.name == "playground.html":
+                    page.wait_for_selector(f"html[data-theme={scheme}]", timeout=30_000)
                 seen = page.evaluate(LOOK)
                 grounds.append(seen["ground"])
                 assert seen["width"] <= 390, f"{path.relative_to(out)} is {seen['width']} wide, {scheme}"
