@@ -8,6 +8,7 @@ html_extra_path = ["_extra"]  # the playground and the notebooks, as they are
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_copy_source = False
+html_show_search_summary = False  # it would be fetched, which a page in a folder may not
 html_show_sphinx = False
 html_show_copyright = False
 pygments_style, pygments_dark_style = "tango", "github-dark"
