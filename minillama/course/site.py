@@ -57,7 +57,14 @@ def build(out):
         ).parent  # its program, not the script that starts it
         path = os.pathsep.join(map(str, (node / "bin", node, os.environ["PATH"])))
         sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", f"{folder}/doctrees"]
-        done = subprocess.run([*sphinx, stage, out], env=os.environ | {"PATH": path}, capture_output=True, text=True)
+        done = subprocess.run(
+            [*sphinx, stage, out],
+            stdin=subprocess.DEVNULL,
+            timeout=600,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise FileError(f"Sphinx: {(done.stderr.strip() or done.stdout.strip() or 'it failed').splitlines()[0]}")
     return follow(out)
