@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "time a training step beside the PEFT library's",
     "zero-init": "run the paper's ablation, a gate begun at 0 and at 1, on a real model",
     "models": "list what can be opened: sizes, memory, licences, and what is on this machine",
+    "site": "build the course as a website",
     "check": "look whether everything is in place",
 }
 

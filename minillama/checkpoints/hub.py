@@ -137,13 +137,15 @@ def smollm2():
     return path
 
 
+def cache():
+    """The folder for what is fetched once: MINILLAMA_CACHE, or minillama in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MINILLAMA_CACHE") or Path(home) / "minillama")
+
+
 def kept_gguf():
     """Where the GGUF file of the wheel is kept."""
-    home = (
-        os.environ.get("MINILLAMA_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama"
-    )
-    return Path(home) / GGUF
+    return cache() / GGUF
 
 
 def wheel_gguf():
