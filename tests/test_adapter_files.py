@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import SHAPE, make, open_gates
-from methods import CASES
+from methods import CASES, adapted, show
 from safetensors.torch import load_file, save_file
 
 import minillama
@@ -103,11 +103,11 @@ PAIRS = [
 @torch.no_grad()
 @pytest.mark.parametrize("case", NATIVE, ids=str)
 def test_round_trip(model, ids, case, tmp_path):
-    expected = open_gates(adapt(model, **(CASES[case][0] if isinstance(case, str) else case)))(ids)
+    expected = open_gates(adapted(model, case))(ids)
     parts = model.adapters["default"]
     save_adapter(model, tmp_path)
     delete_adapter(model)
-    load_adapter(model, tmp_path, name="again")
+    show(load_adapter(model, tmp_path, name="again"))
     # a rank-r path of a fused GPT-2 matrix comes back as paths of a greater rank: the same but for rounding
     exact = not (isinstance(model, minillama.GPT2) and parts[0]["method"] in ("lora", "dora"))
     far = (model(ids) - expected).abs().max()

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import SHAPE, make, open_gates
+from methods import adapted
 
 import minillama
 from minillama import ByteTokenizer, adapt, data
@@ -239,7 +240,7 @@ def test_mean_loss_weighs_every_answer_token_alike(model):
 @pytest.mark.parametrize("kind", ("grouped", "gpt2"))
 def test_checkpointing_gives_the_same_gradients_and_keeps_less(kind, method, ids):
     torch.manual_seed(0)
-    model = open_gates(adapt(make(kind), method))
+    model = open_gates(adapted(make(kind), dict(method=method)))
     measured, hooks = [], torch.autograd.graph.saved_tensors_hooks
     for block in (contextlib.nullcontext, lambda: checkpointed(model)):
         kept = []
