@@ -42,6 +42,7 @@ METHODS = {
     "dora": dora,
     "image_prompt": image_prompt,
 }
+TEXT_METHODS = tuple(name for name in METHODS if name != "image_prompt")  # those that learn from text alone
 
 
 def learning_rate(method, real=False):

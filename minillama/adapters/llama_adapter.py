@@ -33,7 +33,7 @@ GATES, JOINS, INITS = ("head", "layer", "feature"), ("before", "after", "unproje
 # What the known implementations compute, as options of `attach`; prompts are N(0, 1) and gates 0 in all of them.
 PRESETS = {
     "paper": dict(gate="head", tanh=True, join="before"),  # and its official training code
-    "lit_llama": dict(gate="head", tanh=False, join="before"),  # and the official inference code
+    "lit_llama": dict(gate="head", tanh=False, join="before"),  # and official inference; lit-llama skips 2 layers
     "peft": dict(gate="layer", tanh=False, join="after"),  # PEFT on LLaMA and Mistral
     "peft_gpt2": dict(gate="layer", tanh=False, join="unprojected"),  # PEFT on GPT-2
 }

@@ -54,5 +54,6 @@ def gathered(features, device=None):
 
 
 def shown_by(model):
-    """For `around` of train.train and exact_match: shows each row (prompt, answer, features) its picture."""
-    return lambda rows: seeing(model, [row[2] for row in rows])
+    """For `around` of train.train and exact_match: shows each row (prompt, answer, features) its picture, and a pair
+    (prompt, answer) nothing."""
+    return lambda rows: seeing(model, [row[2] if len(row) > 2 else None for row in rows])

@@ -324,3 +324,21 @@ def scale_figure(scales, title):
 def thinned(values):
     """One value in how many to draw: enough of them for the eye, and a small file."""
     return max(1, len(values) // 64)
+
+
+def pictures_figure(pictures, said, title):
+    """Pictures (n, h, w) in two columns, with what was said of each: (prompt, answer, whether it is right)."""
+    n, (h, w) = len(pictures), pictures.shape[1:]
+    rows, columns = (-(-n // 2), 2) if w > 3 * h else (-(-n // 5), 5)
+    with matplotlib.rc_context(PLAIN):
+        size = (9, 0.95 * rows + 0.5) if columns == 2 else (11, 2.5 * rows + 0.5)
+        figure = Figure(figsize=size, layout="constrained")
+        places = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, picture, (prompt, answer, right) in zip(places, pictures, said):
+            axes.imshow(picture, cmap="Greys", vmin=0, vmax=1)
+            axes.set_title(f"{prompt}{answer}{'' if right else '  ✗'}", fontsize=10, color=INK if right else GATE)
+            axes.set(xticks=[], yticks=[])
+        for axes in list(places)[n:]:
+            axes.axis("off")
+        figure.suptitle(title, x=0.01, ha="left")
+    return figure
