@@ -20,7 +20,8 @@ from .predictions import EARLIER, Question, judge_prediction
 
 __all__ = ["Exercise", "Mistake", "Piece", "Question", "Verdict", "Wrong", "catalogue", "check", "exercises"]
 
-TOPICS = ("tour", "base_models", "prefix_tuning", "llama_adapter", "ia3", "bottleneck", "lora", "comparison")
+TOPICS = ("tour", "base_models", "prefix_tuning", "llama_adapter", "ia3", "bottleneck", "lora", "comparison",
+          "image_prompt")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Lesson 10: adaptations to pictures, the same from several seeds, which head looks at which digit, and a pad to draw on.
+"""Lesson 10: adaptations to pictures, from several seeds, which head looks at which digit, and a pad to draw on.
 
 `python -m minillama.course.lessons.sees docs/handwriting.jsonl` makes the runs that the lesson only reads, a line each;
 begun again it goes on with those that are missing.
@@ -14,10 +14,8 @@ import torch
 
 from ... import data, vision
 from ...adapters import adapt, adapter_parameters, gates
-from ...adapters.llama_adapter import opening
-from ...adapters.seeing import seeing, shown_by
-from ...train import answers, exact_match, train
-from .looking import attention_inputs
+from ...adapters.seeing import shown_by
+from ...train import exact_match, train
 from .runs import DRAWING, Adaptation, base, one_thread_each
 
 ROOT = Path(__file__).parents[3]
