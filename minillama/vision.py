@@ -114,9 +114,9 @@ def draw_pages(days, seed=0):
     def ink(low, high):
         return low + (high - low) * torch.rand(len(days), 42, 4, 4, generator=g)
 
-    page = there[..., None, None] * smudge * ink(0.2, 0.9) + marked[..., None, None] * ring * ink(0.2, 1.0)
+    page = there[..., None, None] * smudge * ink(0.25, 0.6) + marked[..., None, None] * ring * ink(0.4, 1.0)
     page = page.view(-1, 6, 7, 4, 4).transpose(2, 3).reshape(-1, 24, 28)
-    return (page + 0.15 * torch.randn(page.shape, generator=g)).clamp(0, 1)
+    return (page + 0.1 * torch.randn(page.shape, generator=g)).clamp(0, 1)
 
 
 def examples(task, days, count, train, seed=0):

@@ -27,4 +27,18 @@ from .lora import first_steps, lora_started, multiplications
 from .prefix_tuning import counted, loss_curve, starts_table
 from .real_model import BAD, GOOD, HELD_TEXTS, peft_answers, smollm2, zero_init_runs
 from .runs import adaptation, base, begun, distances, judged, mean_match, over_seeds, scaled
+from .sees import (
+    encoder,
+    exchanged,
+    glances,
+    is_date,
+    own_digit,
+    pad,
+    read_alone,
+    reading_figure,
+    side_by_side_sighted,
+    sighted,
+    stored_runs,
+    unseen,
+)
 from .shown import matches_table, percent, show, table
