@@ -133,6 +133,10 @@ def train(
             with arithmetic, checkpointed(model) if checkpointing else contextlib.nullcontext():
                 hidden, targets, rows = answer_hidden(model, ids, labels)
                 loss, wrong = head_loss(model, hidden, targets)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss depends on nothing that is trained: a method for pictures needs some, `around`"
+                )
             weight = distributed.weight(batch, len(targets))  # 1 where this process is alone
             optimizer.zero_grad()
             (loss * weight).backward()  # within `around`, since checkpointed layers are computed again here
