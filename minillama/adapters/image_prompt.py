@@ -70,12 +70,14 @@ class ImageAttention(AdaptedAttention):
 
 def attach(
     model, features: int = 64, tokens: int = 8, way: str = "places", prompt_length: int | None = None,
-    layers: int | None = None, gate: str = "head", tanh: bool = True, encoder: str = "handwriting",
+    layers: int | None = None, gate: str = "head", tanh: bool = True, spread: float = 0.3, encoder: str = "handwriting",
 ):  # fmt: skip
     """Wraps `self_attn` of the top `layers` (None: of all). Freezes nothing.
 
     features F and tokens N: what the encoder gives of a picture.  way: see above.  prompt_length: K, for "global" alone
-    (None: 10), for "places" it is N.  encoder: the name of what made the features, kept for whoever opens the adapter.
+    (None: 10), for "places" it is N.  spread: prompts are drawn from N(0, spread²); with 1, as llama_adapter has it, one
+    seed of three read 86.6 % of the handwriting, with 0.3 96.8 %.  encoder: the name of what made the features, kept
+    for whoever opens the adapter.
     """
     if way not in WAYS:
         raise ValueError(f"way is {way!r}; it can be {' or '.join(map(repr, WAYS))}")
@@ -89,7 +91,8 @@ def attach(
     chosen, inputs = top_layers(model, layers), features if way == "places" else tokens * features
     D, device = chosen[0].self_attn.width, next(chosen[0].parameters()).device
     projection = nn.Linear(inputs, D, device=device)
-    nn.init.normal_(projection.weight, std=inputs**-0.5)  # a visual token is as large as a prompt
+    nn.init.normal_(projection.weight, std=inputs**-0.5)  # visual tokens of unit variance
     nn.init.zeros_(projection.bias)
     for layer in chosen:
         layer.self_attn = ImageAttention(layer.self_attn, projection, tokens, way, K, gate, tanh)
+        layer.self_attn.prompt.data *= spread
