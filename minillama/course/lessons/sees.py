@@ -41,10 +41,13 @@ field.dispatchEvent(new Event('input', {bubbles: true})); field.dispatchEvent(ne
 </canvas>"""
 ROOT = Path(__file__).parents[3]
 RATE = 0.1  # of all runs
-# (task, way, steps, gate at the start): what the stored runs compare, each from three seeds
+NAMES = ("task", "way", "steps", "gate", "spread")
+# (task, way, steps, gate at the start, spread of the prompts): what the stored runs compare, each from three seeds
 STORED = (
-    ("handwriting", "places", 400, 0.0), ("calendar", "global", 400, 0.0), ("handwriting", "global", 400, 0.0),
-    ("handwriting", "places", 400, 1.0), ("handwriting", "global", 1500, 0.0), ("calendar", "global", 400, 1.0),
+    ("handwriting", "places", 400, 0.0, 0.3), ("handwriting", "places", 400, 1.0, 0.3),
+    ("handwriting", "places", 400, 0.0, 1.0), ("handwriting", "global", 400, 0.0, 0.3),
+    ("handwriting", "global", 2000, 0.0, 0.3), ("calendar", "global", 400, 0.0, 0.3),
+    ("calendar", "global", 400, 1.0, 0.3), ("calendar", "places", 400, 0.0, 0.3),
 )  # fmt: skip
 
 
@@ -60,13 +63,13 @@ def unseen(task, count=500):
     return vision.see(encoder(task), rows, pictures), pictures
 
 
-def sighted(task, way, *, steps=400, batch_size=32, learning_rate=RATE, seed=0, gate=0.0, test_dates=500):
+def sighted(task, way, *, steps=400, batch_size=32, learning_rate=RATE, seed=0, gate=0.0, spread=0.3, test_dates=500):
     """An Adaptation of dates-llama to the pictures of a task. gate: where tanh's argument begins."""
     model, tokenizer = copy.deepcopy(base(dtype=torch.float32)[0]), base(dtype=torch.float32)[1]
     shape = vision.TASKS[task]
     with DRAWING, torch.no_grad():
         torch.manual_seed(seed)
-        adapt(model, "image_prompt", way=way, tokens=shape.tiles, features=shape.features, encoder=task)
+        adapt(model, "image_prompt", way=way, tokens=shape.tiles, features=shape.features, spread=spread, encoder=task)
         for name, parameter in adapter_parameters(model).items():
             if name.endswith("gate"):
                 parameter.fill_(gate)
@@ -87,11 +90,11 @@ def side_by_side_sighted(*settings):
 
 
 def stored_runs(path=ROOT / "docs/handwriting.jsonl"):
-    """{(task, way, steps, gate): [one run for each seed]} of the runs made before."""
+    """{(task, way, steps, gate, spread): [one run for each seed]} of the runs made before."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
-        found.setdefault((run["task"], run["way"], run["steps"], run["gate"]), []).append(run)
+        found.setdefault(tuple(run[name] for name in NAMES), []).append(run)
     return found
 
 
@@ -196,21 +199,20 @@ def pad(model, tokenizer):
     return ipywidgets.VBox([canvas, answer, clear, text])
 
 
-def main(path):
+def main(path, *seeds):
     path = Path(path)
-    done = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    done = {(r["task"], r["way"], r["steps"], r["gate"], r["seed"]) for r in map(json.loads, done)}
+    done = stored_runs(path) if path.exists() else {}
     for setting in STORED:
-        for seed in range(3):
-            if (*setting, seed) in done:
+        for seed in map(int, seeds or (0, 1, 2)):
+            if any(run["seed"] == seed for run in done.get(setting, ())):
                 continue
-            task, way, steps, gate = setting
-            run = sighted(task, way, steps=steps, gate=gate, seed=seed)
+            task, way, steps, gate, spread = setting
+            run = sighted(task, way, steps=steps, gate=gate, spread=spread, seed=seed)
             losses = [round(record["loss"], 4) for record in run.history[9::10]]
-            line = dict(task=task, way=way, steps=steps, gate=gate, seed=seed, parameters=run.parameters)
+            line = dict(zip(NAMES, setting)) | dict(seed=seed, parameters=run.parameters, match=run.match)
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line | dict(match=run.match, losses=losses)) + "\n")
+                file.write(json.dumps(line | dict(losses=losses)) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
