@@ -187,7 +187,7 @@ def test_measured_runtimes_fit_a_course_hour():
     seconds = {path.name[:2]: notebook.metadata["minillama"]["seconds"] for path, notebook in STORED.items()}
     real = seconds.pop("08")  # a real model, and two minutes of training
     most = seconds.pop("07")  # fifteen runs of one task and five more
-    assert max(seconds.values()) < 75 and most < 100 and sum(seconds.values()) < 7 * 60 and real < 6 * 60, seconds
+    assert max(seconds.values()) < 75 and most < 100 and sum(seconds.values()) < 9 * 60 and real < 6 * 60, seconds
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """Pictures: what is shown reaches its own row and nothing else, encoders and digits are split and frozen, files of a
 reader become pictures. (The contract of every method holds image_prompt too: test_methods.py, test_mixed.py …)"""
 
+import base64
+import io
+
 import numpy
 import pytest
 import torch
@@ -14,6 +17,7 @@ from minillama.adapters import adapter_parameters, base_tensors
 from minillama.adapters.image_prompt import ImageAttention
 from minillama.adapters.seeing import shown_by
 from minillama.checkpoints.images import read_image
+from minillama.course import lessons
 from minillama.train import answers, exact_match, train
 
 WAYS = ("places", "global")
@@ -218,3 +222,20 @@ def test_a_task_is_learned_and_a_file_is_read(task, prompt, tmp_path):
     image = ["--adapter", "here", "--image", "here/example.png"]
     code, out, err = inside("generate", *image, *prompt, cwd=tmp_path)
     assert code == 0 and len(out.splitlines()[-1].partition(" = ")[2]) == 10, out + err
+
+
+def test_what_is_drawn_on_the_pad_is_read():
+    """The kernel's side: the canvas sends a PNG through a hidden text field."""
+    model, tokenizer = minillama.load("dates-llama")
+    pad = lessons.pad(adapt(model, "image_prompt"), tokenizer)
+    canvas, answer, clear, field = pad.children
+    large = 255 * torch.ones(96, 640, dtype=torch.uint8)
+    for count, words in ((3, "shows 3 strokes"), (8, "? = <b>")):
+        for i in range(count):
+            large[20:80, 80 * i + 30 : 80 * i + 40] = 0  # ones
+        buffer = io.BytesIO()
+        Image.fromarray(large.numpy()).save(buffer, format="png")
+        field.value = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        assert words in answer.value
+    clear.click()
+    assert field.value == "" and "canvas" in canvas.value
