@@ -342,7 +342,7 @@ def pictures_figure(pictures, said, title):
         figure = Figure(figsize=size, layout="constrained")
         places = figure.subplots(rows, columns, squeeze=False).flat
         for axes, picture, (prompt, answer, right) in zip(places, pictures, said):
-            axes.imshow(picture, cmap="Greys", vmin=0, vmax=1)
+            axes.imshow(picture, cmap="Greys", interpolation="none", vmin=0, vmax=1)
             between = "" if columns == 2 else "\n"  # five stand side by side
             mark = "" if right else "  ✗"
             axes.set_title(f"{prompt}{between}{answer}{mark}", fontsize=10, color=INK if right else GATE)
@@ -363,9 +363,11 @@ def reading_figure(picture, effect, weights, characters, rows, title):
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         left, right = figure.subfigures(1, 2, width_ratios=(1.05, 1))
         top, large = left.subplots(2, 1, height_ratios=(1, 5.2))
-        top.imshow(picture, cmap="Greys", vmin=0, vmax=1, aspect="auto", extent=(-0.5, N - 0.5, 1, 0))
+        top.imshow(
+            picture, cmap="Greys", interpolation="none", vmin=0, vmax=1, aspect="auto", extent=(-0.5, N - 0.5, 1, 0)
+        )
         top.set(xlim=(-0.5, N - 0.5), title="what each character depends on")
-        large.imshow(effect, aspect="auto", cmap="Purples", vmin=0, vmax=1)
+        large.imshow(effect, aspect="auto", cmap="Purples", interpolation="none", vmin=0, vmax=1)
         large.set(xticks=range(N), xticklabels=range(1, N + 1), xlabel="the digit that is exchanged", yticks=range(T))
         large.set_yticklabels(characters, fontsize=13)
         large.set_ylabel("the character that is written")
@@ -375,7 +377,7 @@ def reading_figure(picture, effect, weights, characters, rows, title):
                     color = "white" if effect[t, n] > 0.6 else INK
                     large.text(n, t, f"{100 * effect[t, n]:.0f}", ha="center", va="center", color=color, fontsize=9)
         for i, axes in enumerate(right.subplots(-(-R // 4), 4, sharex=True, sharey=True).flat):
-            axes.imshow(weights[i], aspect="auto", cmap="Oranges", vmin=0, vmax=1)
+            axes.imshow(weights[i], aspect="auto", cmap="Oranges", interpolation="none", vmin=0, vmax=1)
             axes.set_title(rows[i], fontsize=8.5)
             edged(axes)
         right.suptitle("where each head looks meanwhile (its softmax)", fontsize=10.5)
@@ -391,10 +393,10 @@ def tiles_figure(images, maps, names, title):
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         places = figure.subplots(rows, n)
         for column in range(n):
-            places[0, column].imshow(images[column], cmap="Greys", vmin=0, vmax=1)
+            places[0, column].imshow(images[column], cmap="Greys", interpolation="none", vmin=0, vmax=1)
             places[0, column].set_title(names[column], fontsize=10, loc="center")
             for row in range(1, rows):
-                places[row, column].imshow(maps[column, row - 1], cmap="Oranges")
+                places[row, column].imshow(maps[column, row - 1], cmap="Oranges", interpolation="none")
         for axes in places.flat:
             edged(axes)
         for row, label in enumerate(("picture", *(f"filter {i}" for i in range(1, rows)))):
