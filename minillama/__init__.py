@@ -16,6 +16,7 @@ from .adapters import (
     merge,
     mixed,
     save_adapter,
+    seeing,
     set_adapter,
     trainable_parameters,
     unmerge,
@@ -32,5 +33,5 @@ from .train import answer_loss
 __all__ = [
     "GPT2", "LLaMA", "ByteTokenizer", "Cache", "FileError", "GPT2Config", "LLaMAConfig", "adapt", "answer_loss",
     "delete_adapter", "disabled", "generate", "left_pad", "load", "load_adapter", "merge", "mixed", "save",
-    "save_adapter", "set_adapter", "trainable_parameters", "unmerge",
+    "save_adapter", "seeing", "set_adapter", "trainable_parameters", "unmerge",
 ]  # fmt: skip

@@ -117,10 +117,11 @@ def encode(pairs, tokenizer, max_length=None, chat=False):
 
     Where the two together are longer than max_length, the prompt loses its beginning, for its end is what the answer
     follows; an answer that leaves no room for one token of the prompt loses its end.
-    chat: the prompt is a question, put into the tokenizer's chat template.  Pairs of ids are returned as they are.
+    chat: the prompt is a question, put into the tokenizer's chat template.  Pairs of ids are returned as they are, and
+    what stands third in a row, such as a picture, stays there.
     """
     rows, end = [], [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    for prompt, answer in pairs:
+    for prompt, answer, *picture in pairs:
         if isinstance(answer, str):
             prompt = tokenizer.question(prompt) if chat else tokenizer.encode(prompt)
             answer = tokenizer.encode(answer)
@@ -128,7 +129,7 @@ def encode(pairs, tokenizer, max_length=None, chat=False):
             if max_length is not None:
                 answer = answer[: max_length - 1]
                 prompt = prompt[-(max_length - len(answer)) :]
-        rows.append((prompt, answer))
+        rows.append((prompt, answer, *picture))
     return rows
 
 
@@ -139,9 +140,9 @@ def collate(pairs, tokenizer, multiple=1):
     Padding on the right of a causal model needs no mask: no real token sees it.
     """
     rows = encode(pairs, tokenizer)
-    T = -(-max(len(prompt) + len(answer) for prompt, answer in rows) // multiple) * multiple
+    T = -(-max(len(prompt) + len(answer) for prompt, answer, *_ in rows) // multiple) * multiple
     ids, labels = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), IGNORED)
-    for i, (prompt, answer) in enumerate(rows):
+    for i, (prompt, answer, *_) in enumerate(rows):
         ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     return ids, labels

@@ -1,5 +1,4 @@
-"""One loop for pre-training and adaptation, and the two measures: the loss on answers,
-and exact match by generation."""
+"""One loop for pre-training and adaptation, and the two measures: the loss on answers, exact match by generation."""
 
 import contextlib
 import functools
@@ -90,7 +89,7 @@ def learning_rate_at(step, steps, peak, warmup):
 def train(
     model, tokenizer, pairs, *, steps=300, batch_size=16, learning_rate=1e-2, warmup=0.1, weight_decay=0.0, clip=1.0,
     seed=0, autocast=None, checkpointing=False, compiled=False, bucket=16, pack=None, watch=None, progress=True,
-    keeper=None,
+    keeper=None, around=contextlib.nullcontext,
 ):  # fmt: skip
     """Trains whatever requires gradients on pairs (prompt, answer) and returns the history: a dict of numbers per step.
 
@@ -100,7 +99,8 @@ def train(
     `checkpointed`.  compiled: each layer by torch.compile, its rows padded to a multiple of 64, so that few lengths are
     compiled for.  bucket: see data.batches.  pack: tokens of a row into which several examples are put, none of which
     sees another; batch_size counts rows then.  watch: called as watch(model) -> dict after every step, its entries join
-    the history.  keeper: of a run that may be killed and go on, checkpoints/progress.py.
+    the history.  keeper: of a run that may be killed and go on, checkpoints/progress.py.  around: around(rows) gives
+    the context in which these pairs are computed, such as one that shows them pictures (adapters/seeing.py).
     Raises ValueError where nothing can be trained, and where the loss, a gradient or a parameter is no number any more.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -113,8 +113,8 @@ def train(
         )
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate is {learning_rate}; needed is a number above 0")
-    if pack is not None and any(hasattr(part, "soft_prompt") for part in model.modules()):
-        raise ValueError("a soft prompt stands before a row's first text alone, not before each: train without pack")
+    if pack is not None and any(hasattr(part, "soft_prompt") or hasattr(part, "seen") for part in model.modules()):
+        raise ValueError("a soft prompt, or a picture, is a row's and not a text's: train without pack")
     device = trained[0].device
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     arithmetic = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
@@ -141,12 +141,15 @@ def train(
         made = collate(mine, tokenizer, multiple) if pack is None else collate_packed(mine, pack)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
-        with arithmetic, checkpointed(model) if checkpointing else contextlib.nullcontext():
-            hidden, targets, which = answer_hidden(model, *(tensor.to(device) for tensor in made))
-            loss, wrong = head_loss(model, hidden, targets)
-        weight = distributed.weight(batch, len(targets))  # 1 where this process is alone
-        optimizer.zero_grad()
-        (loss * weight).backward()
+        with around(mine):
+            with arithmetic, checkpointed(model) if checkpointing else contextlib.nullcontext():
+                hidden, targets, which = answer_hidden(model, *(tensor.to(device) for tensor in made))
+                loss, wrong = head_loss(model, hidden, targets)
+            if not loss.requires_grad:
+                raise ValueError("the loss depends on nothing that is trained: pictures come in by `around`")
+            weight = distributed.weight(batch, len(targets))  # 1 where this process is alone
+            optimizer.zero_grad()
+            (loss * weight).backward()  # within `around`, since checkpointed layers are computed again here
         whole = torch.zeros(count(mine), device=device).index_add_(0, which, wrong.float()) == 0
         loss, right = distributed.summed(trained, loss.detach() * weight, whole.sum().float() * (weight > 0))
         norm = torch.nn.utils.clip_grad_norm_(trained, clip)
@@ -180,28 +183,29 @@ def train(
     return history
 
 
-def answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=256):
-    """What the model writes behind each prompt (a text, or its ids), greedily,
-    up to and with the end token: strings."""
+def answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=256, around=contextlib.nullcontext):
+    """What the model writes behind each prompt, greedily, up to and with the end token: strings.
+
+    A prompt is a text, its ids, or a row (prompt, answer, ...) of data; around(rows): as in `train`."""
     device, written = next(model.parameters()).device, []
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
-        rows = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in some]
-        ids, mask = (tensor.to(device) for tensor in left_pad(rows))
-        new = generate(model, ids, max_new_tokens, stop=tokenizer.eos_id, attention_mask=mask)[:, ids.shape[1] :]
-        for row in new.tolist():
+        texts = [row[0] if isinstance(row, tuple) else row for row in some]
+        ids, mask = left_pad([tokenizer.encode(text) if isinstance(text, str) else text for text in texts])
+        with around(some):
+            out = generate(model, ids.to(device), max_new_tokens, stop=tokenizer.eos_id, attention_mask=mask.to(device))
+        for row in out[:, ids.shape[1] :].tolist():
             end = row.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in row else len(row)
             written.append(tokenizer.decode(row[:end]))
     return written
 
 
-def exact_match(model, tokenizer, pairs, batch_size=256):
-    """The share of pairs (prompt, answer) that the model, generating on its own, answers to the letter
-    and ends there."""
+def exact_match(model, tokenizer, pairs, batch_size=256, around=contextlib.nullcontext):
+    """The share of pairs (prompt, answer) that the model answers to the letter, generating; around: as in `train`."""
     rows = sorted(encode(pairs, tokenizer), key=lambda row: len(row[0]))
-    longest = max(len(answer) for _, answer in rows)
-    written = answers(model, tokenizer, [prompt for prompt, _ in rows], longest, batch_size)
-    return sum(text.startswith(tokenizer.decode(answer)) for (_, answer), text in zip(rows, written)) / len(rows)
+    longest = max(len(row[1]) for row in rows)
+    written = answers(model, tokenizer, rows, longest, batch_size, around)
+    return sum(text.startswith(tokenizer.decode(row[1])) for row, text in zip(rows, written)) / len(rows)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from conftest import left_padded, make, open_gates
 
 import minillama
 from minillama import Cache, adapt
-from minillama.adapters import adapter_parameters, base_tensors, outermost
+from minillama.adapters import adapter_parameters, base_tensors, outermost, wrappers
 from minillama.adapters.merging import Merged
 
 LENGTHS = [9, 4, 6]  # of the rows of `ids`, when padded on the left
@@ -34,6 +34,11 @@ CASES = {
     "lora": (dict(method="lora", rank=3, alpha=5.0), ("B",)),
     "lora everywhere": (dict(method="lora", rank=2, alpha=3.0, targets=EVERY), ("B",)),
     "dora": (dict(method="dora", rank=3, alpha=5.0), ("B", "magnitude")),
+    "image_prompt": (dict(method="image_prompt", tokens=4, features=6), ("gate",)),
+    "image_prompt, global": (
+        dict(method="image_prompt", tokens=2, features=6, way="global", prompt_length=3),
+        ("gate",),
+    ),
     "houlsby": (dict(method="bottleneck", size=5), ("up.weight", "up.bias")),
     "pfeiffer": (dict(method="bottleneck", reduction=8, place="pfeiffer"), ("up.weight", "up.bias")),
     "seq_bn": (
@@ -48,6 +53,23 @@ CASES = {
 }
 
 
+def show(model, rows=slice(0, 3)):
+    """Shows every adapter that takes pictures one for each row but the second, which is text alone; the model."""
+    for _, wrapper in wrappers(model):
+        if hasattr(wrapper, "seen"):
+            features = wrapper.projection.in_features // (1 if wrapper.way == "places" else wrapper.tokens)
+            drawn = torch.randn(3, wrapper.tokens, features, generator=torch.Generator().manual_seed(3))
+            shown = torch.tensor([1.0, 0.0, 1.0])[:, None, None, None]
+            wrapper.seen = (drawn * shown[..., 0])[rows], shown[rows]
+    return model
+
+
+def adapted(model, case, name="default"):
+    """The model with the adapter of a case, and pictures before its eyes where it takes them."""
+    arguments = CASES[case][0] if isinstance(case, str) else case
+    return show(adapt(model, **arguments, name=name))
+
+
 def builder(kind, case, **changes):
     """build(state): the same random base each time, plain (None), freshly adapted,
     or with every adapter number random."""
@@ -59,7 +81,7 @@ def builder(kind, case, **changes):
         if state is None:
             return model
         torch.manual_seed(1)
-        adapt(model, **{**arguments, **changes})
+        adapted(model, {**arguments, **changes})
         return open_gates(model) if state == "open" else model
 
     build.first = first
@@ -91,6 +113,7 @@ def reference_logits(model, ids, real):
     weight = base_tensors(model) | own
     llama = isinstance(model, minillama.LLaMA)
     before = part.get("prefix_length", 0)  # tokens that stand before the words
+    seen = next((wrapper.seen for _, wrapper in wrappers(model) if hasattr(wrapper, "seen")), None)
 
     def bottleneck(place, x):
         gelu, relu = lambda z: z / 2 * (1 + torch.erf(z / math.sqrt(2))), lambda z: z.clamp(min=0)
@@ -139,8 +162,11 @@ def reference_logits(model, ids, real):
         if llama:
             q, k = norm(f"{place}.q_norm", q), norm(f"{place}.k_norm", k)
         if f"{place}.prompt" in own:
-            pk, pv = (linear(f"{place}.{name}", own[f"{place}.prompt"]) for name in ("k_proj", "v_proj"))
-            pk = norm(f"{place}.k_norm", pk) if llama else pk
+            prompts = [own[f"{place}.prompt"]] * len(x)
+            if seen:
+                w, b = (own[f"layers.0.self_attn.projection.{n}"] for n in ("weight", "bias"))  # all layers' own
+                one = part["way"] == "global"  # one vector for all prompts
+                prompts = [p + (f.reshape(1, -1) if one else f).double() @ w.T + b for p, f in zip(prompts, seen[0])]
             gate = own[f"{place}.gate"].tanh() if part["tanh"] else own[f"{place}.gate"]
             gate = gate.expand(H, 1, d)
         y = torch.zeros_like(q)
@@ -163,8 +189,10 @@ def reference_logits(model, ids, real):
                     )
                 y[b, words, of_q] = (scale * query @ key.T).masked_fill(hidden, -math.inf).softmax(-1) @ value
                 if f"{place}.prompt" in own:
+                    pk, pv = (linear(f"{place}.{name}", prompts[b]) for name in ("k_proj", "v_proj"))
+                    pk = norm(f"{place}.k_norm", pk) if llama else pk
                     on_prompts = (scale * query @ pk[:, of_k].T).softmax(-1) @ pv[:, of_k]
-                    y[b, words, of_q] += gate[h] * on_prompts
+                    y[b, words, of_q] += gate[h] * on_prompts * (float(seen[1][b]) if seen else 1)
         return linear(f"{place}.o_proj", y)
 
     def mlp(place, x):

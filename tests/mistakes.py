@@ -9,6 +9,7 @@ from minillama.course.exercises import TOPICS
 CASE_OF = {  # the edited module -> the case in methods.CASES whose checks it must fail
     "llama_adapter": "llama_adapter", "llama_adapter_v2": "v2", "prefix_tuning": "prefix_tuning",
     "prompt_tuning": "prompt_tuning", "ia3": "ia3", "lora": "lora", "bottleneck": "houlsby", "dora": "dora",
+    "image_prompt": "image_prompt",
 }  # fmt: skip
 
 topics = [importlib.import_module(f"minillama.course.exercises.{topic}") for topic in TOPICS]

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from conftest import KINDS, make, open_gates, rotated
-from methods import CASES
+from methods import CASES, adapted, show
 from safetensors.torch import load_file, save_file
 from test_models import GROUPED, build
 
@@ -100,11 +100,11 @@ PAIRS = [
 def test_round_trip(kind, ids, case, tmp_path):
     torch.manual_seed(0)
     model = make(kind)
-    expected = open_gates(adapt(model, **(CASES[case][0] if isinstance(case, str) else case)))(ids)
+    expected = open_gates(adapted(model, case))(ids)
     parts = model.adapters["default"]
     save_adapter(model, tmp_path)
     delete_adapter(model)
-    load_adapter(model, tmp_path, name="again")
+    show(load_adapter(model, tmp_path, name="again"))
     # a rank-r path of a fused GPT-2 matrix comes back as paths of a greater rank: the same but for rounding
     exact = not (isinstance(model, minillama.GPT2) and parts[0]["method"] in ("lora", "dora"))
     far = (model(ids) - expected).abs().max()

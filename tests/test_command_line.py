@@ -15,7 +15,7 @@ from conftest import SHAPE
 from safetensors.torch import load_file
 
 from minillama.__main__ import COMMANDS, main
-from minillama.adapters import METHODS
+from minillama.adapters import TEXT_METHODS
 from minillama.checkpoints import BASES, load, save
 
 
@@ -139,7 +139,7 @@ def test_compare_draws_and_prints(tmp_path):
     assert all(word in out for word in ("llama_adapter", "full", "base"))
     assert (tmp_path / "here/comparison.png").exists()
     rows = json.loads((tmp_path / "here/comparison.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["base", *METHODS, "full"]
+    assert [row["method"] for row in rows] == ["base", *TEXT_METHODS, "full"]
     assert all(len(row["matches"]) == 1 for row in rows)
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import KINDS, SHAPE, make, open_gates, rotated
-from methods import CASES, builder
+from methods import CASES, adapted, builder
 
 import minillama
 from minillama import ByteTokenizer, adapt, data
@@ -241,7 +241,7 @@ def test_mean_loss_weighs_every_answer_token_alike(model):
 @pytest.mark.parametrize("kind", ("grouped", "gpt2"))
 def test_checkpointing_gives_the_same_gradients_and_keeps_less(kind, method, ids):
     torch.manual_seed(0)
-    model = open_gates(adapt(make(kind), method))
+    model = open_gates(adapted(make(kind), dict(method=method)))
     measured, hooks = [], torch.autograd.graph.saved_tensors_hooks
     for block in (contextlib.nullcontext, lambda: checkpointed(model)):
         kept = []
@@ -541,5 +541,5 @@ def test_a_packed_run_trains_as_the_batch_apart(monkeypatch):
         assert packed["loss"] == pytest.approx(apart["loss"], rel=1e-5) and packed["accuracy"] == apart["accuracy"]
         assert packed["examples_per_second"] * packed["seconds"] == pytest.approx(40 * packed["step"])
     prompted = minillama.adapt(minillama.load("dates-llama")[0], "prompt_tuning")
-    with pytest.raises(ValueError, match="a soft prompt stands before a row's first text alone"):
+    with pytest.raises(ValueError, match="a soft prompt, or a picture, is a row's"):
         train(prompted, TOKENIZER, pairs, pack=128)

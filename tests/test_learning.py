@@ -5,12 +5,12 @@ import torch
 
 import minillama
 from minillama import data
-from minillama.adapters import METHODS, learning_rate
+from minillama.adapters import TEXT_METHODS, learning_rate
 from minillama.train import exact_match, train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TEXT_METHODS)
 def test_method_learns_french(method):
     model, tokenizer = minillama.load("dates-llama")
     size = sum(parameter.numel() for parameter in model.parameters())

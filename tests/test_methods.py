@@ -6,7 +6,7 @@ import pathlib
 import pytest
 import torch
 from conftest import KINDS, RELATIVES, open_gates, rotated
-from methods import CASES, builder, check_closed, check_open, check_two_steps, checks, fails
+from methods import CASES, adapted, builder, check_closed, check_open, check_two_steps, checks, fails
 from mistakes import CASE_OF, HARMLESS, PLANTED, case_of, plant
 
 import minillama
@@ -87,7 +87,7 @@ def test_a_module_planted_unedited_is_caught_in_nothing(module, ids, monkeypatch
 @pytest.mark.parametrize("case", CASES)
 def test_disabled_is_the_base_bit_for_bit_and_ends(model, case, ids):
     base = model(ids)
-    opened = open_gates(adapt(model, **CASES[case][0]))(ids)
+    opened = open_gates(adapted(model, case))(ids)
     assert not torch.equal(opened, base)
     with disabled(model):
         assert torch.equal(model(ids), base)
@@ -334,5 +334,7 @@ def test_module_imports_torch_alone(name):
         for node in ast.walk(tree)
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }
-    assert {module.partition(".")[0] for module in imported} <= {"torch", "math", "copy"}
+    assert {module.partition(".")[0] for module in imported} <= {"torch", "math", "copy"} | (
+        {"llama_adapter"} if name == "image_prompt" else set()
+    )
     assert len(pathlib.Path(METHODS[name].__file__).read_text().splitlines()) <= 230

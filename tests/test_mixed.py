@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import KINDS, make
-from methods import CASES, LENGTHS, run
+from methods import CASES, LENGTHS, adapted, run, show
 
 import minillama
 from minillama import adapt, data, delete_adapter, disabled, load_adapter, merge, mixed, save_adapter, set_adapter
@@ -17,7 +17,7 @@ def two_adapters(model, first, second):
     with torch.no_grad():
         for name, cases in (("one", first), ("two", second)):
             for case in cases:
-                adapt(model, **CASES[case][0], name=name)
+                adapted(model, case, name)
             for _, parameter in sorted(adapter_parameters(model, name).items()):
                 parameter.normal_(std=0.3)
     return model
@@ -53,7 +53,7 @@ def test_each_row_as_if_alone(kind, ids, first, second, padded, cached):
     for row, name in enumerate(NAMES):
         set_adapter(model, *[name] if name else [])
         n = LENGTHS[row] if padded else 9
-        alone = model(ids[row : row + 1, 9 - n :])
+        alone = show(model, slice(row, row + 1))(ids[row : row + 1, 9 - n :])
         assert (together[row, 9 - n :] - alone[0]).abs().max() < 1e-5 * max(1, alone.abs().max())
 
 

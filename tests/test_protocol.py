@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import KINDS, SHAPE, make, open_gates, rotated
-from methods import CASES, builder
+from methods import CASES, adapted, builder, show
 from torch import nn
 
 import minillama
@@ -23,7 +23,7 @@ MERGEABLE = [case for case in CASES if builder("llama", case).mergeable]
 
 
 def opened(model, case, name, seed):
-    adapt(model, **CASES[case][0], name=name)
+    adapted(model, case, name)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(adapter_parameters(model, name).items()):
@@ -63,13 +63,13 @@ def test_three_adapters_are_saved_loaded_switched_and_deleted_in_any_order(kind,
     fused = kind == "gpt2" and {"lora", "dora"} & set(three)  # paths come back from the file at a greater rank
     same = (lambda a, b: (a - b).abs().max() < 1e-5 * b.abs().max()) if fused else torch.equal
     for method in reversed(three):
-        load_adapter(fresh, tmp_path / method, method)
+        show(load_adapter(fresh, tmp_path / method, method))
     for method in three:
         assert same(set_adapter(fresh, method)(ids), alone[method])
     delete_adapter(fresh, three[1])
     for method in (three[0], three[2]):
         assert same(set_adapter(fresh, method)(ids), alone[method])
-    load_adapter(fresh, tmp_path / three[1], three[1])
+    show(load_adapter(fresh, tmp_path / three[1], three[1]))
     assert same(set_adapter(fresh, three[1])(ids), alone[three[1]])
     with disabled(fresh):
         assert torch.equal(fresh(ids), base)

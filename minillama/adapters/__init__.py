@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from .. import train
-from . import bottleneck, dora, ia3, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
+from . import bottleneck, dora, ia3, image_prompt, llama_adapter, llama_adapter_v2, lora, prefix_tuning, prompt_tuning
 from .options import accepted, known_options
 
 METHODS = {
@@ -40,7 +40,9 @@ METHODS = {
     "bottleneck": bottleneck,
     "lora": lora,
     "dora": dora,
+    "image_prompt": image_prompt,
 }
+TEXT_METHODS = tuple(name for name in METHODS if name != "image_prompt")  # those that learn from text alone
 
 
 def learning_rate(method, real=False):
@@ -329,5 +331,6 @@ from .merging import is_merged as is_merged  # noqa: E402  (these use the names 
 from .merging import merge as merge  # noqa: E402
 from .merging import unmerge as unmerge  # noqa: E402
 from .mixed import mixed as mixed  # noqa: E402
+from .seeing import seeing as seeing  # noqa: E402
 from .storage import load_adapter as load_adapter  # noqa: E402
 from .storage import save_adapter as save_adapter  # noqa: E402

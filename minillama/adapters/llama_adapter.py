@@ -51,12 +51,11 @@ def gate_shape(gate, num_heads, head_dim):
 
 
 def prefix_attention(q, k, v):
-    """softmax(q kᵀ / √d) v, every query seeing every prompt: q (B, H, T, d), k and v (G, K, d) -> (B, H, T, d)."""
-    (B, H, T, d), G = q.shape, len(k)
+    """softmax(q kᵀ / √d) v, every query seeing every prompt, or its row's: q (B, H, T, d), k and v (G, K, d) or
+    (B, G, K, d) -> (B, H, T, d)."""
+    (B, H, T, d), G = q.shape, k.shape[-3]
     q = q.reshape(B, G, H // G * T, d)  # heads that share a key lie side by side: nothing need be repeated
-    weights = (q @ (k * d**-0.5).mT).softmax(
-        -1
-    )  # (B, G, H/G·T, K); with few keys the plain formula beats the fused kernel
+    weights = (q @ (k * d**-0.5).mT).softmax(-1)  # (B, G, H/G·T, K); few keys: the plain formula beats a fused kernel
     return (weights @ v).reshape(B, H, T, d)
 
 
@@ -69,8 +68,7 @@ class AdaptedAttention(nn.Module):
     """Wraps an attention with the verbs project, keys_values, attend and output; adds the gated term to `attend`.
 
     base: the attention (minillama.attention.Attention, or another wrapper). Its weights are used, never trained here.
-    prompt_length: K.  gate: "head", "layer" or "feature", one number for each.  tanh: squash the gate as the paper
-    does.
+    prompt_length: K.  gate: "head", "layer" or "feature", one number for each.  tanh: squash it, as the paper does.
     join: "before" the output projection, as in the paper; "after", the term sent through it by itself, whose bias,
     where there is one, is then added twice; or "unprojected", the heads put side by side and added to the layer's
     output.
@@ -140,6 +138,21 @@ class AdaptedAttention(nn.Module):
         return out
 
 
+def top_layers(model, layers):
+    """The top `layers` of `model.layers` (None: all), whose `self_attn` a wrapper here can take the place of."""
+    attentions = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", (None,))]
+    if not all(hasattr(attention, verb) for attention in attentions for verb in VERBS):
+        raise ValueError(
+            f"the model has no `layers` whose `self_attn` has the verbs {', '.join(VERBS)}, between which the prompts "
+            "step in: minillama's models have them, and transformers_llama.py gives them to a LLaMA of transformers"
+        )
+    L = len(model.layers)
+    layers = L if layers is None else layers
+    if not isinstance(layers, int) or not 1 <= layers <= L:
+        raise ValueError(f"layers is {layers!r}; the model has {L}, so it can be 1 to {L}")
+    return model.layers[L - layers :]
+
+
 def attach(
     model, prompt_length: int = 10, layers: int | None = None, gate: str = "head", tanh: bool = True,
     join: str = "before", init: str = "normal",
@@ -148,19 +161,9 @@ def attach(
     nothing. init: "normal", prompts from N(0, 1); "input", these times the root mean square of the weight of the norm
     before the attention: as large as the tokens there, which in a pre-trained LLaMA are small (SmolLM2: 0.04 to 0.42).
     """
-    attentions = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", (None,))]
-    if not all(hasattr(attention, verb) for attention in attentions for verb in VERBS):
-        raise ValueError(
-            f"the model has no `layers` whose `self_attn` has the verbs {', '.join(VERBS)}, between which the prompts "
-            "step in: minillama's models have them, and transformers_llama.py gives them to a LLaMA of transformers"
-        )
     if init not in INITS:
         raise ValueError(f"init is {init!r}; it can be {' or '.join(map(repr, INITS))}")
-    L = len(model.layers)
-    layers = L if layers is None else layers
-    if not isinstance(layers, int) or not 1 <= layers <= L:
-        raise ValueError(f"layers is {layers!r}; the model has {L}, so it can be 1 to {L}")
-    for layer in model.layers[-layers:]:
+    for layer in top_layers(model, layers):
         layer.self_attn = AdaptedAttention(layer.self_attn, prompt_length, gate, tanh, join)
         if init == "input":
             if not hasattr(norm := list(layer.input_layernorm.modules())[-1], "weight"):  # under V2 its trained one
@@ -172,8 +175,7 @@ def attach(
 class GatedPrefixAttention(nn.Module):
     """The same in one layer that needs no base: causal self-attention with projections of its own and gated prompts.
 
-    width D, num_heads H, prompt_length K, gate and tanh as above. Every weight is trained, those of the projections
-    too.
+    width D, num_heads H, prompt_length K, gate and tanh as above. Every weight is trained, the projections' too.
     """
 
     def __init__(self, width, num_heads, prompt_length=10, gate="head", tanh=True):

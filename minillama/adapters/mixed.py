@@ -63,7 +63,8 @@ class Router(StandIn):
             for name in dict.fromkeys(names):
                 rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
                 self.names[:] = [name] * len(rows)
-                y = self.run(name, x[rows], *(part(argument, rows, len(x), name) for argument in arguments))
+                with narrowed(self.chain, rows, len(x), name):
+                    y = self.run(name, x[rows], *(part(argument, rows, len(x), name) for argument in arguments))
                 out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
                 out = out.index_copy(0, rows, y)
         finally:
@@ -74,6 +75,19 @@ class Router(StandIn):
         for wrapper in self.chain:
             wrapper.active = wrapper.adapter == name
         return self.base(x, *arguments)
+
+
+@contextlib.contextmanager
+def narrowed(chain, rows, batch, name):
+    """Within the block the wrappers that see a picture for each row (seeing.py) see those of one group."""
+    seen = [(wrapper, wrapper.seen) for wrapper in chain if getattr(wrapper, "seen", None) is not None]
+    try:
+        for wrapper, whole in seen:
+            wrapper.seen = part(whole, rows, batch, name)
+        yield
+    finally:
+        for wrapper, whole in seen:
+            wrapper.seen = whole
 
 
 def part(argument, rows, batch, name):

@@ -2,6 +2,7 @@
 share."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..checkpoints.progress import CHECKPOINT, Keeper, read_settings
 from ..device import pick_device, pick_dtype
 from ..speed import quantize
 from ..train import train
-from .arguments import LEFT_OPEN
+from .arguments import LEFT_OPEN, OF_TASKS
 
 
 def count(parameters):
@@ -60,7 +61,7 @@ def settle(args, model, tokenizer):
     real, weight = is_real(tokenizer), model.embed_tokens.weight
     for name, values in LEFT_OPEN.items():
         if getattr(args, name) is None:
-            setattr(args, name, values[real])
+            setattr(args, name, OF_TASKS.get(getattr(args, "task", None), {}).get(name, values[real]))
     if args.checkpointing is None:  # where memory is dear and arithmetic cheap
         args.checkpointing = real and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
@@ -128,14 +129,14 @@ def prepare(model, tokenizer, method, options, args, seed):
         distributed.shard(model)
 
 
-def teach(model, tokenizer, method, pairs, args, seed, keeping=None):
+def teach(model, tokenizer, method, pairs, args, seed, keeping=None, around=contextlib.nullcontext):
     """Trains a prepared model on pairs; the history."""
     real = is_real(tokenizer)
     rate = adapters.learning_rate(method, real) if args.learning_rate is None else args.learning_rate
     return train(
         model, tokenizer, pairs, steps=args.steps, batch_size=args.batch_size, learning_rate=rate, seed=seed,
         checkpointing=args.checkpointing, compiled=args.compile, bucket=1 if real else 16,
-        pack=getattr(args, "pack", None), watch=adapters.gates, keeper=keeping,
+        pack=getattr(args, "pack", None), watch=adapters.gates, keeper=keeping, around=around,
     )  # fmt: skip
 
 

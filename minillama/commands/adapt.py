@@ -13,6 +13,7 @@ import torch
 from .. import data, distributed
 from ..adapters import METHODS, adapt, adapter_parameters, disabled, save_adapter
 from ..adapters.options import accepted, known_options
+from ..adapters.seeing import shown_by
 from ..adapters.storage import WEIGHTS, fingerprint
 from ..checkpoints.files import FileError, locked
 from ..checkpoints.pairs import read_pairs
@@ -34,7 +35,8 @@ from . import (
     train_dates,
     write_history,
 )
-from .arguments import add_base, add_keeping, add_machine, add_training, at_least_two, given
+from .arguments import OF_TASKS, add_base, add_keeping, add_machine, add_training, at_least_two, given
+from .pictures import draw_answers, options_of, picture_rows
 
 
 def assignment(text):
@@ -51,7 +53,11 @@ def add_arguments(parser):
     add_base(parser)
     add_training(parser)
     options = "; ".join(f"{name}: {', '.join(known_options(method.attach))}" for name, method in METHODS.items())
-    parser.add_argument("--method", default="llama_adapter", choices=list(METHODS), help="(llama_adapter)")
+    parser.add_argument("--method", choices=list(METHODS), help="(llama_adapter; image_prompt with --task)")
+    parser.add_argument(
+        "--task", choices=list(OF_TASKS), help="instead of dates in other languages: dates in pictures, of eight "
+        "handwritten digits or of a calendar's page"
+    )  # fmt: skip
     parser.add_argument(
         "--option", type=assignment, action="append", default=[], metavar="NAME=VALUE",
         help=f"one of the method's own, as often as needed: {options}",
@@ -120,6 +126,13 @@ def refuse_early(args):
     """What is wrong with the arguments alone ends here, before any work."""
     for language in args.languages:
         data.locales(language)
+    if (args.task is None) == (args.method == "image_prompt"):
+        raise ValueError(
+            f"the method is {args.method} and the task {args.task}: image_prompt takes pictures, which --task "
+            f"{' or '.join(OF_TASKS)} has, and no other method does"
+        )
+    if args.task is not None and args.data is not None:
+        raise ValueError("--task and --data say two things to learn: leave one of them out")
     if args.data is not None and not Path(args.data).exists():
         raise FileError(f"{args.data} is missing: needed is a .jsonl file or a folder of them")
     attach = METHODS[args.method].attach
@@ -136,8 +149,9 @@ def run(args):
     start = time.perf_counter()
     if args.resume:
         args = resumed(args, add_arguments)
+    args.method = args.method or ("llama_adapter" if args.task is None else "image_prompt")
     refuse_early(args)
-    subject = ", ".join(args.languages) if args.data is None else Path(args.data).stem
+    subject = args.task or (", ".join(args.languages) if args.data is None else Path(args.data).stem)
     folder = distributed.same(pick_folder(args, subject))
     with locked(folder) if distributed.rank() == 0 else contextlib.nullcontext(folder) as out:
         adapt_into(out, args, subject, start)
@@ -153,9 +167,14 @@ def adapt_into(out, args, subject, start):
     with torch.device("meta"):
         shapes = type(model)(model.config)
     size = count(shapes.parameters())
-    adapt(shapes, args.method, **dict(args.option))  # a wrong option ends here, before any work
+    options = options_of(args.task, dict(args.option)) if args.task else dict(args.option)
+    adapt(shapes, args.method, **options)  # a wrong option ends here, before any work
     device = next(model.parameters()).device
-    if args.data is None:
+    around, pictures = contextlib.nullcontext, None
+    if args.task is not None:
+        pairs, seen, pictures = picture_rows(args)
+        tests = {args.task: seen} | test_dates(args, tokenizer, ["en"])
+    elif args.data is None:
         pairs = train_dates(args, tokenizer, args.seed)
         tests = test_dates(args, tokenizer, dict.fromkeys([*args.languages, "en"]))
     else:
@@ -168,7 +187,7 @@ def adapt_into(out, args, subject, start):
     kept, at_once = ("en", 64) if args.data is None else ("held out", args.batch_size)
 
     def measure():
-        matches = {name: exact_match(model, tokenizer, unseen, at_once) for name, unseen in tests.items()}
+        matches = {name: exact_match(model, tokenizer, unseen, at_once, around) for name, unseen in tests.items()}
         return matches, mean_loss(model, tokenizer, tests[kept], at_once) if args.data is not None else None
 
     probe = data.collate(tests[kept][:at_once], tokenizer)[0].to(device)
@@ -184,18 +203,20 @@ def adapt_into(out, args, subject, start):
     rows = "" if args.pack is None else f" rows of {args.pack} tokens"
     print(f"{args.method} learns {subject}: {args.steps} steps of {args.batch_size}{rows}, the base frozen", flush=True)
     model.base_fingerprint = fingerprint(model)  # while the weights are whole
-    prepare(model, tokenizer, args.method, dict(args.option), args, args.seed)
+    prepare(model, tokenizer, args.method, options, args, args.seed)
+    around = shown_by(model) if args.task else around
     if args.shard:  # the weights lie elsewhere in memory now, where a product may round otherwise
         with disabled(model):
             base_logits = last_logits()
-    with keeper(args, out, pairs, base_fingerprint=model.base_fingerprint) as keeping:
-        history = teach(model, tokenizer, args.method, pairs, args, args.seed, keeping)
+    with keeper(args, out, [row[:2] for row in pairs], base_fingerprint=model.base_fingerprint) as keeping:
+        history = teach(model, tokenizer, args.method, pairs, args, args.seed, keeping, around)
         if distributed.rank() == 0:
             save_adapter(model, out)
             write_history(out, history)
             keeping.remove()
 
     after, loss_after = measure()
+    unseeing = torch.equal(last_logits(), base_logits)  # to text alone, for a method that takes pictures
     with disabled(model):
         identical = torch.equal(last_logits(), base_logits)
         off = exact_match(model, tokenizer, tests[kept], at_once)
@@ -206,7 +227,10 @@ def adapt_into(out, args, subject, start):
 
     verdict = f"{off:.1%} ({'logits bit-identical' if identical else 'LOGITS DIFFER'})"
     rows = [(name, f"{before[name]:.1%}", f"{after[name]:.1%}", verdict if name == kept else "") for name in tests]
-    if args.data is None and len(args.languages) > 1:
+    if pictures is not None:
+        title = f"{after[args.task]:.1%} of unseen dates read exactly: ten of them"
+        draw_answers(model, tokenizer, tests[args.task], pictures, title, out)
+    elif args.data is None and len(args.languages) > 1:
         means = (f"{statistics.mean(matches[name] for name in args.languages):.1%}" for matches in (before, after))
         rows.append((f"mean of {len(args.languages)}", *means, ""))
     what = "dates" if args.data is None else "prompts"
@@ -222,10 +246,14 @@ def adapt_into(out, args, subject, start):
         print(f"  peak memory         {peak / 1e9:.2f} GB {where}")
     print(f"  adapter             {file} ({file.stat().st_size / 1024:.0f} KiB)")
     print(f"  figure              {out / 'training.png'}")
+    if pictures is not None:
+        print(f"  ten test images     {out / 'pictures.png'}")
+        print(f"  text alone          logits {'bit-identical to' if unseeing else 'DIFFER from'} the base's")
     if args.data is None:
         prompt, real = next(iter(tests.values()))[0][0], is_real(tokenizer)
         base = f" --base {args.base}" if real or args.base != "dates-llama" else ""
-        print(f'\nTry it: python -m minillama generate{base} --adapter {out} --prompt "{prompt}"')
+        image = f" --image {out / 'example.png'}" if args.task else ""
+        print(f'\nTry it: python -m minillama generate{base} --adapter {out}{image} --prompt "{prompt}"')
     if not identical:
         raise ValueError("with the adapter disabled the logits differ from the base's: this is a bug, please report it")
 

@@ -85,6 +85,10 @@ def add_base(parser):
     )  # fmt: skip
 
 
+# The same for the tasks of vision.py.
+OF_TASKS = {"handwriting": {"steps": 400, "batch_size": 32}, "calendar": {"steps": 400, "batch_size": 32}}
+
+
 def add_training(parser):
     def default(name):
         small, real = LEFT_OPEN[name]

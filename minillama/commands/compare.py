@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from .. import data
-from ..adapters import METHODS
+from ..adapters import TEXT_METHODS
 from ..checkpoints import load
 from ..checkpoints.files import write_json
 from ..train import exact_match
@@ -43,7 +43,7 @@ def run(args):
         return statistics.mean(exact_match(model, tokenizer, pairs, 64) for pairs in unseen.values())
 
     rows = [{"method": "base", "parameters": 0, "matches": [mean_match()], "seconds": [0.0]}]
-    for method in [*METHODS, "full"]:
+    for method in [*TEXT_METHODS, "full"]:
         rows.append(row := {"method": method, "matches": [], "seconds": []})
         for seed in range(args.seed, args.seed + args.seeds):
             model, _ = load(args.base, dtype, device)

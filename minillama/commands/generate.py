@@ -1,21 +1,27 @@
 """Continues a prompt, token by token."""
 
+import contextlib
 import sys
 import time
 
 import torch
 
-from ..adapters import load_adapter
+from ..adapters import adapters, load_adapter, seeing
 from ..checkpoints.files import printable
 from ..checkpoints.tokenizers import pieces
 from ..generate import check_sampling, stream
 from . import open_base
 from .arguments import add_base, add_machine, given, positive, whole
+from .pictures import features_of
 
 
 def add_arguments(parser):
     add_base(parser)
-    parser.add_argument("--prompt", required=True, help='the text to continue, such as "3 mars 2021 = "')
+    parser.add_argument("--prompt", help='the text to continue, such as "3 mars 2021 = "; with --image: (? = )')
+    parser.add_argument(
+        "--image", type=given, metavar="FILE", help="what a ? in the prompt stands for: eight digits, YYYYMMDD, "
+        "written apart, or a calendar's page, as the adapter has learned"
+    )  # fmt: skip
     parser.add_argument(
         "--chat", action="store_true", help="the prompt is a question to a model with a chat template; print its answer"
     )
@@ -49,6 +55,10 @@ def run(args):
     model, tokenizer = open_base(args)
     if args.adapter:
         load_adapter(model, args.adapter, check_base=not args.any_base)
+    features, task = features_of(args.image, adapters(model)) if args.image else (None, None)
+    args.prompt = "? = " if args.prompt is None and task == "handwriting" else args.prompt
+    if args.prompt is None:
+        raise ValueError('there is no prompt: --prompt "3 mars 2021 = ", or "March ?, 2021 = " with a calendar\'s page')
     if args.chat:
         if getattr(tokenizer, "template", None) is None:
             raise ValueError(
@@ -71,8 +81,9 @@ def run(args):
             if drawn[-1] != tokenizer.eos_id:
                 yield drawn[-1]
 
-    for piece in pieces(tokenizer, ids, shown()):
-        print(printable(piece), end="", flush=True)
+    with seeing(model, features) if args.image else contextlib.nullcontext():
+        for piece in pieces(tokenizer, ids, shown()):
+            print(printable(piece), end="", flush=True)
     seconds = time.perf_counter() - start
     print(flush=True)
     print(f"{len(drawn)} tokens in {seconds:.1f} s: {len(drawn) / seconds:.1f} tokens/s", file=sys.stderr)

@@ -356,3 +356,81 @@ def scale_figure(scales, title):
 def thinned(values):
     """One value in how many to draw: enough of them for the eye, and a small file."""
     return max(1, len(values) // 64)
+
+
+def edged(axes):
+    """A picture's axes: no numbers, a thin edge around it."""
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color="#c8c8c8", linewidth=0.7)
+
+
+def pictures_figure(pictures, said, title):
+    """Pictures (n, h, w) in two columns, with what was said of each: (prompt, answer, whether it is right)."""
+    n, (h, w) = len(pictures), pictures.shape[1:]
+    rows, columns = (-(-n // 2), 2) if w > 3 * h else (-(-n // 5), 5)
+    with matplotlib.rc_context(PLAIN):
+        size = (9, 0.95 * rows + 0.5) if columns == 2 else (11, 2.35 * rows + 0.4)
+        figure = Figure(figsize=size, layout="constrained")
+        places = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, picture, (prompt, answer, right) in zip(places, pictures, said):
+            axes.imshow(picture, cmap="Greys", interpolation="none", vmin=0, vmax=1)
+            between = "" if columns == 2 else "\n"  # five stand side by side
+            mark = "" if right else "  ✗"
+            axes.set_title(f"{prompt}{between}{answer}{mark}", fontsize=10, color=INK if right else GATE)
+            edged(axes)
+        for axes in list(places)[n:]:
+            axes.axis("off")
+        figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def reading_figure(picture, effect, weights, characters, rows, title):
+    """How a picture (h, N·w) of N tiles is read while T characters are written. Large, below the picture: effect
+    (T, N), what a character loses when a tile is exchanged. Small beside it: where each of R heads looks, weights
+    (R, T, N), named by `rows`."""
+    R, (T, N) = len(weights), effect.shape
+    with matplotlib.rc_context(PLAIN):
+        figure = Figure(figsize=(11, 5.6), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        left, right = figure.subfigures(1, 2, width_ratios=(1.05, 1))
+        top, large = left.subplots(2, 1, height_ratios=(1, 5.2))
+        top.imshow(
+            picture, cmap="Greys", interpolation="none", vmin=0, vmax=1, aspect="auto", extent=(-0.5, N - 0.5, 1, 0)
+        )
+        top.set(xlim=(-0.5, N - 0.5), title="what each character depends on")
+        large.imshow(effect, aspect="auto", cmap="Purples", interpolation="none", vmin=0, vmax=1)
+        large.set(xticks=range(N), xticklabels=range(1, N + 1), xlabel="the digit that is exchanged", yticks=range(T))
+        large.set_yticklabels(characters, fontsize=13)
+        large.set_ylabel("the character that is written")
+        for t in range(T):
+            for n in range(N):
+                if effect[t, n] > 0.05:
+                    color = "white" if effect[t, n] > 0.6 else INK
+                    large.text(n, t, f"{100 * effect[t, n]:.0f}", ha="center", va="center", color=color, fontsize=9)
+        for i, axes in enumerate(right.subplots(-(-R // 4), 4, sharex=True, sharey=True).flat):
+            axes.imshow(weights[i], aspect="auto", cmap="Oranges", interpolation="none", vmin=0, vmax=1)
+            axes.set_title(rows[i], fontsize=8.5)
+            edged(axes)
+        right.suptitle("where each head looks meanwhile (its softmax)", fontsize=10.5)
+        edged(top)
+    return figure
+
+
+def tiles_figure(images, maps, names, title):
+    """Pictures (n, h, w) over what some of an encoder's filters make of them, (n, C, h, w), a column for each."""
+    n, rows = len(images), 1 + maps.shape[1]
+    with matplotlib.rc_context(PLAIN):
+        figure = Figure(figsize=(11, 1.05 * rows + 0.5), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        places = figure.subplots(rows, n)
+        for column in range(n):
+            places[0, column].imshow(images[column], cmap="Greys", interpolation="none", vmin=0, vmax=1)
+            places[0, column].set_title(names[column], fontsize=10, loc="center")
+            for row in range(1, rows):
+                places[row, column].imshow(maps[column, row - 1], cmap="Oranges", interpolation="none")
+        for axes in places.flat:
+            edged(axes)
+        for row, label in enumerate(("picture", *(f"filter {i}" for i in range(1, rows)))):
+            places[row, 0].set_ylabel(label, fontsize=9)
+    return figure

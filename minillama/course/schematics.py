@@ -139,6 +139,38 @@ def prefix_cross_attention_schematic():
     return axes.figure
 
 
+def image_prompt_schematic():
+    """Prompts that carry a picture (Zhang et al. 2023, section 3.3): two frozen models, and what is trained between."""
+    axes = sheet(11, 4.5, "A picture in the prompts", ("frozen", "trained", "gate"))
+    frame(axes, 0.25, 0.3, 4.1, 3.95, "once for each picture")
+    picture, eye = box(axes, 1.0, 2.6, 0.95, 0.5, "picture"), box(axes, 2.9, 2.6, 1.5, 0.5, "vision encoder", "frozen")
+    features = box(axes, 2.9, 1.75, 1.9, 0.42, "features ($N$, $F$)")
+    projection = box(axes, 2.9, 0.9, 1.5, 0.46, "projection $f$", "trained")
+    chain(axes, "right", picture, eye)
+    chain(axes, "down", eye, features, projection)
+    frame(axes, 4.4, 0.3, 10.75, 3.95, "in each layer")
+    plus, prompt = joint(axes, 5.35, 0.9, "+"), box(axes, 5.35, 1.85, 1.45, 0.46, "prompts $P_l$", "trained")
+    chain(axes, "right", projection, plus)
+    chain(axes, "down", prompt, plus)
+    project = box(axes, 6.95, 0.9, 1.5, 0.46, "k_proj, v_proj", "frozen")
+    attend = box(axes, 6.95, 1.85, 1.5, 0.46, "softmax of its own")
+    chain(axes, "right", plus, project)
+    chain(axes, "up", project, attend)
+    base = box(axes, 6.95, 3.05, 1.7, 0.46, "self-attention", "frozen")
+    times, total = joint(axes, 8.55, 1.85, "x"), joint(axes, 9.4, 3.05, "+")
+    gate = box(axes, 8.55, 0.9, 1.1, 0.46, "tanh($g$)", "gate")
+    chain(axes, "right", point(5.35, 3.05), base, total, point(10.6, 3.05))
+    chain(axes, "right", attend, times)
+    chain(axes, "up", gate, times)
+    arrow(axes, times.right, (9.4, 1.85), total.bottom)
+    arrow(axes, base.bottom, attend.top)
+    note(axes, 7.05, 2.45, "the tokens' $q$")
+    note(axes, 5.05, 3.25, "text")
+    note(axes, 9.65, 2.8, "o_proj")
+    note(axes, 9.22, 0.9, "$0$ at first; the term is $0$\nwithout a picture too", 8.5)
+    return axes.figure
+
+
 def ia3_schematic():
     """IA3 (Liu et al. 2022, after its figure 1): vectors on keys, values and the hidden activation,
     each feature less or more."""

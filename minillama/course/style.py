@@ -17,9 +17,10 @@ FROZEN, TRAINED, GATE, INK = "#7f9bb3", "#d9822b", "#b3224a", "#2b2b2b"
 # rank blue, bottlenecks brown.
 METHOD_COLOURS = {
     "llama_adapter": "#d9822b", "llama_adapter_v2": "#b3224a", "prefix_tuning": "#e3b505", "prompt_tuning": "#8c6bb1",
-    "ia3": "#2e8b57", "bottleneck": "#8c564b", "lora": "#1f6fb4", "dora": "#56b4e9", "full": INK, "base": FROZEN,
+    "ia3": "#2e8b57", "bottleneck": "#8c564b", "lora": "#1f6fb4", "dora": "#56b4e9", "image_prompt": "#cc79a7",
+    "full": INK, "base": FROZEN,
 }  # fmt: skip
-METHOD_MARKERS = dict(zip(METHOD_COLOURS, "osD^vP*X"))
+METHOD_MARKERS = dict(zip(METHOD_COLOURS, "osD^vP*Xh"))
 SHADES, DASHES, MARKERS = (TRAINED, FROZEN, GATE, INK), ("-", "--", "-.", ":"), "osD^vP*X"  # of what is no method
 PAGE = 690  # points: what a notebook shows beside its margins
 STYLE = {

@@ -20,7 +20,7 @@ from .predictions import EARLIER, Question, judge_prediction
 
 __all__ = ["Exercise", "Mistake", "Piece", "Question", "Verdict", "Wrong", "catalogue", "check", "exercises"]
 
-TOPICS = "tour base_models prefix_tuning llama_adapter ia3 bottleneck lora comparison scaling_out".split()
+TOPICS = "tour base_models prefix_tuning llama_adapter ia3 bottleneck lora comparison scaling_out image_prompt".split()
 
 
 @dataclass(frozen=True)

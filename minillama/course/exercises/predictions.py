@@ -50,7 +50,7 @@ def questions(**truths):
 
 def value_of(cell):
     """An answer that is written in Python."""
-    value = eval(cell.strip("`"), {**vars(math), "METHODS": minillama.adapters.METHODS.keys()})
+    value = eval(cell.strip("`"), {**vars(math), "METHODS": dict.fromkeys(minillama.adapters.TEXT_METHODS).keys()})
     return frozenset(value) if isinstance(value, Set) else value
 
 

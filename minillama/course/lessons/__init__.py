@@ -28,4 +28,18 @@ from .prefix_tuning import counted, loss_curve, starts_table
 from .real_model import BAD, GOOD, HELD_TEXTS, peft_answers, scored_pieces, smollm2, sweep, zero_init_runs
 from .runs import adaptation, base, begun, distances, judged, mean_match, over_seeds, scaled
 from .scaling_out import operations, rows_read, torchrun
+from .sees import (
+    encoder,
+    exchanged,
+    glances,
+    is_date,
+    own_digit,
+    pad,
+    read_alone,
+    reading_figure,
+    side_by_side_sighted,
+    sighted,
+    stored_runs,
+    unseen,
+)
 from .shown import ROOT, matches_table, percent, show, table
