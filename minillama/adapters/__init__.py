@@ -253,7 +253,8 @@ HOLDERS = weakref.WeakKeyDictionary()  # {model: the lock of the thread that is 
 @contextlib.contextmanager
 def held(model):
     """Within the block the adapters are this thread's alone: another's pass through them is refused. Gives the hook
-    that refuses. Raises ValueError where another thread holds them.
+    that refuses. A pass that was on its way through one of them already ends as it began: what this thread does to a
+    wrapper's `active` no other sees. Raises ValueError where another thread holds them.
     """
     thread, lock = threading.get_ident(), HOLDERS.setdefault(model, threading.RLock())
     sentence = (
@@ -261,21 +262,43 @@ def held(model):
         "wait until it ends, or give each thread a model of its own (copy.deepcopy)"
     )
 
-    def refuse(*_):
+    def mine():
         recomputing = torch._C._current_graph_task_id() != -1  # checkpointing on a GPU does, on autograd's own thread
-        if threading.get_ident() != thread and not recomputing:
+        return threading.get_ident() == thread or recomputing
+
+    def refuse(*_):
+        if not mine():
             raise ValueError(sentence)
 
     if not lock.acquire(blocking=False):
         raise ValueError(sentence)
-    hooks = []
+    hooks, plain = [], []
     try:
-        hooks += [wrapper.register_forward_pre_hook(refuse) for _, wrapper in wrappers(model)]
+        for _, wrapper in wrappers(model):
+            hooks.append(wrapper.register_forward_pre_hook(refuse))
+            if not isinstance(vars(type(wrapper)).get("active"), property):  # not by a block around this one
+                plain.append((wrapper, type(wrapper)))
+                wrapper.__class__ = with_a_switch_of_its_own(type(wrapper), mine, wrapper.active)
         yield refuse
     finally:
+        for wrapper, kind in plain:
+            wrapper.__class__ = kind
         for hook in hooks:
             hook.remove()
         lock.release()
+
+
+def with_a_switch_of_its_own(kind, mine, state):
+    """A subclass whose `active` is one thing to whoever is `mine()`, at first the state, and what it was to others."""
+    own = {"active": state}
+
+    def places(wrapper):
+        return own if mine() else vars(wrapper)
+
+    switch = property(
+        lambda wrapper: places(wrapper)["active"], lambda wrapper, new: places(wrapper).update(active=new)
+    )
+    return type(kind.__name__, (kind,), {"active": switch, "__module__": kind.__module__})
 
 
 @contextlib.contextmanager

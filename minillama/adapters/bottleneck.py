@@ -87,7 +87,7 @@ class Adapted(nn.Module):
         if not self.active:
             return y
         if (passing := self.stream[0]) is not None:
-            stream, passing.seen = passing.seen, None  # kept no longer than needed
+            stream, passing.passed = passing.passed, None  # kept no longer than needed
             return y + self.scale * self.bottleneck(stream if self.parallel else stream + y)
         return y + self.scale * self.bottleneck(x if self.parallel else y)
 
@@ -107,11 +107,11 @@ class Passing(nn.Module):
 
     def __init__(self, base):
         super().__init__()
-        self.base, self.active, self.seen = base, True, None
+        self.base, self.active, self.passed = base, True, None
 
     def forward(self, x):
         if self.active:
-            self.seen = x
+            self.passed = x
         return self.base(x)
 
     @property
