@@ -111,7 +111,7 @@ def test_wrong_ways_to_show_a_picture_are_sentences(ids):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             adapt(make("llama"), "image_prompt", **options)
-    with pytest.raises(ValueError, match="needs some, `around`"):
+    with pytest.raises(ValueError, match="pictures come in by `around`"):
         train(model, minillama.ByteTokenizer(), [([1, 2], [3])], steps=1, progress=False)
 
 

@@ -69,9 +69,8 @@ class AdaptedAttention(nn.Module):
 
     base: the attention (minillama.attention.Attention, or another wrapper). Its weights are used, never trained here.
     prompt_length: K.  gate: "head", "layer" or "feature", one number for each.  tanh: squash it, as the paper does.
-    join: "before" the output projection, as in the paper; "after", the term sent through it by itself, whose bias,
-    where there is one, is then added twice; or "unprojected", the heads put side by side and added to the layer's
-    output.
+    join: "before" the output projection, as in the paper; "after", the term sent through it by itself, so that a bias
+    is added twice; or "unprojected", the heads put side by side and added to the layer's output.
     Parameters: prompt (K, D), drawn from N(0, 1); gate, zeros; both float32 whatever the base's dtype.
     With `active` set to False the layer is its base again, bit for bit.
     """
@@ -85,10 +84,8 @@ class AdaptedAttention(nn.Module):
         if join not in JOINS:
             raise ValueError(f"join is {join!r}; it can be {', '.join(map(repr, JOINS))}")
         if join == "unprojected" and base.num_heads * base.head_dim != base.width:
-            raise ValueError(
-                f"join is 'unprojected' and the heads have {base.num_heads * base.head_dim} features together; "
-                f"the layer has {base.width}"
-            )
+            wide = f"the heads have {base.num_heads * base.head_dim} features together; the layer has {base.width}"
+            raise ValueError(f"join is 'unprojected' and {wide}")
         if getattr(base, "join", "before") != "before":
             raise ValueError(
                 f"the attention has an adapter with join {base.join!r} already, which no other can wrap: "

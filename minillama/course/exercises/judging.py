@@ -4,6 +4,7 @@ What an answer does is held against the right answer's, piece by piece; where th
 tried in order, from the most particular (a mistake of the catalogue) to the most general (how the numbers differ).
 """
 
+import collections
 import contextlib
 import functools
 import re
@@ -108,15 +109,12 @@ def alike(seen, others):
 # ── the explanations, each a function of a Case -> (mistake, sentence) or None ────────────────────────────────────────
 
 
-@functools.cache
-def done_by(exercise, mistake):
-    """What a mistake does, as far as anyone has asked: a list that grows."""
-    return []
+DONE = collections.defaultdict(list)  # what a mistake of an exercise does, as far as anyone has asked
 
 
 def equals(case, mistake, roughly=False, upto=None):
     """Whether a mistake does what was seen, up to that many Pieces; all of them, however often it runs a module."""
-    done = done_by(case.exercise, mistake)
+    done = DONE[case.exercise, mistake]
 
     def differ(a, b):
         return not (upto is None and getattr(a, "kind", "") == "count" or agree(a, b, roughly))

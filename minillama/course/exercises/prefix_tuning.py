@@ -9,8 +9,8 @@ from torch import nn
 import minillama
 
 from ...adapters import adapter_parameters, prefix_tuning, prompt_tuning
-from ...attention import Attention, Cache, LayerCache, RoPE, embed, rotate
-from ...rope import Llama3
+from ...attention import Attention, Cache, LayerCache, embed
+from ...rope import Llama3, RoPE, rotate
 from .catalogue import catalogue, tables
 from .modules import follows, some
 from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, gradients
