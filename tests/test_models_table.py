@@ -15,7 +15,7 @@ from test_models import GROUPED, THEIRS, close, faithful
 import minillama
 from minillama import Cache, adapt, load_adapter, save_adapter
 from minillama.__main__ import main
-from minillama.adapters import METHODS, delete_adapter
+from minillama.adapters import TEXT_METHODS, delete_adapter
 from minillama.checkpoints.architectures import ARCHITECTURES, REFUSED
 from minillama.checkpoints.gguf import KNOWN
 from minillama.commands import models
@@ -103,7 +103,7 @@ def cells(kind):
         gguf = gguf.get(kind, "✓" if kind in KNOWN.values() else "refused: transformers does not read it")
         ways = [mark(loaded, theirs, ours, ids), mark(saved, theirs, ours, ids, folder), mark(cached, ours, ids)]
         ways += [mark(padded, theirs, ours, ids), gguf]
-        methods = [mark(adapted, ours, method, ids, folder) for method in METHODS]
+        methods = [mark(adapted, ours, method, ids, folder) for method in TEXT_METHODS]
         files = []
         for method in list(SHARED)[:6]:
             (folder / method).mkdir(exist_ok=True)
@@ -115,7 +115,7 @@ def tables():
     rows = {kind: cells(kind) for kind in ARCHITECTURES}
     heads = (
         ("architecture", "models", "load", "save", "cache", "padding", "GGUF"),
-        ("architecture", *(f"`{method}`" for method in METHODS)),
+        ("architecture", *(f"`{method}`" for method in TEXT_METHODS)),
         ("PEFT's files, both ways", *(name.replace("_", " ") for name in list(SHARED)[:6])),
     )
     text = []
