@@ -28,7 +28,8 @@ from .notebooks import ROOT
 SITE = ROOT / "docs/site"
 ROOMS = ("", "adapters", "checkpoints")  # whose modules have a page; the course's hold the exercises' answers
 BESIDE = {
-    "docs/teaching": "For who teaches", "docs/adapters": "All methods", "docs/results": "Results",
+    "docs/teaching": "For who teaches", "docs/adapters": "All methods", "docs/models": "All models",
+    "docs/results": "Results",
     "docs/performance": "Speed", "docs/reliability": "What is promised", "docs/playground/README": "The playground",
     "code": "The code",
 }  # fmt: skip
@@ -66,7 +67,8 @@ def build(out):
             text=True,
         )
         if done.returncode:
-            raise FileError(f"Sphinx: {(done.stderr.strip() or done.stdout.strip() or 'it failed').splitlines()[0]}")
+            said = (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()
+            raise FileError(f"Sphinx: {next((line for line in said if 'WARNING' in line), said[-1])}")
     return follow(out)
 
 
@@ -184,7 +186,7 @@ def lesson(path, pages):
         f'<p class="run-it"><a href="{path.name}" download>Download this notebook</a> and run it in a clone of the '
         f"repository: <code>pip install -r requirements.txt &amp;&amp; jupyter lab lessons/{path.name}</code></p>"
     )
-    notebook["cells"].insert(1, {"cell_type": "markdown", "metadata": {}, "source": run})
+    notebook["cells"].insert(1, {"id": "run-it", "cell_type": "markdown", "metadata": {}, "source": run})
     return notebook
 
 
