@@ -87,11 +87,12 @@ def test_the_slider_changes_the_answer(lab):
         handle = page.locator(".jupyter-widgets .noUi-handle").first
         answer = page.locator(".jupyter-widgets.widget-html-content, .widget-html-content").first
         handle.wait_for(timeout=30_000)
+        said = "document.querySelector('.widget-html-content').innerText"  # empty while it is drawn anew
+        page.wait_for_function(f"{said}.includes(' = ')", timeout=60_000)
         adapted = answer.inner_text()
         handle.focus()
         page.keyboard.press("Home")  # the gate at 0
-        said = "document.querySelector('.widget-html-content').innerText"
-        page.wait_for_function(f"before => {said} !== before", arg=adapted, timeout=30_000)
+        page.wait_for_function(f"before => {said}.includes(' = ') && {said} !== before", arg=adapted, timeout=60_000)
         (question, right), (again, guess) = (
             re.search(r"^(.*) = (\S+)", text).groups() for text in (adapted, answer.inner_text())
         )
