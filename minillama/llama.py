@@ -103,14 +103,13 @@ class MLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Scale(nn.Module):
-    """x · by; at 1 it is x itself."""
+class Scale:
+    """x · by; at 1 it is x itself. It holds nothing, and is no part of a model that one would list."""
 
     def __init__(self, by):
-        super().__init__()
         self.by = by
 
-    def forward(self, x):
+    def __call__(self, x):
         return x if self.by == 1 else x * self.by
 
 
@@ -124,10 +123,10 @@ class Layer(nn.Module):
         norm = partial(RMSNorm, eps=c.rms_norm_eps, offset=c.norm_offset)
         self.rope, widths = rope, {"head": (d, d), "all": (H * d, G * d), None: ()}[c.qk_norm]  # of norms of q and k
         own = c.attention_bias, c.attention_output_bias, [norm(width) for width in widths], window
-        self.input_layernorm = norm(D) if c.norms != "behind" else Scale(1)
+        self.input_layernorm = norm(D) if c.norms != "behind" else nn.Identity()
         self.self_attn = Attention(D, H, G, d, rope, *own, c.attention_multiplier)
         self.behind_attention = norm(D) if c.norms != "before" else Scale(c.residual_multiplier)
-        self.post_attention_layernorm = norm(D) if c.norms != "behind" else Scale(1)
+        self.post_attention_layernorm = norm(D) if c.norms != "behind" else nn.Identity()
         self.mlp = MLP(c)
         self.behind_mlp = norm(D) if c.norms != "before" else Scale(c.residual_multiplier)
 
