@@ -9,7 +9,8 @@ from conftest import make
 import minillama
 from minillama import attention, llama
 from minillama.attention import Attention, RoPE
-from minillama.checkpoints.architectures import ARCHITECTURES, to_hf
+from minillama.checkpoints.architectures import ARCHITECTURES
+from minillama.checkpoints.tensors import to_hf
 from minillama.course.exercises import base_models as parts
 
 

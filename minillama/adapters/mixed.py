@@ -21,7 +21,8 @@ import contextlib
 import torch
 
 from ..attention import LayerCache
-from . import StandIn, adapters, held, is_wrapper, outermost, refuse_stand_ins, require, wrappers
+from . import StandIn, adapters, is_wrapper, outermost, refuse_stand_ins, require, wrappers
+from .holding import held
 
 
 class Router(StandIn):

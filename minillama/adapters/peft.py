@@ -15,8 +15,9 @@ import re
 import torch
 import torch.nn.functional as F
 
-from ..checkpoints.architectures import architecture_of, rename
+from ..checkpoints.architectures import architecture_of
 from ..checkpoints.files import believed, shortened
+from ..checkpoints.tensors import rename
 from . import METHODS, walk
 
 # What a configuration may say without changing what is computed at inference.

@@ -12,7 +12,8 @@ import contextlib
 
 import torch
 
-from . import held, wrappers
+from . import wrappers
+from .holding import held
 
 
 @contextlib.contextmanager

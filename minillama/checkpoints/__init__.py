@@ -10,7 +10,7 @@ from ..data import ByteTokenizer
 from ..llama import LLaMA
 from ..speed import QuantizedLinear
 from . import hub
-from .architectures import architecture_of, from_hf, read_config, to_hf, write_config
+from .architectures import architecture_of, read_config, write_config
 from .files import (
     FileError,
     as_json,
@@ -24,6 +24,7 @@ from .files import (
     what_is_unsound,
 )
 from .gguf import read_gguf
+from .tensors import from_hf, to_hf
 from .tokenizers import read_tokenizer
 
 BASES = Path(__file__).parent.parent / "bases"

@@ -5,60 +5,17 @@ computes, add a row, and a function where its config.json says of single layers 
 """
 
 import dataclasses
-import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from ..gpt2 import GPT2, GPT2Config
 from ..llama import LLaMA, LLaMAConfig
-from ..rope import SCALINGS, LongRoPE
-from .files import believed, shortened
+from ..rope import LongRoPE
+from .fields import FULL, SLIDING, TYPES, honest, listed
+from .files import shortened
+from .rope_config import read_rope, write_rope
 
 QKV = ("q_proj", "k_proj", "v_proj")
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-# What each field of a configuration may be: its type, and for numbers the least and the largest that are believed.
-TYPES = {
-    "vocab_size": (int, 1, 2**24),
-    "hidden_size": (int, 1, 2**18),
-    "intermediate_size": (int, 1, 2**20),
-    "num_hidden_layers": (int, 1, 1024),
-    "num_attention_heads": (int, 1, 2**12),
-    "num_key_value_heads": (int, 1, 2**12),
-    "head_dim": (int, 1, 2**12),
-    "max_position_embeddings": (int, 1, 2**28),
-    "sliding_window": (int, 1, 2**28),
-    "max_window_layers": (int, 0, 1024),
-    "sliding_window_pattern": (int, 1, 1024),
-    "no_rope_layer_interval": (int, 1, 1024),
-    "rms_norm_eps": (float, 1e-12, 1e-1),
-    "layer_norm_eps": (float, 1e-12, 1e-1),
-    "rope_theta": (float, 1.0, 1e12),
-    "rope_local_base_freq": (float, 1.0, 1e12),
-    "attention_bias": (bool,),
-    "attention_output_bias": (bool,),
-    "mlp_bias": (bool,),
-    "tie_word_embeddings": (bool,),
-    "use_sliding_window": (bool,),
-    "embedding_multiplier": (float, 1e-6, 1e6),
-    "residual_multiplier": (float, 1e-6, 1e6),
-    "attention_multiplier": (float, 1e-6, 1e6),
-    "logits_scaling": (float, 1e-6, 1e6),
-    "query_pre_attn_scalar": (int, 1, 2**20),
-    "factor": (float, 1.0, 1e6),
-    "attention_factor": (float, 1e-3, 1e3),
-    "mscale": (float, 0, 1e3),
-    "mscale_all_dim": (float, 0, 1e3),
-    "beta_fast": (float, 1e-3, 1e6),
-    "beta_slow": (float, 1e-3, 1e6),
-    "truncate": (bool,),
-    "low_freq_factor": (float, 1e-3, 1e6),
-    "high_freq_factor": (float, 1e-3, 1e6),
-    "original_max_position_embeddings": (int, 2, 2**28),
-}
 # Why an architecture that people ask for is refused.
 REFUSED = {
     "gemma2": "its scores and logits are squashed by a tanh, which no other of these does",
@@ -71,11 +28,6 @@ REFUSED = {
     "gpt_neox": "its attention and feed-forward stand side by side",
     "phi": "its attention and feed-forward stand side by side",
 }
-
-
-def honest(field, value, key=None):
-    """The value of a field of ours, where it is of the field's type and within its bounds; ValueError names the key."""
-    return believed(key or field, value, *TYPES[field])
 
 
 @dataclass(frozen=True)
@@ -120,13 +72,6 @@ class Architecture:
 
 
 # ── what single layers are ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def listed(key, values, layers, known):
-    """A list of config.json with an entry for each layer, as a tuple."""
-    if not isinstance(values, list) or len(values) < layers or not all(value in known for value in values):
-        raise ValueError(f"{key} is {shortened(values)}; needed is for each of {layers} layers one of {known}")
-    return tuple(int(value) if isinstance(value, int) else value for value in values[:layers])
 
 
 def windows(content, layers, rule):
@@ -321,76 +266,6 @@ def read_config(content):
     return config, row
 
 
-def read_rope(content, row):
-    """rope_theta and rope_scaling: transformers 5 writes rope_parameters, earlier releases rope_theta and
-    rope_scaling."""
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        found = content.get(key) or {}
-        if not isinstance(found, dict) or not isinstance(found.get(FULL, {}), dict):
-            raise ValueError(f"{key} is {shortened(found)}; needed is an object with names and values")
-        rope |= found.get(FULL, found)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if row.theirs == "Phi3ForCausalLM" and kind in ("su", "yarn"):  # as early Phi-3s call it
-        kind = "longrope"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"partial_rotary_factor is {shortened(rope['partial_rotary_factor'])}; only 1.0 can be honoured"
-        )
-    theta = rope.get("rope_theta", content.get("rope_theta", row.absent.get("rope_theta", 10000.0)))
-    theta = {"rope_theta": float(honest("rope_theta", theta))}
-    if kind == "default":
-        return theta
-    if not isinstance(kind, str) or kind not in SCALINGS:
-        *most, last = SCALINGS
-        raise ValueError(
-            f"rope_type is {shortened(kind)}; only 'default', {', '.join(most)} and {last} can be honoured"
-        )
-    longest = content.get("max_position_embeddings", row.absent.get("max_position_embeddings", 2048))
-    rope = {"original_max_position_embeddings": longest} | rope | {"max_position_embeddings": longest}
-    original = content.get("original_max_position_embeddings", row.absent.get("original_max_position_embeddings"))
-    if original is not None:  # what stands outside of rope_scaling counts more to transformers
-        rope["original_max_position_embeddings"] = original
-    numbers = {key: honest(key, value) for key, value in rope.items() if key in TYPES and value is not None}
-    if kind == "longrope":
-        numbers |= {key: factors(key, rope[key]) for key in ("short_factor", "long_factor") if key in rope}
-        numbers.setdefault("factor", longest / numbers["original_max_position_embeddings"])
-    if kind in ATTENTION_FACTORS and "factor" in numbers:
-        numbers.setdefault("attention_factor", ATTENTION_FACTORS[kind](numbers))
-    fields = dataclasses.fields(SCALINGS[kind])
-    if missing := [own.name for own in fields if own.default is dataclasses.MISSING and own.name not in numbers]:
-        raise ValueError(f"rope_type is {kind!r} and {missing[0]} is missing beside it")
-    numbers = {own.name: numbers[own.name] for own in fields if own.name in numbers}
-    numbers = {key: float(value) if TYPES.get(key, (0,))[0] is float else value for key, value in numbers.items()}
-    return theta | {"rope_scaling": SCALINGS[kind](**numbers)}
-
-
-def yarn_attention(numbers):
-    """YaRN's attention_factor where config.json gives none: 0.1 ln(factor) + 1, or DeepSeek's ratio of two such."""
-
-    def grown(by):
-        return 1.0 if numbers["factor"] <= 1 else 0.1 * by * math.log(numbers["factor"]) + 1
-
-    by, by_all = numbers.get("mscale"), numbers.get("mscale_all_dim")
-    return grown(by) / grown(by_all) if by and by_all else grown(1)
-
-
-def long_attention(numbers):
-    """Long RoPE's: √(1 + ln factor / ln original length)."""
-    factor = max(1.0, numbers["factor"])
-    return math.sqrt(1 + math.log(factor) / math.log(numbers["original_max_position_embeddings"]))
-
-
-ATTENTION_FACTORS = {"yarn": yarn_attention, "longrope": long_attention}
-
-
-def factors(key, values):
-    """A list of positive numbers, one for each pair of features, as a tuple."""
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"{key} is {shortened(values)}; needed is a list of numbers")
-    return tuple(float(believed(key, value, float, 1e-6, 1e6)) for value in values)
-
-
 def architecture_of(config):
     """The row that can say all that a configuration of ours says: that of its model_type, or another."""
     own = ARCHITECTURES.get(getattr(config, "model_type", None))
@@ -417,80 +292,3 @@ def write_config(config):
             values.pop(key)
     named = {row.keys.get(name, name): value for name, value in values.items()}
     return {"architectures": [row.theirs], "model_type": kind} | named | row.write(config)
-
-
-def write_rope(config):
-    """The rope_parameters of config.json."""
-    if config.rope_scaling is None:
-        return {"rope_type": "default", "rope_theta": config.rope_theta}
-    (kind,) = (kind for kind, scaling in SCALINGS.items() if isinstance(config.rope_scaling, scaling))
-    numbers = dataclasses.asdict(config.rope_scaling)
-    for key, value in numbers.items():
-        if isinstance(value, tuple):
-            numbers[key] = list(value)
-    if kind == "dynamic":
-        del numbers["max_position_embeddings"]  # stands in config.json already
-    return {"rope_type": kind, "rope_theta": config.rope_theta} | numbers
-
-
-# ── tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def rename(name, table):
-    """Replaces whole words of a dotted name: "h.3.ln_1.weight" with {"h": "layers", ...} -> "layers.3.ln_1.weight"."""
-    if not table:
-        return name
-    words = "|".join(map(re.escape, table))
-    return re.sub(rf"(?<![^.])({words})(?=\.)", lambda found: table[found[0]], name)
-
-
-def widths(config, parts):
-    """How many rows each of the matrices has that are fused into one."""
-    H, G = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    d = getattr(config, "head_dim", None) or config.hidden_size // H
-    return [{"q_proj": H * d, "k_proj": G * d, "v_proj": G * d}.get(part, config.intermediate_size) for part in parts]
-
-
-def from_hf(row, weights, config):
-    """A checkpoint's tensors by our names, in our layout. ValueError where two of them have one name of ours."""
-    back, ours = {new: old for old, new in row.words.items()}, {}
-    plain = [name.removeprefix(row.prefix) for name in weights]
-    if twice := sorted(name for name in set(plain) if plain.count(name) > 1):
-        raise ValueError(f"the weights hold {twice[0]} twice, with {row.prefix!r} before it and without")
-    for name, tensor in weights.items():
-        name = name.removeprefix(row.prefix)
-        if name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
-            continue  # frequencies and causal masks, which old checkpoints carry along
-        if row.transposed:
-            tensor = tensor.T if tensor.dim() == 2 and name.startswith("h.") else tensor
-        matrix = next((matrix for matrix in row.fused if f".{matrix}." in name), None)
-        if matrix is None:
-            ours[rename(name, back)] = tensor.contiguous()
-            continue
-        rows = widths(config, row.fused[matrix])
-        if tensor.dim() == 0 or len(tensor) != sum(rows):
-            seen = len(tensor) if tensor.dim() else 0
-            raise ValueError(f"{name} has {seen} rows and the configuration asks for {sum(rows)}")
-        for part, piece in zip(row.fused[matrix], tensor.split(rows)):
-            whole = name.replace(matrix, f"{matrix.rpartition('.')[0]}.{part}".lstrip("."))
-            ours[rename(whole, back)] = piece.contiguous()
-    return ours
-
-
-def to_hf(row, weights):
-    """Our tensors by the checkpoint's names, in its layout."""
-    theirs, done = {}, {part: (matrix, parts) for matrix, parts in row.fused.items() for part in parts}
-    for name, tensor in weights.items():
-        place, _, part = name.rpartition(".")[0].rpartition(".")
-        kind = name.rpartition(".")[2]
-        if part in done:
-            matrix, parts = done[part]
-            if part != parts[0]:
-                continue
-            tensor = torch.cat([weights[f"{place}.{each}.{kind}"] for each in parts])
-            name = f"{place}.{matrix.rpartition('.')[2]}.{kind}"
-        if row.transposed:
-            tensor = tensor.T if tensor.dim() == 2 and name.startswith("layers.") else tensor
-        prefix = "" if name.startswith("lm_head.") else row.prefix
-        theirs[prefix + rename(name, row.words)] = tensor
-    return theirs

@@ -20,9 +20,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 
 from ..llama import LLaMAConfig
 from ..rope import Linear, Llama3, RoPE
-from .architectures import ARCHITECTURES, FULL, SLIDING, from_hf, honest
+from .architectures import ARCHITECTURES
+from .fields import FULL, SLIDING, honest
 from .files import FileError, reading
 from .gguf_tokenizer import read_gguf_tokenizer
+from .tensors import from_hf
 
 STRING, ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
 # as `struct` writes them

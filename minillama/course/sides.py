@@ -11,7 +11,8 @@ import torch
 from .. import data, distributed
 from ..adapters import adapt
 from ..attention import Cache
-from ..checkpoints.architectures import architecture_of, to_hf, write_config
+from ..checkpoints.architectures import architecture_of, write_config
+from ..checkpoints.tensors import to_hf
 from ..generate import stream
 from ..llama import LLaMA, LLaMAConfig
 from ..speed import quantize
