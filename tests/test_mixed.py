@@ -188,8 +188,8 @@ def test_32_rows_over_four_languages():
     for i, language in enumerate(languages):
         method, options, rate = methods[i]
         adapt(model, method, name=language, **options)
-        pairs = data.examples(language, train_days, 200 * 16)
-        train(model, tokenizer, pairs, steps=200, batch_size=16, learning_rate=rate, progress=False)
+        pairs = data.examples(language, train_days, 120 * 16)
+        train(model, tokenizer, pairs, steps=120, batch_size=16, learning_rate=rate, progress=False)
     rows = [(language, pair) for language in languages for pair in data.examples(language, test_days, 8, seed=5)]
     names, pairs = [language for language, _ in rows], [pair for _, pair in rows]
     with mixed(model, names):
