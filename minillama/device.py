@@ -1,11 +1,13 @@
 """Which device and which dtype: chosen by name, or by what the machine multiplies natively; never a silent fallback.
 And how much memory was needed."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,6 +27,21 @@ def pick_device(name="auto"):
             f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): take 'auto' or 'cpu'"
         ) from None
     return device
+
+
+class Undrawn(TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return named["tensor"] if named else arguments[0]
+        return function(*arguments, **(named or {}))
+
+
+@contextlib.contextmanager
+def shapes_only():
+    """Within the block modules are made on the meta device: shapes without numbers. Nothing is drawn, since torch loads
+    its compiler, for two seconds, before it draws normal numbers that are none."""
+    with torch.device("meta"), Undrawn():
+        yield
 
 
 def native_bfloat16(device):

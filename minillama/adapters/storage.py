@@ -31,6 +31,7 @@ from ..checkpoints.files import (
     replacing,
     what_is_unsound,
 )
+from ..device import shapes_only
 from . import adapt, adapter_tensors, adapters, base_tensors, peft, whole_or_not_at_all
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -150,7 +151,7 @@ def load_adapter(model, folder, name="default", check_base=True):
             parts = own_parts(config)
         else:
             parts, tensors = peft.from_peft(model, config, tensors)
-        with torch.device("meta"):  # shapes only: what does not fit is refused before any of it is made
+        with shapes_only():  # shapes only: what does not fit is refused before any of it is made
             shapes = type(model)(model.config)
         for part in parts:
             adapt(shapes, **part)

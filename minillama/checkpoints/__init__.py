@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..data import ByteTokenizer
+from ..device import shapes_only
 from ..llama import LLaMA
 from ..speed import QuantizedLinear
 from . import hub
@@ -66,7 +67,7 @@ def load(name, dtype=None, device="cpu"):
             f"{path}: the weights hold {len(layers)} layers and the configuration asks for "
             f"{config.num_hidden_layers}: the two do not belong together"
         )
-    with torch.device("meta"):  # shapes only: the file's tensors become the weights, without a copy in between
+    with shapes_only():  # shapes only: the file's tensors become the weights, without a copy in between
         model = model_class(config)
     fit(model, weights, path)
     model.source = hub.SMOLLM2 if str(name) == "smollm2" else hub.name_of(path) or str(name)
@@ -185,7 +186,7 @@ def settle(model, weights):
     """(configuration, weights to write) that say what the model computes: a merge may have untied the head, or given
     projections a bias."""
     config, embedding = model.config, model.embed_tokens.weight
-    with torch.device("meta"):
+    with shapes_only():
         empty = type(model)(config)
     tied = empty.lm_head.weight is empty.embed_tokens.weight
     head = weights.get("lm_head.weight", embedding)
@@ -197,7 +198,7 @@ def settle(model, weights):
         raise ValueError(
             "the merged head differs from the embedding, to which this architecture ties it: unmerge, and save_adapter"
         )
-    with torch.device("meta"):
+    with shapes_only():
         wanted = type(model)(config).state_dict()
     extra = sorted(weights.keys() - wanted.keys())
     if "lm_head.bias" in extra:
@@ -215,7 +216,7 @@ def settle(model, weights):
                 f"the merged model has {extra[0]}, for which this architecture has no place: unmerge, and save_adapter"
             )
         config = dataclasses.replace(config, attention_bias=True, mlp_bias=True)
-        with torch.device("meta"):
+        with shapes_only():
             wanted = type(model)(config).state_dict()
         for name in wanted.keys() - weights.keys() - {"lm_head.weight"}:
             weights[name] = torch.zeros_like(wanted[name], device=embedding.device, dtype=embedding.dtype)

@@ -18,7 +18,7 @@ from ..adapters.storage import WEIGHTS, fingerprint
 from ..checkpoints.files import FileError, locked
 from ..checkpoints.pairs import read_pairs
 from ..checkpoints.progress import CHECKPOINT
-from ..device import peak_memory
+from ..device import peak_memory, shapes_only
 from ..train import exact_match, mean_loss
 from . import (
     count,
@@ -164,7 +164,7 @@ def adapt_into(out, args, subject, start):
             f"--chat puts the prompts of --data into a chat template, and {args.base} has none: leave --chat out"
         )
     settle(args, model, tokenizer)
-    with torch.device("meta"):
+    with shapes_only():
         shapes = type(model)(model.config)
     size = count(shapes.parameters())
     options = options_of(args.task, dict(args.option)) if args.task else dict(args.option)

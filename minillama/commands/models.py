@@ -7,12 +7,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
-
 from ..adapters import adapt, adapter_parameters, delete_adapter
 from ..checkpoints import hub
 from ..checkpoints.architectures import ARCHITECTURES, REFUSED, read_config
 from ..checkpoints.files import FileError, first_line, read_json
+from ..device import shapes_only
 from ..llama import LLaMA
 from ..speed import BLOCK
 from . import count, table
@@ -83,7 +82,7 @@ def shapes(name):
         content = {"model_type": MODELS[name][1], **dict(zip(KEYS, MODELS[name][2:]))}
     config, row = read_config(content)
     each = dict(layer_types=None, no_rope_layers=None) if row.model is LLaMA else {}  # what stands there for each layer
-    with torch.device("meta"):
+    with shapes_only():
         one = row.model(dataclasses.replace(config, num_hidden_layers=1, **each))
     return one, config.num_hidden_layers
 

@@ -1,10 +1,10 @@
 """The papers' parameter counts, computed from the real shapes: nothing is loaded,
 the models live on the meta device."""
 
-import torch
 from torch import nn
 
 from ..adapters import METHODS
+from ..device import shapes_only
 from ..gpt2 import GPT2, GPT2Config
 from ..llama import LLaMA, LLaMAConfig
 
@@ -62,7 +62,7 @@ def counts():
     """(method, options, model's name, trained parameters, what the paper says) of every claim."""
     rows = []
     for method, options, make, claim in CLAIMS:
-        with torch.device("meta"):
+        with shapes_only():
             model = make()
             model.requires_grad_(False)
             METHODS[method].attach(model, **options)

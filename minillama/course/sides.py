@@ -13,6 +13,7 @@ from ..adapters import adapt
 from ..attention import Cache
 from ..checkpoints.architectures import architecture_of, write_config
 from ..checkpoints.tensors import to_hf
+from ..device import shapes_only
 from ..generate import stream
 from ..llama import LLaMA, LLaMAConfig
 from ..speed import quantize
@@ -34,7 +35,7 @@ ALPACA, SHORTEST, LONGEST, ROW = (42516, 8250, 983, 191, 35, 16, 9, 0, 1, 1), 60
 @torch.no_grad()
 def random_base(config, dtype, device, shard=False):
     """A LLaMA of random weights, made on the device; cut among the processes before any of it is made."""
-    with torch.device("meta"):
+    with shapes_only():
         model = LLaMA(config).to(dtype).requires_grad_(False)
     if shard:
         distributed.shard(model)
@@ -49,7 +50,7 @@ def random_base(config, dtype, device, shard=False):
 
 def ours(model, method, prompts, how=None):
     """A model of ours on the same weights, or on them in fewer bits, adapted."""
-    with torch.device("meta"):
+    with shapes_only():
         other = LLaMA(model.config)
     other.load_state_dict(model.state_dict(), assign=True)
     if model.config.tie_word_embeddings:
@@ -79,7 +80,7 @@ def theirs(model, method, prompts):
         return None
     device = model.embed_tokens.weight.device
     config = transformers.LlamaConfig(**write_config(model.config))
-    with torch.device("meta"):
+    with shapes_only():
         other = transformers.LlamaForCausalLM(config)
     other.load_state_dict(to_hf(architecture_of(model.config), model.state_dict()), strict=False, assign=True)
     other.tie_weights()

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...device import shapes_only
 from ...gpt2 import GPT2
 from ...llama import LLaMA, LLaMAConfig
 from .looking import inputs_of
@@ -15,7 +16,7 @@ def shares_of_the_mean(model, ids):
 
 def parameters_of(config):
     """The number of parameters of a model that is made of shapes alone."""
-    with torch.device("meta"):
+    with shapes_only():
         model = (LLaMA if isinstance(config, LLaMAConfig) else GPT2)(config)
     return sum(p.numel() for p in model.parameters())
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...device import shapes_only
 from ...train import exact_match
 from .runs import base, copied, distances
 from .shown import table
@@ -33,7 +34,7 @@ def loss_curve(runs):
 
 def counted(make, attach, **options):
     """(trained, all) parameters of a model built without its numbers, on the meta device, and adapted."""
-    with torch.device("meta"):
+    with shapes_only():
         model = make().requires_grad_(False)
     everything = sum(p.numel() for p in model.parameters())
     attach(model, **options)
