@@ -46,10 +46,8 @@ def head_loss(model, hidden, targets, most=2**25):
     rows = max(1, most // model.config.vocab_size)
     if len(hidden) <= rows:
         return part(hidden, targets, "mean")
-    parts = [
-        checkpoint(part, *some, use_reentrant=False, preserve_rng_state=False)
-        for some in zip(hidden.split(rows), targets.split(rows))
-    ]
+    pairs = zip(hidden.split(rows), targets.split(rows))
+    parts = [checkpoint(part, *some, use_reentrant=False) for some in pairs]  # again with the same dropout
     return torch.stack([loss for loss, _ in parts]).sum() / len(hidden), torch.cat([wrong for _, wrong in parts])
 
 

@@ -1,5 +1,7 @@
 """Rows of one batch through adapters of their own: each as if it ran alone, the base passed once."""
 
+import importlib
+
 import pytest
 import torch
 from conftest import KINDS, make
@@ -11,6 +13,7 @@ from minillama.adapters import adapter_parameters, trainable_parameters, wrapper
 from minillama.train import answer_loss, answers, train
 
 NAMES = ["one", None, "two"]
+MIXED = importlib.import_module("minillama.adapters.mixed")  # whose name is the function's in the package
 
 
 def two_adapters(model, first, second):
@@ -89,6 +92,74 @@ def test_training_in_a_mixed_batch_reaches_each_rows_own_adapter(model, ids):
     set_adapter(model, "one", "two")
     for name, parameter in trainable_parameters(model).items():
         torch.testing.assert_close(together[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def passes(model):
+    """How often the bare linear layers were called, counted from now on."""
+    seen = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, *_: seen.append(module))
+    return seen
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=("fp32", "bf16"))
+@pytest.mark.parametrize("method, options", [("lora", {"targets": "all-linear"}), ("ia3", {})])
+def test_many_adapters_of_one_kind_go_at_once_and_as_in_the_loop(method, options, dtype, tolerance, ids, monkeypatch):
+    """Each place passes its base once for all rows; output and gradients are those of rows sorted by adapter."""
+    model, names = make("llama").to(dtype), ["a", None, "c", "b", "a", "c"]
+    for i, name in enumerate(("a", "b", "c")):
+        adapt(model, method, name=name, **options)
+        torch.manual_seed(i)
+        for parameter in adapter_parameters(model, name).values():
+            torch.nn.init.normal_(parameter, method == "ia3", 0.1)
+    set_adapter(model, "a", "b", "c")
+    seen, results = passes(model), []
+    for table in (MIXED.ROW_BY_ROW, {}):
+        monkeypatch.setattr(MIXED, "ROW_BY_ROW", table)
+        seen.clear()
+        with mixed(model, names):
+            hidden = model.hidden(ids.repeat(2, 1))
+        gradients = torch.autograd.grad(hidden.float().square().sum(), list(trainable_parameters(model).values()))
+        results.append([hidden, *gradients])
+        wrapped = [module for module in seen if any(wrapper.base is module for _, wrapper in wrappers(model))]
+        assert len(wrapped) == len(set(wrapped)) * (4 if not table else 1)
+    for mine, other in zip(*results):
+        assert mine.norm() > 0 and (mine - other).float().norm() <= tolerance * other.float().norm()
+
+
+@torch.no_grad()
+def test_what_is_not_of_one_kind_is_sorted(model, ids):
+    """Another rank, another alpha, two methods of one adapter at a place: a group each, and each row right."""
+    for first, second in (
+        ([("lora", {})], [("lora", {"rank": 2})]),
+        ([("lora", {})], [("lora", {"alpha": 5.0})]),
+        ([("lora", {}), ("ia3", {})], [("lora", {}), ("ia3", {})]),
+        ([("ia3", {})], [("ia3", {"outputs": (), "inputs": ("v_proj", "down_proj")})]),
+    ):
+        delete_adapter(model)
+        for name, methods in (("one", first), ("two", second)):
+            for method, options in methods:
+                adapt(model, method, name=name, **options)
+            for parameter in adapter_parameters(model, name).values():
+                torch.nn.init.normal_(parameter, 1, 0.3)
+        with mixed(model, NAMES):
+            together = model(ids)
+        for row, name in enumerate(NAMES):
+            set_adapter(model, *[name] if name else [])
+            alone = model(ids[row : row + 1])[0]
+            assert (together[row] - alone).abs().max() < 1e-5 * max(1, alone.abs().max()), (first, second)
+
+
+def test_each_row_at_once_has_a_dropout_of_its_own(ids):
+    model = make("llama").train()
+    for name in ("one", "two"):
+        adapt(model, "lora", name=name, dropout=0.5)
+        for parameter in adapter_parameters(model, name).values():
+            torch.nn.init.ones_(parameter)
+    with torch.no_grad(), mixed(model, ["one", "two", "one"]):
+        rows = model.hidden(ids[:1].expand(3, -1))
+    assert not torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], rows[1])
 
 
 def test_what_moves_positions_cannot_be_mixed(model, ids):

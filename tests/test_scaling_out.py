@@ -68,7 +68,8 @@ def test_decoding_reads_the_matrices_and_the_cache(config):
 def test_blocks_are_the_modules():
     linear = torch.nn.Linear(96, 40)
     codes, scales = scaling_out.right_quantise(linear.weight.detach())
-    small = BlockLinear(linear, 8)
+    small = BlockLinear(linear, 8, "cpu")
+    small.fill(linear.weight.detach())
     assert torch.equal(codes, small.codes.flatten(1))
     assert torch.equal(scales, small.scales.view(torch.float16).squeeze(-1))
     assert torch.equal(scaling_out.right_dequantise(codes, scales), small.weight)

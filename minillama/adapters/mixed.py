@@ -10,19 +10,23 @@ group through the wrappers of its name, and puts the results back in order.
     x (B, …) ─┼─ row 1 ─────▶ wrappers of "de" ─▶ base ─┼─▶ y (B, …)
               └─ row 2 ──────────────────────▶ base ────┘
 
-Every row passes the base once, whatever the number of adapters, and all that is not wrapped sees the whole batch. The
-methods know nothing of it: it works for several methods in one adapter, with a cache, with padding and in training. The
-one thing it asks is that a wrapped part takes rows along its first axis, so what moves the tokens' positions, which the
-batch shares, cannot be mixed: prompt tuning, and on a GPT-2 prefix tuning.
+Every row passes the base once, whatever the number of adapters, and all that is not wrapped sees the whole batch. Where
+all have LoRA of one shape at a place, or IA3, no rows are sorted: each row's own numbers are stacked, and multiply the
+whole batch at once. The methods know nothing of it: it works for several methods in one adapter, with a cache, with
+padding and in training. The one thing it asks is that a wrapped part takes rows along its first axis, so what moves the
+tokens' positions, which the batch shares, cannot be mixed: prompt tuning, and on a GPT-2 prefix tuning.
 """
 
 import contextlib
+from operator import attrgetter
 
 import torch
 
 from ..attention import LayerCache
 from . import StandIn, adapters, is_wrapper, outermost, refuse_stand_ins, require, wrappers
 from .holding import held
+from .ia3 import IA3Linear
+from .lora import LoRALinear
 
 
 class Router(StandIn):
@@ -59,6 +63,11 @@ class Router(StandIn):
                 f"a tensor of shape {tuple(x.shape)} no longer tells the rows of the batch apart, which an adapter "
                 "here needs: compute model(ids) and the loss from its logits"
             )
+        named = [wrapper for wrapper in self.chain if wrapper.adapter in names]
+        if x.dim() == 3 and (at_once := of_one_kind(named)):
+            own = {wrapper.adapter: wrapper for wrapper in named}
+            *_, innermost = self.chain
+            return at_once(innermost.base, x, [own.get(name) for name in names])
         out = None
         try:
             for name in dict.fromkeys(names):
@@ -76,6 +85,42 @@ class Router(StandIn):
         for wrapper in self.chain:
             wrapper.active = wrapper.adapter == name
         return self.base(x, *arguments)
+
+
+# ── many adapters of one kind at once ────────────────────────────────────────────────────────────────────────────────
+
+
+def low_rank(base, x, rows):
+    """LoRA's equation 3 with A and B of each row's own wrapper (None: 0): x (B, T, in) -> (B, T, out)."""
+    some = next(filter(None, rows))
+    A = torch.stack([(row or some).A for row in rows]).to(x.dtype)  # (B, rank, in)
+    B = torch.stack([row.B if row else torch.zeros_like(some.B) for row in rows]).to(x.dtype)  # (B, out, rank)
+    return base(x) + some.dropout(x) @ A.mT @ B.mT * some.scaling
+
+
+def scaled(base, x, rows):
+    """IA3 with the vector of each row's own wrapper (None: ones): x (B, T, in) -> (B, T, out)."""
+    some = next(filter(None, rows))
+    scale = torch.stack([row.scale if row else torch.ones_like(some.scale) for row in rows])[
+        :, None
+    ]  # (B, 1, features)
+    return base(x * scale.to(x.dtype)) if some.side == "input" else (y := base(x)) * scale.to(y.dtype)
+
+
+# What a wrapper computes: the same for rows of several, and in what these must agree.
+ROW_BY_ROW = {
+    LoRALinear.forward: (low_rank, attrgetter("A.shape", "scaling", "dropout.p", "training")),
+    IA3Linear.forward: (scaled, attrgetter("side")),
+}
+
+
+def of_one_kind(named):
+    """The function of ROW_BY_ROW that does for all these wrappers at once, one of each adapter; None: there is none."""
+    kinds = {type(wrapper).forward for wrapper in named}
+    if len(kinds) != 1 or len({wrapper.adapter for wrapper in named}) < len(named):
+        return None
+    at_once, settings = ROW_BY_ROW.get(*kinds, (None, type))
+    return at_once if len({settings(wrapper) for wrapper in named}) == 1 else None
 
 
 @contextlib.contextmanager

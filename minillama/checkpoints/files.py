@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,8 +126,18 @@ def read_safetensors(path):
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
-def read_tensors(path):
-    return read_safetensors(path)[0]
+def stored_tensors(path, apart=False):
+    """{name: a function that reads the tensor, memory-mapped} of a safetensors file. All are in one mapping of the
+    file, or `apart`, each is in one of its own, which ends with it. FileError as above."""
+    path = Path(path)
+
+    def read(name):
+        with reading(path), whole_safetensors(path):
+            return (safe_open(path, "pt") if apart else file).get_tensor(name)
+
+    with reading(path), whole_safetensors(path):
+        file = safe_open(path, "pt")
+        return {name: partial(read, name) for name in file.keys()}
 
 
 @contextlib.contextmanager
@@ -155,7 +166,7 @@ def refuse_unsound(tensors, path):
 def what_is_unsound(tensor):
     """What a tensor holds that is no weight: NaN, infinity, or a number whose products overflow; "" for a sound one.
     Looked at in parts, so that little memory is needed."""
-    parts = tensor.detach().flatten().split(2**22)
+    parts = tensor.detach().flatten().split(2**20)
     largest = max(
         (part.abs().amax().item() for part in parts if len(part)), key=lambda most: (most != most, most), default=0
     )

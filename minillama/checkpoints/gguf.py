@@ -2,10 +2,12 @@
 mostly quantised.
 
 Everything comes out as Hugging Face has it: names by a short table, the rows of q and k back in their order, weights
-dequantised a few rows at a time straight into the wanted dtype. The format:
+dequantised a few rows at a time straight into the wanted dtype, or kept in their blocks where just these are wanted.
+The format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import contextlib
 import dataclasses
 import math
 import mmap
@@ -13,6 +15,7 @@ import os
 import re
 import struct
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,18 +23,20 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 
 from ..llama import LLaMAConfig
 from ..rope import Linear, Llama3, RoPE
+from ..speed import BLOCK, Blocks
 from .architectures import ARCHITECTURES
 from .fields import FULL, SLIDING, honest
 from .files import FileError, reading
 from .gguf_tokenizer import read_gguf_tokenizer
-from .tensors import from_hf
+from .tensors import by_rows, from_hf
 
 STRING, ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
 # as `struct` writes them
 FORMATS = dict(zip((GGUFValueType(kind) for kind in (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)), "BbHhIif?Qqd"))
 NUMPY = {"B": "u1", "b": "i1", "H": "u2", "h": "i2", "I": "u4", "i": "i4", "f": "f4", "Q": "u8", "q": "i8", "d": "f8"}
 PLAIN = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
-CHUNK = 2**20  # weights that are dequantised at once
+KEPT = {"8bit": GGMLQuantizationType.Q8_0, "4bit": GGMLQuantizationType.Q4_0}  # the blocks of speed.py
+CHUNK = 2**18  # weights that are dequantised at once
 
 # llama.cpp's names and ours, word by word
 NAMES = {
@@ -60,40 +65,40 @@ KNOWN = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "
 NAMED = re.compile(rf"(token_embd|output_norm|output|blk\.\d{{1,4}}\.({PARTS}))\.(weight|bias)|rope_freqs\.weight")
 
 
-def read_gguf(path, dtype=None):
-    """(LLaMAConfig, weights by our names, tokenizer or None) of a .gguf file of one of the architectures KNOWN.
+def read_gguf(path, dtype=None, quantize=None):
+    """(LLaMAConfig, weights by our names, tokenizer or None) of a .gguf file of one of the architectures KNOWN; the
+    weights as functions that read them, one at a time.
 
-    dtype: of the weights; None: float16 or bfloat16 where all matrices are stored so, else float32.
+    dtype: of the weights; None: float16 or bfloat16 where all matrices are stored so, else float32.  quantize: what
+    becomes of the layers' matrices (speed.HOW): they come in float32, or as Blocks where they lie in those.
     Raises FileError when the file is missing, damaged or not honoured.
     """
-    try:
+    with honoured(path):
         with reading(path):
             fields, tensors = read_header(path)
         config = read_config(fields, tensors)
         tokenizer = read_gguf_tokenizer(fields)
         factors = tensors.pop("rope_freqs.weight", None)  # read_config has taken it in
+        if factors is not None:
+            with open(path, "rb") as file:
+                config = with_factors(config, read_tensor(file, "rope_freqs.weight", factors, torch.float32))
         kinds = {kind for shape, kind, _ in tensors.values() if len(shape) > 1}
         dtype = dtype or (PLAIN.get(*kinds, torch.float32) if len(kinds) == 1 else torch.float32)
-        row, heads = ARCHITECTURES[config.model_type], {}
-        if config.model_type == "llama":  # whose rows alone llama.cpp reorders
-            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-        weights = {}
-        with open(path, "rb") as file:
-            if factors is not None:
-                config = with_factors(config, read_tensor(file, "rope_freqs.weight", factors, torch.float32))
-            for name, entry in tensors.items():
-                offset = config.norm_offset if name.endswith("norm.weight") else 0  # llama.cpp has added Gemma's 1
-                weight = read_tensor(file, name, entry, torch.float32 if offset else dtype)
-                weight = (weight - offset).to(dtype) if offset else weight
-                for part, H in heads.items():
-                    # another length is refused later, with its shape
-                    if f".{part}." in name and len(weight) % (2 * H) == 0:
-                        weight = interleaved_to_halves(weight, H)
-                weights[".".join(NAMES.get(word, word) for word in name.split("."))] = weight
+        row, weights = ARCHITECTURES[config.model_type], {}
+        for name, entry in tensors.items():
+            ours = ".".join(NAMES.get(word, word) for word in name.split("."))
+            weights[ours] = partial(read_weight, path, name, entry, config, dtype, quantize)
         if row.fused:  # the feed-forward's two matrices are called by the name of one
             weights = {name.replace("mlp.up_proj", "mlp.gate_up_proj"): weight for name, weight in weights.items()}
             weights = from_hf(row, weights, config)
         return config, weights, tokenizer
+
+
+@contextlib.contextmanager
+def honoured(path):
+    """Within the block, what is wrong with the file becomes a FileError."""
+    try:
+        yield
     except FileError:
         raise
     except OSError as error:
@@ -271,6 +276,39 @@ def with_factors(config, factors):
             "rope_freqs.weight holds other factors than those of Llama 3.1 to 3.3, which alone can be honoured"
         )
     return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def read_weight(path, name, entry, config, dtype, quantize):
+    """One tensor as Hugging Face has it."""
+    shape, kind, _ = entry
+    matrix = name.startswith("blk.") and len(shape) > 1
+    offset = config.norm_offset if name.endswith("norm.weight") else 0  # llama.cpp has added Gemma's 1
+    with honoured(path), open(path, "rb") as file:
+        if matrix and KEPT.get(quantize) == kind:
+            weight = read_blocks(file, entry)
+        else:
+            whole = offset or (matrix and quantize)
+            weight = read_tensor(file, name, entry, torch.float32 if whole else dtype)
+    if config.model_type == "llama":  # whose rows alone llama.cpp reorders
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        H = next((H for part, H in heads.items() if f".{part}." in name), None)
+        if H and shape[0] % (2 * H) == 0:  # another length is refused later, with its shape
+            weight = by_rows(weight, partial(interleaved_to_halves, H=H))
+    return (weight - offset).to(dtype) if offset else weight
+
+
+def read_blocks(file, entry):
+    """A matrix in Q8_0 or Q4_0 as the file has it: each block's scale, and then its codes."""
+    (rows, columns), kind, place = entry
+    width = GGML_QUANT_SIZES[kind][1]  # bytes a block
+    codes = torch.empty(rows, columns // BLOCK, width - 2, dtype=torch.int8 if kind == KEPT["8bit"] else torch.uint8)
+    blocks = Blocks(codes, torch.empty(rows, columns // BLOCK, 1, dtype=torch.float16))
+    file.seek(place)
+    for codes, scales in zip(*(tensor.split(max(1, CHUNK // columns)) for tensor in blocks)):
+        data = torch.from_numpy(np.fromfile(file, np.uint8, scales.numel() * width)).view(*scales.shape[:2], width)
+        codes.copy_(data[..., 2:].view(codes.dtype))
+        scales.copy_(data[..., :2].view(torch.float16))
+    return blocks
 
 
 def read_tensor(file, name, entry, dtype):

@@ -1,8 +1,11 @@
 """The tensors of a checkpoint in Hugging Face's names and layout, and in ours, as an architecture's row tells."""
 
 import re
+from functools import partial
 
 import torch
+
+from ..speed import Blocks
 
 
 def rename(name, table):
@@ -21,29 +24,46 @@ def widths(config, parts):
 
 
 def from_hf(row, weights, config):
-    """A checkpoint's tensors by our names, in our layout. ValueError where two of them have one name of ours."""
-    back, ours = {new: old for old, new in row.words.items()}, {}
+    """A checkpoint's tensors by our names, in our layout. Both sides are {name: a function that reads the tensor}.
+    ValueError where two of them have one name of ours."""
+    back, ours, kept = {new: old for old, new in row.words.items()}, {}, {}
     plain = [name.removeprefix(row.prefix) for name in weights]
     if twice := sorted(name for name in set(plain) if plain.count(name) > 1):
         raise ValueError(f"the weights hold {twice[0]} twice, with {row.prefix!r} before it and without")
-    for name, tensor in weights.items():
+
+    def whole(name, read):
+        tensor = read()
+        if row.transposed and tensor.dim() == 2 and name.startswith("h."):
+            tensor = tensor.T
+        return by_rows(tensor, torch.Tensor.contiguous)
+
+    def piece(name, read, rows, i):
+        if name not in kept:  # the one that was read last waits for its other pieces
+            kept.clear()
+            kept[name] = whole(name, read)
+        seen = (*kept[name].shape, 0)[0]
+        if seen != sum(rows):
+            raise ValueError(f"{name} has {seen} rows and the configuration asks for {sum(rows)}")
+        return by_rows(kept[name], lambda tensor: tensor.split(rows)[i].contiguous())
+
+    for name, read in weights.items():
         name = name.removeprefix(row.prefix)
         if name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")):
             continue  # frequencies and causal masks, which old checkpoints carry along
-        if row.transposed:
-            tensor = tensor.T if tensor.dim() == 2 and name.startswith("h.") else tensor
         matrix = next((matrix for matrix in row.fused if f".{matrix}." in name), None)
         if matrix is None:
-            ours[rename(name, back)] = tensor.contiguous()
+            ours[rename(name, back)] = partial(whole, name, read)
             continue
         rows = widths(config, row.fused[matrix])
-        if tensor.dim() == 0 or len(tensor) != sum(rows):
-            seen = len(tensor) if tensor.dim() else 0
-            raise ValueError(f"{name} has {seen} rows and the configuration asks for {sum(rows)}")
-        for part, piece in zip(row.fused[matrix], tensor.split(rows)):
-            whole = name.replace(matrix, f"{matrix.rpartition('.')[0]}.{part}".lstrip("."))
-            ours[rename(whole, back)] = piece.contiguous()
+        for i, part in enumerate(row.fused[matrix]):
+            place = name.replace(matrix, f"{matrix.rpartition('.')[0]}.{part}".lstrip("."))
+            ours[rename(place, back)] = partial(piece, name, read, rows, i)
     return ours
+
+
+def by_rows(weight, change):
+    """A matrix, or its Blocks, with its rows changed."""
+    return Blocks(*map(change, weight)) if isinstance(weight, Blocks) else change(weight)
 
 
 def to_hf(row, weights):

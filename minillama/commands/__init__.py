@@ -14,7 +14,6 @@ from ..checkpoints import load
 from ..checkpoints.files import FileError, write_text
 from ..checkpoints.progress import CHECKPOINT, Keeper, read_settings
 from ..device import pick_device, pick_dtype
-from ..speed import quantize
 from ..train import train
 from .arguments import LEFT_OPEN, OF_TASKS
 
@@ -41,16 +40,16 @@ def open_base(args):
     """(model, tokenizer) of args.base, after a line on what was opened."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer = load(args.base, dtype, device)
+    model, tokenizer = load(args.base, dtype, device, args.quantize)
     if tokenizer is None:
         raise ValueError(
             f"{args.base} has no tokenizer, without which text cannot become ids: copy its tokenizer.json there"
         )
-    shown = f"{count(model.parameters()):,} parameters · {device} · {str(dtype).removeprefix('torch.')}"
+    with torch.device("meta"):
+        size = count(type(model)(model.config).parameters())  # in however many bits
+    shown = f"{size:,} parameters · {device} · {str(dtype).removeprefix('torch.')}"
     if args.quantize:
-        model.base_fingerprint = adapters.storage.fingerprint(model)
         shown += f" · layers in {args.quantize}"
-        quantize(model, args.quantize)
     several = f" · {distributed.size()} processes" if distributed.size() > 1 else ""
     print(f"{args.base}: {shown} · {torch.get_num_threads()} threads{several} · seed {args.seed}")
     return model, tokenizer

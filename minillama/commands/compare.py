@@ -30,6 +30,8 @@ def run(args):
     from ..course.plots import comparison_figure  # late: matplotlib is slow to import
     from ..course.style import save_figure
 
+    if args.quantize:
+        raise ValueError("compare trains all weights too, which must then be whole: leave --quantize out")
     for language in args.languages:
         data.locales(language)
     model, tokenizer = open_base(args)

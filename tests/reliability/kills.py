@@ -24,7 +24,7 @@ import minillama.course.plots  # here, and not in each child: it takes seconds
 from minillama.__main__ import main
 from minillama.adapters import storage
 from minillama.checkpoints import progress
-from minillama.checkpoints.files import read_tensors
+from minillama.checkpoints.files import read_safetensors
 
 RUNS = {
     "adapt": ("adapt", "--steps", "25", "--batch-size", "4", "--test-dates", "1", "--method", "ia3"),
@@ -69,14 +69,14 @@ def looked_at(command, out, expected, counts):
             minillama.load_adapter(model, out)
             found = storage.read_adapter(out)[1]
         else:
-            found = read_tensors(out / WEIGHTS[command])
+            found = read_safetensors(out / WEIGHTS[command])[0]
             if (out / "config.json").exists():  # else it is absent for whoever reads
                 minillama.load(out)
         same = found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
         counts["wrong"] += not same
         counts["whole"] += same
     if (out / progress.CHECKPOINT).exists():
-        read_tensors(out / progress.CHECKPOINT)
+        read_safetensors(out / progress.CHECKPOINT)[0]
         counts["kept"] += 1
 
 
@@ -88,7 +88,7 @@ def bench(command, kills, seed=0, folder=None):
         start = time.perf_counter()
         assert ended(started((*RUNS[command], "--out", whole))) == 0, "the uninterrupted run failed"
         seconds = time.perf_counter() - start
-        expected = read_tensors(whole / WEIGHTS[command])
+        expected = read_safetensors(whole / WEIGHTS[command])[0]
         while counts["kills"] < kills:
             resume = (out / progress.CHECKPOINT).exists()
             begin = (command, "--resume", out) if resume else (*RUNS[command], "--out", out, "--overwrite")
