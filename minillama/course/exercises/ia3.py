@@ -14,9 +14,8 @@ from ...gpt2 import GPT2, GPT2Config
 from ...llama import Layer, LLaMA, LLaMAConfig
 from .catalogue import catalogue, tables
 from .modules import merged, started, trained_numbers
-from .observing import Exercise, Wrong, called, calls, describe, fact, filled, in_bfloat16
+from .observing import Exercise, Wrong, called, calls, describe, fact, filled, in_bfloat16, teller
 from .predictions import questions
-from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
@@ -103,7 +102,7 @@ def inputs_of_mixed(draw, side, B, T, N, n_in, n_out):
     return dict(linear=linear, x=draw(B, T, n_in), scales=scales, rows=rows, side=side)
 
 
-said = teller(wording(__file__)["said"], STARTS)
+said = teller(TABLES, "starts")
 
 
 def probe_start(answer, draw):

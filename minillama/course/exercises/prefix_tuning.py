@@ -13,9 +13,8 @@ from ...attention import Attention, Cache, LayerCache, embed
 from ...rope import Llama3, RoPE, rotate
 from .catalogue import catalogue, tables
 from .modules import follows, some
-from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, gradients
+from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, gradients, teller
 from .predictions import questions
-from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one; what is said of facts stands there too
 
@@ -169,7 +168,7 @@ def right_step(model, optimizer, ids, labels):
 
 
 STEPS = catalogue(right_step, TABLES["steps"])
-said = teller(wording(__file__)["said"], (*LAYERS, *STEPS))
+said = teller(TABLES, "layers_all", "steps")
 
 
 def watched(model, optimizer, own):
