@@ -19,8 +19,6 @@ from .predictions import questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
-# ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
-
 
 def start_of(module):
     return lambda linear, side: started(module.IA3Linear(linear, side))[0]
@@ -34,8 +32,6 @@ STARTS = catalogue(ia3, TABLES["starts"], wrap=start_of)
 MERGES = catalogue(ia3, TABLES["merges"], wrap=merge_of)
 PLANTED = catalogue(ia3, TABLES["planted"]) + STARTS + MERGES[:3]  # each must fail a test where it stands in the models
 HARMLESS = {"BiasUnscaled": ("llama",), "MergeForgetsBias": ("llama",), "attach_to_queries": ("gpt2",)}
-
-# ── one projection, and a batch of several tasks ──────────────────────────────────────────────────────────────────────
 
 
 def right_linear(linear, x, scale, side):
@@ -126,9 +122,6 @@ def probe_start(answer, draw):
         yield said(0 in scale.stride(), "start_expanded")
 
 
-# ── a block of a LLaMA ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def right_layer(layer, x, positions, l_k, l_v, l_ff):
     l_k, l_v, l_ff = (vector.to(x.dtype) for vector in (l_k, l_v, l_ff))
     attn, mlp, turn = layer.self_attn, layer.mlp, layer.self_attn.rope(positions)
@@ -155,9 +148,6 @@ def probe_layer(answer, draw):
     once, vectors = ("layer.self_attn.o_proj", "layer.mlp.down_proj"), ("l_k", "l_v", "l_ff")
     yield from read(answer, inputs_of_layer(draw, **shapes[0]), "positions", *vectors)
     yield from calls(inputs_of_layer, "the output (B, T, D)", shapes, float32=vectors, once=once)(answer, draw)
-
-
-# ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def moved_to_queries(model_class, config_class, paired=False):

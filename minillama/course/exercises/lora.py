@@ -14,8 +14,6 @@ from .predictions import moved, questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
-# ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
-
 
 def path_of(module):
     """The module's LoRALinear as a function of the projection, the input, A, B and α."""
@@ -41,8 +39,6 @@ PATHS = catalogue(lora, TABLES["paths"], wrap=path_of)
 STARTS = catalogue(lora, TABLES["start"], wrap=start_of)
 MERGES = catalogue(lora, TABLES["merges"], wrap=merged_by)
 PLANTED = PATHS[:14] + STARTS[:3] + MERGES[:5]  # each must fail a test in the models
-
-# ── the start, and what a path multiplies by ──────────────────────────────────────────────────────────────────────────
 
 
 def probe_start(answer, draw):
@@ -90,9 +86,6 @@ def further_calls(answer, draw):
         path = x @ A.to(dtype).T @ B.to(dtype).T
         yield said(close(answer(linear, x, A, B, 3.0), linear(x) + path), "stale_path")
         A.data *= -2
-
-
-# ── the path and the merges ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def inputs_of_path(draw, n_in, n_out, r, alpha, **tokens):

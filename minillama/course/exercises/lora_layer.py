@@ -15,8 +15,6 @@ from .observing import Piece, Wrong, describe, filled, floating, teller
 TABLES = tables(Path(__file__).with_name("lora.md"))
 said = teller(TABLES, "paths", "start", "layer_all")
 
-# ── what a start is made of, and what a path multiplies by ────────────────────────────────────────────────────────────
-
 
 def begun(A, B, n_in, n_out, r):
     """Pieces of A and B at the start: which of them is 0, how many directions A reads. Wrong where a shape is."""
@@ -63,9 +61,6 @@ def steady(function, unseeded, x, dropout):
         mixed = not close(function(x[-1:, t : t + 1]), at[1][-1:, t : t + 1])
     yield said(mixed, "mixed")
     yield said(not close(at[2] - at[0], -2 * (at[1] - at[0])), "activated")
-
-
-# ── a layer that merges itself ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Layer(nn.Module):
