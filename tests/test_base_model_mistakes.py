@@ -24,6 +24,25 @@ def random_model():
     return model
 
 
+def token_by_token(model, ids):
+    """Logits and the first layer's cache, the ids given in three portions."""
+    cache = minillama.Cache()
+    logits = torch.cat([model(part, cache=cache) for part in ids.split([4, 1, 4], dim=1)], dim=1)
+    return logits, cache.layers[0].k
+
+
+KEPT = []
+
+
+@pytest.fixture
+def right(ids):
+    """The random model, its logits, and the keys it caches: made once, for what is planted in its classes leaves them
+    as they are."""
+    with torch.no_grad():
+        KEPT.extend(() if KEPT else (model := random_model(), model(ids), token_by_token(model, ids)[1]))
+    return KEPT
+
+
 def moved(a, b):
     """How far a stands from b, as a share of b's largest number; NaN is far."""
     return ((a - b).abs().max() / b.abs().max()).nan_to_num(nan=1.0).item()
@@ -101,47 +120,36 @@ RIGHT = (
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("plant, right", RIGHT)
-def test_the_right_part_moves_nothing(plant, right, monkeypatch, ids):
-    model = random_model()
-    logits = model(ids)
-    plant(monkeypatch, right)
+@pytest.mark.parametrize("plant, part", RIGHT)
+def test_the_right_part_moves_nothing(plant, part, monkeypatch, ids, right):
+    model, logits, _ = right
+    plant(monkeypatch, part)
     assert moved(model(ids), logits) < 1e-5
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("plant, mistake", ONCE)
-def test_a_wrong_part_moves_the_logits(plant, mistake, monkeypatch, ids):
-    model = random_model()
-    logits = model(ids)
+def test_a_wrong_part_moves_the_logits(plant, mistake, monkeypatch, ids, right):
+    model, logits, _ = right
     plant(monkeypatch, mistake)
     assert moves(model, ids, logits)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NO_MATTER)
-def test_the_order_of_features_does_not_count(name, monkeypatch, ids):
+def test_the_order_of_features_does_not_count(name, monkeypatch, ids, right):
     """A score sums over features, in whatever order queries and keys have them; and the model's theta is 10,000."""
-    model = random_model()
-    logits = model(ids)
+    model, logits, _ = right
     in_rope(monkeypatch, ROPES[name])
     assert moved(model(ids), logits) < 1e-4
 
 
-def token_by_token(model, ids):
-    """Logits and the first layer's cache, the ids given in three portions."""
-    cache = minillama.Cache()
-    logits = torch.cat([model(part, cache=cache) for part in ids.split([4, 1, 4], dim=1)], dim=1)
-    return logits, cache.layers[0].k
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", LATER)
-def test_only_distances_count(name, monkeypatch, ids):
+def test_only_distances_count(name, monkeypatch, ids, right):
     """All positions later by the same number are no mistake to a LLaMA;
     positions that begin again at each call are one."""
-    model = random_model()
-    logits = model(ids)
+    model, logits, _ = right
     in_rope(monkeypatch, ROPES[name])
     assert moved(model(ids), logits) < 1e-4
     assert (moved(token_by_token(model, ids)[0], logits) < 1e-4) == (name == "positions_from_one")
@@ -149,9 +157,8 @@ def test_only_distances_count(name, monkeypatch, ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ("right", *known("cached_attention")))
-def test_a_wrong_cache_moves_the_logits(name, monkeypatch, ids):
-    model = random_model()
-    whole, (_, keys) = model(ids), token_by_token(model, ids)
+def test_a_wrong_cache_moves_the_logits(name, monkeypatch, ids, right):
+    model, whole, keys = right
     in_cached_attention(monkeypatch, {"right": parts.cached_attention, **known("cached_attention")}[name])
     try:
         logits, kept = token_by_token(model, ids)
@@ -200,19 +207,19 @@ def test_a_wrong_split_moves_the_logits(name, ids):
 
 
 @pytest.mark.parametrize("name", ("right", *known("answer_labels")))
-def test_wrong_labels_change_the_loss(name):
+def test_wrong_labels_change_the_loss(name, right):
     """Only the right labels are those of `collate`, and give its loss."""
     prompt, answer = [77, 5, 9, 5, 8, 5], [9, 5, 0, 5, 10]
-    model, tokenizer = random_model(), minillama.data.ByteTokenizer()
+    (model, *_), tokenizer = right, minillama.data.ByteTokenizer()
     expected = minillama.data.collate([(prompt, answer)], tokenizer)
     labels = {"right": parts.answer_labels, **known("answer_labels")}[name](prompt, answer)
     if name == "batch_axis":
         assert labels[0].dim() == 2
         return
     ids, labels = (row[None] for row in labels)
-    right = minillama.answer_loss(model, *expected)
+    loss = minillama.answer_loss(model, *expected)
     try:
-        same = torch.allclose(minillama.answer_loss(model, ids, labels), right)
+        same = torch.allclose(minillama.answer_loss(model, ids, labels), loss)
     except (RuntimeError, IndexError, ValueError):
         same = False
     assert same == (name == "right")

@@ -121,14 +121,6 @@ def test_what_is_in_no_catalogue_is_described(answer, mistake, words):
     assert words in verdict.message, verdict.message
 
 
-def test_the_line_of_an_error_is_shown():
-    assert "at `return x @ prompt`" in check("gated_prefix_attention", breaks).message
-
-
-def breaks(attention, x, positions, prompt, gate):
-    return x @ prompt
-
-
 # ── what any answer can get wrong, on an exercise made for it ───────────────────────────────────────────────────────
 
 
@@ -235,6 +227,10 @@ def only_dots(linear, x, gate, share):
     ...
 
 
+def breaks(linear, x, gate, share):
+    return x @ x
+
+
 def transposed_twice(linear, x, gate, share):
     return gate * torch.nn.functional.linear(x, linear.weight[:3].T, linear.bias)
 
@@ -264,6 +260,7 @@ def keeps(linear, x, gate, share):
         (by_addcmul, "shortcut", "the point is missed: addcmul does it in one call"),
         (two_at_once, "tanh_forgotten", "two known mistakes at once. The first: the tanh left out"),
         (no_return, "error", "is a `return` missing?"), (only_dots, "blank", "not written yet"),
+        (breaks, "error", "at `return x @ x`"),
         (transposed_twice, "error", "F.linear(x, W) transposes the weight itself"),
         (keeps, "kept", "something is kept from an earlier call"),
     ],

@@ -1,10 +1,21 @@
 """The lessons' exercises: `check("gated_prefix_attention", your_function)` runs your code and names the mistake in it.
 
-A topic is a module here, named as its lesson; its EXERCISES are what `check` knows by name: an Exercise has the right
-answer, a catalogue of wrong ones (catalogue.py) and a probe, which calls an answer and yields what came of it, piece by
-piece (observing.py). An answer is right when every piece equals the right answer's; otherwise judging.py says what is
-wrong. A Question is a prediction (predictions.py). The test suite plants the same catalogue in the models, where each
-entry must fail.
+Your function is run, not read: what it does is held against what the right answer does and, where the two differ,
+against what each of the known wrong answers does. The files, in the order in which to read them:
+
+    lora.py …       a topic for each lesson. Its EXERCISES are what `check` knows by name: an Exercise has the right
+                    answer, a catalogue of wrong ones, and a probe
+    observing.py    the probe calls an answer, at several sizes and in two dtypes, and yields Pieces: what was returned,
+                    the gradients of that, and facts, such as which parameters train
+    running.py      runs a probe on an answer, which may also raise an error or change what it was given
+    judging.py      an answer is right where every Piece equals the right answer's; otherwise the first explanation
+                    that fits is told, and the first of these is: it equals a mistake of the catalogue
+    catalogue.py    a mistake is an edit of the right answer's source, a row in lora.md …, beside the topic
+    predictions.py  a Question asks for a guess before the lesson runs the thing; what to answer is in questions.md
+    modules.py      what several topics' probes need
+
+To add a mistake, add a row; `python -m minillama mistakes lora_linear` shows each row as a diff. The mistakes in a
+topic's PLANTED are edits of a module of the package, and there each must fail one of the package's own tests too.
 """
 
 import difflib

@@ -10,9 +10,8 @@ from ...llama import Layer, LLaMAConfig
 from .catalogue import catalogue, tables
 from .judging import close, other
 from .modules import repeats
-from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, named
+from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, named, teller
 from .predictions import moved, questions
-from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
 
@@ -112,7 +111,7 @@ def right_start(D, m):
 
 
 START = catalogue(right_start, TABLES["start"])
-said = teller(wording(__file__)["said"], START)
+said = teller(TABLES, "start")
 
 
 def places_of(tensor):

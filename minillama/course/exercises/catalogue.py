@@ -88,11 +88,13 @@ def sections(path):
 
 
 def tables(topic):
-    """{title: rows (name, old, new, sentence)} of the tables in the Markdown file beside a topic's module."""
-    return {
+    """{title: rows (name, old, new, sentence)} of the tables in the Markdown file beside a topic's module, and "said",
+    {name: sentence}: what is said of facts."""
+    found = sections(Path(topic).with_suffix(".md"))
+    said = {"said": dict(found.pop("said", ()))}
+    return said | {
         title: tuple((name, edits_of(old), edits_of(new), plain(sentence)) for name, old, new, sentence in rows)
-        for title, rows in sections(Path(topic).with_suffix(".md")).items()
-        if title != "said"  # wording.py
+        for title, rows in found.items()
     }
 
 

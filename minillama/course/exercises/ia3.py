@@ -14,13 +14,10 @@ from ...gpt2 import GPT2, GPT2Config
 from ...llama import Layer, LLaMA, LLaMAConfig
 from .catalogue import catalogue, tables
 from .modules import merged, started, trained_numbers
-from .observing import Exercise, Wrong, called, calls, describe, fact, filled, in_bfloat16
+from .observing import Exercise, Wrong, called, calls, describe, fact, filled, in_bfloat16, teller
 from .predictions import questions
-from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-
-# ── the module itself, whose mistakes are planted in the models too ───────────────────────────────────────────────────
 
 
 def start_of(module):
@@ -35,8 +32,6 @@ STARTS = catalogue(ia3, TABLES["starts"], wrap=start_of)
 MERGES = catalogue(ia3, TABLES["merges"], wrap=merge_of)
 PLANTED = catalogue(ia3, TABLES["planted"]) + STARTS + MERGES[:3]  # each must fail a test where it stands in the models
 HARMLESS = {"BiasUnscaled": ("llama",), "MergeForgetsBias": ("llama",), "attach_to_queries": ("gpt2",)}
-
-# ── one projection, and a batch of several tasks ──────────────────────────────────────────────────────────────────────
 
 
 def right_linear(linear, x, scale, side):
@@ -103,7 +98,7 @@ def inputs_of_mixed(draw, side, B, T, N, n_in, n_out):
     return dict(linear=linear, x=draw(B, T, n_in), scales=scales, rows=rows, side=side)
 
 
-said = teller(wording(__file__)["said"], STARTS)
+said = teller(TABLES, "starts")
 
 
 def probe_start(answer, draw):
@@ -125,9 +120,6 @@ def probe_start(answer, draw):
         yield said(scale.is_inference(), "start_inference")
         yield said(scale.untyped_storage().data_ptr() == again.untyped_storage().data_ptr(), "start_shared")
         yield said(0 in scale.stride(), "start_expanded")
-
-
-# ── a block of a LLaMA ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def right_layer(layer, x, positions, l_k, l_v, l_ff):
@@ -156,9 +148,6 @@ def probe_layer(answer, draw):
     once, vectors = ("layer.self_attn.o_proj", "layer.mlp.down_proj"), ("l_k", "l_v", "l_ff")
     yield from read(answer, inputs_of_layer(draw, **shapes[0]), "positions", *vectors)
     yield from calls(inputs_of_layer, "the output (B, T, D)", shapes, float32=vectors, once=once)(answer, draw)
-
-
-# ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def moved_to_queries(model_class, config_class, paired=False):

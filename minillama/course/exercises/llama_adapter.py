@@ -12,12 +12,10 @@ from ...attention import Attention, RoPE, rotate  # noqa: F401 (rows of the tabl
 from ...llama import RMSNorm
 from .catalogue import catalogue, tables
 from .modules import follows, merged, opened, own_of, reached, repeats, some, stale, started, trains
-from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, frozen, left_behind, named
+from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, frozen, left_behind, named, teller
 from .predictions import moved, questions
-from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one
-SAYS = wording(__file__)  # there too: what is said of facts
 
 
 def made_of(module, table, wrap):
@@ -69,7 +67,7 @@ def right_attach(model, wrap):
 
 
 ATTACH = catalogue(right_attach, TABLES["attach"])
-said = teller(SAYS["said"], (*STARTS, *ATTACH))
+said = teller(TABLES, "starts", "attach")
 
 
 # H · d is more than D, so that nothing can hide; G · d can be cut by D / H and by H too: a wrong cut shows in the shape

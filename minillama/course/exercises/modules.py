@@ -58,7 +58,10 @@ def reached(out, x):
 
 def repeats(answer, *sizes):
     """Whether the first of the tensors that a start draws, or torch's random state behind it, is the same twice."""
-    made = [(torch.manual_seed(seed), answer.unseeded(*sizes)[0], torch.get_rng_state()) for seed in (1, 2)]
+    made = [
+        (torch.default_generator.manual_seed(seed), answer.unseeded(*sizes)[0], torch.get_rng_state())
+        for seed in (1, 2)
+    ]
     return any(torch.equal(one, other) for one, other in list(zip(*made))[1:])
 
 

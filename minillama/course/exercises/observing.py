@@ -66,6 +66,21 @@ def fact(value, mistake, why, what=None):
     return Piece(what or why, torch.as_tensor(value), kind="fact", mistake=mistake, why=why)
 
 
+def teller(tables, *titles):
+    """A function that makes a fact of a value and a mistake's name, so that a topic's module is code alone: the
+    sentence stands in the topic's Markdown file, in its section "said" or in the tables of these titles.
+
+    what: the fact's own name, where that of its mistake may differ.  numbers: what stands in the sentence's braces.
+    """
+    sentences = {name: f"{sentence}." for title in titles for name, _, _, sentence in tables[title]} | tables["said"]
+
+    def tell(value, name, what=None, /, **numbers):
+        return fact(value, name, sentences[name].format(**numbers) if numbers else sentences[name], what or name)
+
+    tell.sentences = sentences
+    return tell
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exercise:
     """What an answer is held against.

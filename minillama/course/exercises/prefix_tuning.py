@@ -13,9 +13,8 @@ from ...attention import Attention, Cache, LayerCache, embed
 from ...rope import Llama3, RoPE, rotate
 from .catalogue import catalogue, tables
 from .modules import follows, some
-from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, gradients
+from .observing import Exercise, Piece, Wrong, as_function, calls, describe, filled, gradients, teller
 from .predictions import questions
-from .wording import teller, wording
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one; what is said of facts stands there too
 
@@ -135,16 +134,16 @@ def whole_gradient(answer, draw, given):
 
 
 def large_scores(answer, draw, given):
-    given = {name: z.detach() + 8 * (name == "q") for name, z in given.items()}
-    k, prefix_keys = given["k"], given["prefix_keys"]
-    last = torch.arange(k.shape[2])[:, None] == k.shape[2] - 1
-    for where, keys, before in (
-        ("all scores lie hundreds below 0", k - 8, prefix_keys - 8),
-        ("all scores are hundreds", k + 8, prefix_keys + 8),
-        ("the last token's score is hundreds, and the others lie hundreds below",
-         torch.where(last, k + 8, k - 8), prefix_keys - 8),
+    given = {name: z.detach() for name, z in given.items()}
+    q, k, before = (given[name] for name in ("q", "k", "prefix_keys"))
+    last, low = torch.arange(k.shape[2])[:, None] == k.shape[2] - 1, -999 / q.shape[-1] ** 0.5
+    for where, of_q, of_k, of_prefix in (
+        ("all scores lie hundreds below 0", q + 8, k - 8, before - 8),
+        ("all scores are hundreds", q + 8, k + 8, before + 8),
+        ("the last token's score is hundreds, and the others lie hundreds below", q + 8, k - 8 + 16 * last, before - 8),
+        ("all scores are -999", 0 * q + 1, 0 * k + low, 0 * before + low),
     ):  # fmt: skip
-        found = answer(*(given | dict(k=keys, prefix_keys=before)).values())
+        found = answer(*(given | dict(q=of_q, k=of_k, prefix_keys=of_prefix)).values())
         yield Piece(f"the share where {where} (B, H, T)", found[0] if "v" in given else found)
 
 
@@ -169,7 +168,7 @@ def right_step(model, optimizer, ids, labels):
 
 
 STEPS = catalogue(right_step, TABLES["steps"])
-said = teller(wording(__file__)["said"], (*LAYERS, *STEPS))
+said = teller(TABLES, "layers_all", "steps")
 
 
 def watched(model, optimizer, own):

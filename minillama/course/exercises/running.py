@@ -90,35 +90,36 @@ def state_of(x):
 def unchanged(function, arguments, before):
     """Raises Wrong where an argument is no longer what it was before the call."""
     for i, (x, state) in enumerate(zip(arguments, before)):
-        name = name_of(function, i)
-        if state is None:
-            continue
-        if isinstance(x, nn.Module):
-            unchanged_module(name, x, *state)
-        elif isinstance(x, tuple | list) and not all(same(a, b) for a, b in zip(x, state) if floating(a)):
-            raise Wrong("in place", f"your function changes the tensors in {name} in place; make new ones.")
-        elif isinstance(x, torch.Tensor) and not same(x.detach(), state):
-            instead = f"write {name} = {name} * … (or + …), a new tensor, instead of {name} *= …"
-            raise Wrong("in place", f"your function changes its input {name} in place; {instead}.")
+        mistake, how = "in place", None
+        if isinstance(x, nn.Module) and state:
+            mistake, how = changed_module(x, *state)
+        elif isinstance(x, tuple | list) and not all(same(a, b) for a, b in zip(x, state or ()) if floating(a)):
+            how = "changes the tensors in {name} in place; make new ones"
+        elif isinstance(x, torch.Tensor) and state is not None and not same(x.detach(), state):
+            instead = "write {name} = {name} * … (or + …), a new tensor, instead of {name} *= …"
+            how = f"changes its input {{name}} in place; {instead}"
+        if how:
+            raise Wrong(mistake, f"your function {how.replace('{name}', name_of(function, i))}.")
 
 
-def unchanged_module(name, module, tensors, trained, training, own):
+def changed_module(module, tensors, trained, training, own):
+    """(mistake, what was done to {name}, the module), or ("", None)."""
     now, names = module.state_dict(), " and ".join
     if changed := [n for n, tensor in tensors.items() if n in now and not same(now[n], tensor)]:
         left = "multiply and add what flows, or make a new tensor, and leave the frozen weights as they are"
-        raise Wrong("in place", f"your function changes {name}'s own {names(changed)} in place; {left}.")
+        return "in place", f"changes {{name}}'s own {names(changed)} in place; {left}"
     if changed := sorted(now.keys() ^ tensors.keys()):
-        raise Wrong("in place", f"your function changes what {name} is made of ({names(changed)}); leave it as it is.")
+        return "in place", f"changes what {{name}} is made of ({names(changed)}); leave it as it is"
     if changed := sorted(attributes(module) ^ own):
         if any(attribute.rpartition(".")[2] == "requires_grad" for attribute in changed):
             freeze = "where it is a mere attribute and freezes nothing: set that of each parameter"
-            raise Wrong("nothing_frozen", f"your function sets requires_grad on a module, {freeze}.")
-        left = "which the next call meets: use a variable"
-        raise Wrong("in place", f"your function sets {names(changed[:3])} on {name}, {left}.")
+            return "nothing_frozen", f"sets requires_grad on a module, {freeze}"
+        return "in place", f"sets {names(changed[:3])} on {{name}}, which the next call meets: use a variable"
     if [p.requires_grad for p in module.parameters()] > trained and not hasattr(module, "may_train"):  # a probe's mark
-        raise Wrong("unfrozen", f"your function makes {name}'s own weights trainable; the base stays frozen.")
+        return "unfrozen", "makes {name}'s own weights trainable; the base stays frozen"
     if module.training != training:
-        raise Wrong("in place", f"your function calls {name}.{'train' if module.training else 'eval'}(); leave it.")
+        return "in place", f"calls {{name}}.{'train' if module.training else 'eval'}(); leave it"
+    return "", None
 
 
 def attributes(module):
@@ -183,7 +184,8 @@ def shapes(arguments):
 
 
 class Used(TorchFunctionMode):
-    """Within the block: which of the named functions are called, torch's or any written in Python."""
+    """Within the block: which of the named functions are called, torch's or any written in Python. Where none is
+    named, nothing is looked at."""
 
     def __init__(self, functions):
         super().__init__()
@@ -197,12 +199,12 @@ class Used(TorchFunctionMode):
     def __enter__(self):
         if self.written:
             sys.setprofile(lambda frame, event, _: event == "call" and self.note(self.written.get(frame.f_code)))
-        return super().__enter__()
+        return super().__enter__() if self.functions else self
 
     def __exit__(self, *error):
         if self.written:
             sys.setprofile(self.outer if callable(self.outer) else None)  # a profiler in C cannot be put back
-        return super().__exit__(*error)
+        return super().__exit__(*error) if self.functions else None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.note(function)

@@ -73,13 +73,17 @@ def right_seconds(operations, moved, ceiling, bandwidth):
 
 
 def probe_seconds(answer, draw):
-    for case in ((6e12, 4e9, 2e12, 1e9), (6e12, 1e9, 2e12, 1e9), (5.0, 0.0, 2.0, 3.0), (3e9, 7e9, 1e12, 2e10)):
+    for i, case in enumerate(
+        ((6e12, 4e9, 2e12, 1e9), (6e12, 1e9, 2e12, 1e9), (5.0, 0.0, 2.0, 3.0), (3e9, 7e9, 1e12, 2e10))
+    ):
         found = answer(*case)
         try:
             found = torch.tensor(float(found), dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             raise Wrong("form", f"needed is a number of seconds; it returned {describe(found)}.") from None
-        yield Piece("the least time in seconds", found, f"for operations = {case[0]:g} and moved = {case[1]:g}")
+        yield Piece(
+            "the least time in seconds", found, f"for operations = {case[0]:g} and moved = {case[1]:g}" if i else ""
+        )
 
 
 # ── several processes, fewer bits, a card's memory ────────────────────────────────────────────────────────────────────
@@ -165,7 +169,8 @@ EXERCISES = {
         "quantise_rows(weight) -> codes (out, in), scales (out, in / 32)", right_quantise,
         catalogue(right_quantise, TABLES["quantise"]),
         numbers(inputs_of_quantise, ("codes (out, in)", "scales (out, in / 32)"), [
-            dict(n_out=40, n_in=96, zeros=0), dict(n_out=5, n_in=64, zeros=2), dict(n_out=1, n_in=32, zeros=0),
+            dict(n_out=40, n_in=96, zeros=0), dict(n_out=5, n_in=64, zeros=2), dict(n_out=64, n_in=32, zeros=1),
+            dict(n_out=1, n_in=32, zeros=0),
         ]),
     ),
     "dequantise_rows": Exercise(
