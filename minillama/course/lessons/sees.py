@@ -37,7 +37,7 @@ this.setPointerCapture(event.pointerId); this.pen = true; c.beginPath(); c.moveT
 onpointermove="if (this.pen) { const c = this.getContext('2d'); c.lineTo(event.offsetX, event.offsetY); c.stroke() }"
 onpointerup="this.pen = false; const flat = document.createElement('canvas'); flat.width = 640; flat.height = 96;
 const f = flat.getContext('2d'); f.fillStyle = 'white'; f.fillRect(0, 0, 640, 96); f.drawImage(this, 0, 0);
-const field = document.querySelector('.minillama-pad input'); field.value = flat.toDataURL();
+const field = this.closest('.minillama-pad').querySelector('input'); field.value = flat.toDataURL();
 field.dispatchEvent(new Event('input', {bubbles: true})); field.dispatchEvent(new Event('change', {bubbles: true}))">
 </canvas>"""
 ROOT = Path(__file__).parents[3]
@@ -50,7 +50,8 @@ STORED = (
     ("validation", "places", 400, 0.0, 0.3), ("validation", "places", 400, 0.0, 1.0),
     ("validation", "places", 400, 0.0, 0.1), ("handwriting", "places", 400, 0.0, 1.0),
     ("handwriting", "places", 400, 1.0, 1.0), ("calendar", "global", 400, 0.0, 0.3),
-    ("calendar", "places", 400, 0.0, 0.3), ("calendar", "global", 400, 1.0, 0.3),
+    ("calendar", "places", 400, 0.0, 0.3), ("handwriting", "places", 400, 0.0, 0.1),
+    ("calendar", "global", 400, 1.0, 0.3),
 )  # fmt: skip
 
 
@@ -201,7 +202,6 @@ def pad(model, tokenizer):
     import ipywidgets
 
     text = ipywidgets.Text(layout=ipywidgets.Layout(width="1px", height="1px", visibility="hidden"))
-    text.add_class("minillama-pad")
     answer, clear = (
         ipywidgets.HTML("write eight digits, YYYYMMDD, one in each field"),
         ipywidgets.Button(description="clear"),
@@ -228,7 +228,9 @@ def pad(model, tokenizer):
 
     text.observe(read, "value")
     clear.on_click(empty)
-    return ipywidgets.VBox([canvas, answer, clear, text])
+    whole = ipywidgets.VBox([canvas, answer, clear, text])
+    whole.add_class("minillama-pad")  # by which the canvas finds its field
+    return whole
 
 
 def main(path, *seeds):
