@@ -7,6 +7,7 @@ import io
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import KINDS, make, open_gates
 from PIL import Image
 from test_options import inside, sentence
@@ -217,7 +218,7 @@ def in_many_files(large, folder):
     dark = Image.composite(Image.new("L", ink.size, "black"), white, ink)
     clear = Image.merge("LA", (Image.new("L", ink.size, "black"), ink))  # what is no ink is transparent
     deep = Image.fromarray((65535 * (1 - large.numpy())).astype(numpy.uint16))
-    pencil = (0.8 - 0.5 * large + 0.02 * torch.randn(large.shape, generator=torch.Generator().manual_seed(0))).numpy()
+    pencil = (0.8 - 0.5 * large + 0.01 * torch.randn(large.shape, generator=torch.Generator().manual_seed(0))).numpy()
     kinds = {
         "light.png": ink, "rgb.png": dark.convert("RGB"), "rgba.png": dark.convert("RGBA"), "clear.png": clear,
         "clear_rgba.png": clear.convert("RGBA"), "palette.gif": dark.convert("P"), "deep.png": deep,
@@ -232,18 +233,22 @@ def in_many_files(large, folder):
 def test_a_file_of_any_kind_becomes_the_picture_it_shows(tmp_path):
     """A strip and a page as they are; and eight drawings, one of them in two strokes, grey or in colours, dark on
     light or light on dark, on transparent ground, deep, noisy, large: the same picture."""
-    tiles = (torch.rand(8, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.7).float()  # (N, h, w)
-    for column, ink in ((0, 0), (1, 1), (6, 1), (7, 0)):
-        tiles[:, :, column] = ink
+    tiles = (torch.rand(8, 8, 8, generator=torch.Generator().manual_seed(1)) > 0.8).float()  # (N, h, w)
+    tiles[:, :, 0] = tiles[:, :, 7] = 1.0
     tiles[0, :, 4] = 0  # it falls apart
     strip = torch.cat(list(tiles), 1)
     (page,) = vision.draw_pages([DAY])
-    assert (read_image(saved(1 - strip, tmp_path / "strip.png"), "handwriting") - strip).abs().max() < 0.01
+    inner = torch.cat([F.pad(tile[:, 1:7], (1, 1)) for tile in tiles], 1)  # with a border of paper
+    assert (read_image(saved(1 - inner, tmp_path / "strip.png"), "handwriting") - inner).abs().max() < 0.01
     assert (read_image(saved(1 - page, tmp_path / "page.png"), "calendar") - page).abs().max() < 0.01
     large = written_large(strip)
     plain = read_image(saved(1 - large, tmp_path / "plain.png"), "handwriting")
     for tile, shown in zip(tiles, plain[0].split(8, 1), strict=True):  # a little blurred
         assert torch.corrcoef(torch.stack((tile.flatten(), shown.flatten())))[0, 1] > 0.9
+    ones = torch.zeros(120, 800)
+    ones[10:110, 44::100] = ones[10:110, 45::100] = 1.0
+    ones = read_image(saved(ones, tmp_path / "ones.png"), "handwriting")[0].unflatten(1, (8, 8))  # stay slim
+    assert (ones[..., 3:5].sum(-1) > 0.1).all() and not ones[..., :2].any() and not ones[..., 6:].any()
     for name, path in in_many_files(large, tmp_path).items():
         off = (read_image(path, "handwriting") - plain).abs().max()
         assert off < (0.2 if name.endswith("jpg") else 0.03), name  # noise makes the strongest ink stronger
