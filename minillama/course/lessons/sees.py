@@ -43,7 +43,8 @@ field.dispatchEvent(new Event('input', {bubbles: true})); field.dispatchEvent(ne
 ROOT = Path(__file__).parents[3]
 RATE = 0.1  # of all runs
 NAMES = ("task", "way", "steps", "gate", "spread")
-# (task, way, steps, gate at the start, spread of the prompts): what the stored runs compare, each from three seeds
+# (task, way, steps, gate at the start, spread of the prompts): what the stored runs compare, each from three seeds, and
+# what is chosen from five
 STORED = (
     ("handwriting", "places", 400, 0.0, 0.3), ("handwriting", "places", 400, 1.0, 0.3),
     ("handwriting", "global", 2000, 0.0, 0.3), ("handwriting", "global", 400, 0.0, 0.3),
@@ -237,7 +238,7 @@ def main(path, *seeds):
     path = Path(path)
     done = stored_runs(path) if path.exists() else {}
     for setting in STORED:
-        for seed in map(int, seeds or (0, 1, 2)):
+        for seed in map(int, seeds or range(5 if setting[0] == "validation" else 3)):
             if any(run["seed"] == seed for run in done.get(setting, ())):
                 continue
             task, way, steps, gate, spread = setting
