@@ -204,7 +204,7 @@ def pad(model, tokenizer):
 
     text = ipywidgets.Text(layout=ipywidgets.Layout(width="1px", height="1px", visibility="hidden"))
     answer, clear = (
-        ipywidgets.HTML("write eight digits, YYYYMMDD, one in each field"),
+        ipywidgets.HTML("write eight digits, YYYYMMDD, one in each field, a 7 with its bar"),
         ipywidgets.Button(description="clear"),
     )
     canvas = ipywidgets.HTML(CANVAS)
