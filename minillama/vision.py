@@ -76,12 +76,17 @@ class Encoder(nn.Module):
         return x.unflatten(0, tiles.shape[:2])
 
 
-def digits(train, seed=0, share=0.2):
-    """(images (n, 8, 8) from 0 to 1, labels (n,)) of the digits for training or, a fifth of each kind, for tests."""
-    from sklearn.datasets import load_digits  # late: nothing else needs it
+def digits(train, seed=0, share=0.2, of=None):
+    """(images (n, 8, 8) from 0 to 1, labels (n,)) of the digits for training or, a fifth of each kind, for tests.
 
-    found = load_digits()
-    images, labels = torch.tensor(found.images).float() / 16, torch.tensor(found.target)
+    of: digits to split in the place of all: digits(False, of=digits(True)) are held out to validate a choice with.
+    """
+    if of is None:
+        from sklearn.datasets import load_digits  # late: nothing else needs it
+
+        found = load_digits()
+        of = torch.tensor(found.images).float() / 16, torch.tensor(found.target)
+    images, labels = of
     order, chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)), []
     for digit in range(10):
         own = order[labels[order] == digit]
@@ -91,9 +96,9 @@ def digits(train, seed=0, share=0.2):
     return images[chosen], labels[chosen]
 
 
-def write_by_hand(days, train, seed=0):
-    """Strips (n, 8, 64) of the eight digits of each day, each digit drawn from the handwritten ones."""
-    images, labels = digits(train)
+def write_by_hand(days, glyphs, seed=0):
+    """Strips (n, 8, 64) of the eight digits of each day, each digit drawn from glyphs, as `digits` gives them."""
+    images, labels = glyphs
     own = [images[labels == digit] for digit in range(10)]
     draw = random.Random(seed)
     strips = [[own[int(c)][draw.randrange(len(own[int(c)]))] for c in f"{day:%Y%m%d}"] for day in days]
@@ -123,7 +128,10 @@ def examples(task, days, count, train, seed=0):
     """(rows, pictures): `count` pairs (prompt, answer) for days drawn from `days`, and their pictures (count, h, N·w);
     in those for tests no glyph occurs that stands in one for training."""
     chosen = random.Random(seed).choices(days, k=count)
-    pictures = write_by_hand(chosen, train, seed) if task == "handwriting" else draw_pages(chosen, seed + 10**6 * train)
+    if task == "handwriting":
+        pictures = write_by_hand(chosen, digits(train), seed)
+    else:
+        pictures = draw_pages(chosen, seed + 10**6 * train)
     prompt = TASKS[task].prompt
     return [(day.strftime(prompt), f"{day.isoformat()}\n") for day in chosen], pictures
 
@@ -143,11 +151,11 @@ def named_tiles(task, count, train, seed=0):
     return draw_pages(days, seed + 10**6 * train), torch.tensor([day.day - 1 for day in days])
 
 
-def train_encoder(task, steps=400, batch_size=128, learning_rate=3e-3, seed=0):
-    """An encoder trained from scratch, and frozen."""
+def train_encoder(task, steps=400, batch_size=128, learning_rate=3e-3, seed=0, tiles=None):
+    """An encoder trained from scratch, and frozen.  tiles: (pictures, names) in the place of the task's own."""
     torch.manual_seed(seed)
     encoder = Encoder(TASKS[task])
-    pictures, names = named_tiles(task, 20_000, True, seed)
+    pictures, names = tiles or named_tiles(task, 20_000, True, seed)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=learning_rate, weight_decay=0.01)
     for step in range(steps):
         some = torch.randint(len(names), (batch_size,))

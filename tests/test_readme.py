@@ -5,7 +5,8 @@ import pathlib
 import re
 from collections import defaultdict
 
-from minillama.course.lessons import percent
+from minillama.course.lessons import percent, stored_runs
+from minillama.course.lessons.sees import STORED
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,3 +67,17 @@ def test_results_on_smollm2_are_the_stored_runs():
             row = " | ".join(cell for key, cell in sorted(cells.items()) if key[1] == init)
             assert f"| {gate} | {prompts} | {row} |" in results
         assert cells[max(cells, key=lambda key: sum(matches[key]))] in re.sub(r"\s+", " ", TEXT)
+
+
+def test_results_on_pictures_are_the_stored_runs():
+    """Each from three seeds, what is chosen from five; the README names the defaults and the paper's way."""
+    results, stored = (ROOT / "docs/results.md").read_text(encoding="utf-8"), stored_runs()
+    assert set(stored) == set(STORED)
+    rows = []
+    for (task, way, steps, gate, spread), runs in stored.items():
+        assert sorted(run["seed"] for run in runs) == list(range(5 if task == "validation" else 3))
+        cells = (task, f"`{way}`", f"{steps:,}", f"{gate:.0f}", spread, f"{runs[0]['parameters']:,}")
+        rows.append(f"| {' | '.join(map(str, cells))} | {percent([run['match'] for run in runs])} |")
+    assert sorted(rows) == sorted(re.findall(r"^\| \w+ \| `(?:places|global)` .*\|$", results, re.MULTILINE))
+    for key in (("handwriting", "places", 400), ("handwriting", "global", 2000), ("calendar", "global", 400)):
+        assert percent([run["match"] for run in stored[(*key, 0.0, 0.3)]]) in re.sub(r"\s+", " ", TEXT)
