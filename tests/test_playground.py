@@ -405,7 +405,8 @@ def test_the_browser_writes_dates_as_babel_does(page):
 
 CORE = """
 <script>addEventListener("load", async () => {
-    const given = await (await fetch("/given")).json(), found = {};
+    const given = await (await fetch("/given")).json(), found = {}, ready = document.documentElement.dataset;
+    while (ready.ready !== "yes") await new Promise((resolve) => setTimeout(resolve, 20));
     try {
         found.answers = (ANSWERS)(given);
         found.training = (TRAINING)(given);
