@@ -19,13 +19,25 @@ from babel.dates import format_date
 from test_browser import CHROMIUM
 
 import minillama
-from minillama import data
+from minillama import data, vision
+from minillama.adapters.seeing import shown_by
 from minillama.adapters.storage import WEIGHTS
 from minillama.course import lessons, playground
 
 FIXTURES = pathlib.Path(__file__).parent / "playground.json"
 FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt-get install chromium")
+
+
+def wait(page, condition, seconds=30, **arguments):
+    """Until a JavaScript expression holds; where it does not in time, the test fails with what the page says."""
+    from playwright.sync_api import TimeoutError as TooLate
+
+    try:
+        page.wait_for_function(condition, timeout=1000 * seconds, **arguments)
+    except TooLate:
+        said = " | ".join(filter(None, page.locator("[role=status]").all_text_contents()))
+        pytest.fail(f"after {seconds} s it still does not hold that {condition}; the page says: {said}")
 
 
 def numbers(text):
@@ -63,6 +75,9 @@ def test_the_stored_numbers_are_fresh(stored):
             assert (row["prompt"], row["answer"]) == (old["prompt"], old["answer"])
             if "logits" in row:
                 assert numpy.allclose(numbers(row["logits"]), numbers(old["logits"]), atol=1e-4)
+    for row, old in zip(made["readings"], stored["readings"], strict=True):
+        assert all(row[name] == old[name] for name in ("picture", "day", "answer"))
+        assert numpy.allclose(numbers(row["features"]), numbers(old["features"]), atol=1e-4)
     assert made["training"]["batches"] == stored["training"]["batches"]
     assert numpy.allclose(numbers(made["training"]["start"]), numbers(stored["training"]["start"]))
     assert numpy.allclose(made["training"]["losses"][:10], stored["training"]["losses"][:10], rtol=1e-3)
@@ -72,6 +87,7 @@ def test_the_story_holds():
     """A telling date is wrong at gate 0, right as trained, wrong at twice that; the layer's date needs that layer."""
     story = json.loads((playground.FOLDER / "story.json").read_text(encoding="utf-8"))
     assert set(story["telling"]) == set(playground.LANGUAGES)
+    assert story["digits"] == playground.handwritten()
 
     def answer(model, tokenizer, text):
         return minillama.train.answers(model, tokenizer, [f"{text} = "])[0]
@@ -192,18 +208,18 @@ def test_it_trains_as_pytorch_does(page, stored):
 @pytest.mark.slow
 def test_gates_by_keyboard_and_the_base_bit_for_bit(page):
     page.evaluate("playground.setAdapter('fr'); playground.setText(ASSETS.story.telling.fr); playground.setFactors(1)")
-    page.wait_for_function("document.querySelector('#answer-verdict').textContent === 'right'")
+    wait(page, "document.querySelector('#answer-verdict').textContent === 'right'")
     assert "differ from the base's" in page.inner_text("#identity")
     page.focus("#all")
     page.keyboard.press("Home")  # every gate at 0
-    page.wait_for_function("document.querySelector('#identity').className === 'same'")
+    wait(page, "document.querySelector('#identity').className === 'same'")
     assert "0 differ in any bit" in page.inner_text("#identity") and page.inner_text("#answer-verdict") == "wrong"
     assert page.inner_text("#answer") == page.inner_text("#base")
     sliders = page.locator("#gates .cell input")
     assert sliders.count() == 16 and sliders.evaluate_all("all => all.every(one => one.value === '0')")
     sliders.nth(5).focus()
     page.keyboard.press("End")  # one head alone
-    page.wait_for_function("document.querySelector('#identity').className !== 'same'")
+    wait(page, "document.querySelector('#identity').className !== 'same'")
     # on many texts, with every adapter at once, through the function that the page draws from
     differ = page.evaluate("""() => Object.keys(ASSETS.adapters).map((adapter) => {
         const {look, written, model} = playground, factors = new Float32Array(16);
@@ -214,7 +230,7 @@ def test_gates_by_keyboard_and_the_base_bit_for_bit(page):
     assert all(bits == 0 and compared > 10_000 for bits, compared in differ)
     page.locator("#answer .box[aria-pressed=true]").focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.activeElement.getAttribute('aria-pressed') === 'true'")
+    wait(page, "document.activeElement.getAttribute('aria-pressed') === 'true'")
     assert "character 8 of its answer" in page.inner_text("#attention-caption")
 
 
@@ -226,7 +242,7 @@ def test_it_learns_and_the_adapter_goes_home_and_back(page, tmp_path):
     page.select_option("#language", "es")
     page.fill("#steps", "20")
     page.click("#train")
-    page.wait_for_function("document.querySelector('#result').textContent", timeout=60_000)
+    wait(page, "document.querySelector('#result').textContent", 60)
     assert "Spanish, 200 dates never trained on" in page.inner_text("#result")
     assert "2 workers" in page.inner_text("#progress") and page.input_value("#adapter") == "es-0"
     with page.expect_download() as download:
@@ -241,7 +257,7 @@ def test_it_learns_and_the_adapter_goes_home_and_back(page, tmp_path):
 
     minillama.save_adapter(model, tmp_path / "again")
     page.set_input_files("#open", tmp_path / "again" / WEIGHTS)
-    page.wait_for_function("document.querySelector('#file-message').textContent.includes('is open')")
+    wait(page, "document.querySelector('#file-message').textContent.includes('is open')")
     assert page.evaluate("""() => {
         const {adapters} = playground, [opened, learned] = [adapters["adapter_model.safetensors"], adapters["es-0"]];
         return opened.flat.length === 5136 && opened.flat.every((number, i) => number === learned.flat[i]);
@@ -256,7 +272,120 @@ def test_it_learns_and_the_adapter_goes_home_and_back(page, tmp_path):
     ):
         (tmp_path / f"{name}.safetensors").write_bytes(content)
         page.set_input_files("#open", tmp_path / f"{name}.safetensors")
-        page.wait_for_function("s => document.querySelector('#file-message').textContent.includes(s)", arg=sentence)
+        wait(page, "s => document.querySelector('#file-message').textContent.includes(s)", arg=sentence)
+
+
+READINGS = """({readings}) => {
+    const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    let same = 0, furthest = 0;
+    for (const {picture, answer, features} of readings) {
+        const seen = playground.readPictures(bytes(picture)), expected = new Float32Array(bytes(features).buffer);
+        same += playground.decode(seen.ids) === answer;
+        expected.forEach((number, i) => (furthest = Math.max(furthest, Math.abs(number - seen.features[i]))));
+    }
+    return [same, furthest];
+}"""
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_it_reads_pictures_as_pytorch_does(page, stored):
+    """Of 24 strips of digits that neither half was trained on, the encoder's features and what is written."""
+    same, furthest = page.evaluate(READINGS, {"readings": stored["readings"]})
+    assert same == len(stored["readings"]) == 24 and furthest < 1e-4
+    right = sum(row["day"] == row["answer"] for row in stored["readings"])
+    assert 20 <= right < 24  # most of them rightly, and what is wrong is wrong in the same way
+
+
+# How a hand might draw some digits, in a field of width 1 and height 4/3.
+STROKES = {
+    "0": [[(0.5, 0.2), (0.3, 0.35), (0.25, 0.7), (0.45, 1.0), (0.7, 0.85), (0.75, 0.45), (0.5, 0.2)]],
+    "1": [[(0.35, 0.4), (0.55, 0.2), (0.5, 1.05)]],
+    "2": [[(0.25, 0.35), (0.4, 0.2), (0.65, 0.22), (0.7, 0.4), (0.5, 0.65), (0.25, 0.95), (0.8, 0.95)]],
+    "4": [[(0.6, 0.2), (0.3, 0.7), (0.8, 0.72)], [(0.6, 0.45), (0.58, 1.1)]],
+}
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_date_is_drawn_and_read(page, tmp_path):
+    """By mouse and by finger, by keyboard, by the button: what stands there is what PyTorch reads of the pictures that
+    the encoder takes; a field can be emptied; another adapter can be opened."""
+    model, tokenizer = playground.adapted("handwriting")
+    eye = vision.load_encoder("handwriting")
+
+    def expected():
+        tiles = torch.tensor(page.evaluate("playground.pictures()")).view(8, 8, 8) / 16
+        row = vision.see(eye, [("? = ", "")], tiles.transpose(0, 1).reshape(1, 8, 64))
+        return minillama.train.answers(model, tokenizer, row, around=shown_by(model))[0].strip()
+
+    def shown():
+        return page.text_content("#read").removesuffix("⏎")
+
+    fields, finger = page.locator("#fields canvas.field"), page.context.new_cdp_session(page)
+    page.locator("#draw").scroll_into_view_if_needed()
+    for i, digit in enumerate("20210412"):
+        assert page.text_content("#pad-message") == f"{8 - i} of 8 fields are empty" and page.is_hidden("#reading")
+        box = fields.nth(i).bounding_box()
+        for stroke in STROKES[digit]:
+            points = [(box["x"] + x * box["width"], box["y"] + y * box["width"]) for x, y in stroke]
+            if digit == "2":  # by finger
+                for n, (x, y) in enumerate(points):
+                    where = {"type": "touchMove" if n else "touchStart", "touchPoints": [{"x": x, "y": y}]}
+                    finger.send("Input.dispatchTouchEvent", where)
+                finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+                continue
+            page.mouse.move(*points[0])
+            page.mouse.down()
+            for point in points[1:]:
+                page.mouse.move(*point, steps=3)
+            page.mouse.up()
+    assert page.is_visible("#reading") and shown() == expected() == "2021-04-12"
+    assert page.text_content("#read-verdict") == ""  # nobody told the page what was meant
+
+    fields.nth(0).focus()
+    page.keyboard.type("19991231")
+    assert page.text_content("#read-verdict") == ("right" if expected() == "1999-12-31" else "wrong")
+    assert shown() == expected() and page.evaluate("document.activeElement.ariaLabel").startswith("day, digit 8 of 8")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Backspace")
+    assert page.text_content("#pad-message") == "1 of 8 fields are empty" and page.is_hidden("#reading")
+    assert page.evaluate("document.activeElement.ariaLabel") == "day, digit 7 of 8: empty"
+    page.click("#example")
+    assert shown() == expected()
+    page.click("#clear")
+    assert page.text_content("#pad-message") == "8 of 8 fields are empty" and page.is_hidden("#reading")
+
+    page.set_input_files("#open", playground.adapter_file("handwriting"))
+    wait(page, "document.querySelector('#file-message').textContent.includes('it reads what is drawn below')")
+    other = minillama.adapt(minillama.load("dates-llama", torch.float32)[0], "image_prompt", way="global")
+    minillama.save_adapter(other, tmp_path)
+    page.set_input_files("#open", tmp_path / WEIGHTS)
+    wait(page, "document.querySelector('#file-message').textContent.includes('the file holds something else')")
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_drawn_digit_becomes_a_picture_as_the_uci_digits_were_made(page):
+    """Blocks of 4 × 4 of 32 × 32 pixels are counted; where, how large and how aslant a digit was drawn is no matter."""
+    ask = "strokes => Array.from(playground.picture_of(strokes))"
+    bar = page.evaluate(ask, [[[0.5, 0.2], [0.5, 0.9]]])
+    upright = numpy.array(bar).reshape(8, 8)
+    assert not upright[:, [0, 1, 2, 5, 6, 7]].any()
+    assert ((upright[:, 3:5] >= 8) & (upright[:, 3:5] <= 12)).all()  # about five pixels wide, with 16 as their middle
+    aslant = page.evaluate(ask, [[[0.2, 0.2], [0.9, 1.0]]])
+    assert numpy.abs(numpy.subtract(aslant, bar)).max() <= 4
+    dot = page.evaluate(ask, [[[0.1, 0.1]]])
+    assert sum(dot) == pytest.approx(3.14 * 2.5**2, rel=0.2)
+    for digit, strokes in STROKES.items():
+        picture = numpy.array(page.evaluate(ask, strokes))
+        assert picture.max() <= 16 and 100 < picture.sum() < 500
+        assert all(picture.reshape(8, 8)[row].any() for row in (0, 7))  # as high as the bitmap
+        elsewhere = [[(0.1 + 0.3 * x, 0.5 + 0.3 * y) for x, y in stroke] for stroke in strokes]
+        assert numpy.abs(page.evaluate(ask, elsewhere) - picture).max() <= 1, digit
+        halves = [[(x, y), ((x + u) / 2, (y + v) / 2)] for s in strokes for (x, y), (u, v) in zip(s, s[1:])]
+        rest = [[((x + u) / 2, (y + v) / 2), (u, v)] for s in strokes for (x, y), (u, v) in zip(s, s[1:])]
+        assert numpy.abs(page.evaluate(ask, halves + rest) - picture).max() <= 4, digit  # in pieces, in another order
 
 
 @needs_chromium
@@ -276,10 +405,12 @@ def test_the_browser_writes_dates_as_babel_does(page):
 
 CORE = """
 <script>addEventListener("load", async () => {
-    const given = await (await fetch("/given")).json(), found = {};
+    const given = await (await fetch("/given")).json(), found = {}, ready = document.documentElement.dataset;
+    while (ready.ready !== "yes") await new Promise((resolve) => setTimeout(resolve, 20));
     try {
         found.answers = (ANSWERS)(given);
         found.training = (TRAINING)(given);
+        found.readings = (READINGS)(given);
         playground.setFactors(0);
         found.differ = playground.look(playground.state).differ;
     } catch (error) { found.error = String(error); }
@@ -292,7 +423,9 @@ CORE = """
 @pytest.mark.skipif(FIREFOX is None, reason="no Firefox here; on Debian: apt-get install firefox-esr")
 def test_firefox_computes_the_same(stored, tmp_path):
     """The page with a script that sends home what it found: Firefox needs no driver for that."""
-    core = CORE.replace("(ANSWERS)", f"({ANSWERS})").replace("(TRAINING)", f"({TRAINING})")
+    core = CORE
+    for name, script in (("ANSWERS", ANSWERS), ("TRAINING", TRAINING), ("READINGS", READINGS)):
+        core = core.replace(f"({name})", f"({script})")
     content = {
         "/": ("text/html", (playground.page() + core).encode()),
         "/given": ("application/json", json.dumps(stored | {"plain": False}).encode()),
@@ -331,3 +464,4 @@ def test_firefox_computes_the_same(stored, tmp_path):
     assert [(name, same) for name, same, _ in found["answers"]] == [("base", 50), ("fr", 50), ("fi", 50)]
     assert max(furthest for *_, furthest in found["answers"]) < 1e-4 and found["differ"] == 0
     assert found["training"]["off"] < 1e-4 and found["training"]["moved"]
+    assert found["readings"][0] == 24 and found["readings"][1] < 1e-4

@@ -87,6 +87,14 @@ LOOK = """() => ({
     figures: document.querySelectorAll("article img").length,
     ground: getComputedStyle(document.body).backgroundColor,
 })"""
+# A frame's height, the same thirty pictures later, and its width: one that grows by what it says of itself never ends.
+SETTLED = """async frame => {
+    const pictures = (n) => new Promise((done) => (function next() { n-- ? requestAnimationFrame(next) : done(); })());
+    await pictures(10);
+    const height = frame.clientHeight;
+    await pictures(30);
+    return [height, frame.clientHeight, frame.clientWidth];
+}"""
 DECODE = "Promise.all([...document.images].map((image) => (image.loading = 'eager', image.decode())))"
 
 
@@ -142,15 +150,15 @@ def test_every_page_in_a_browser(tmp_path):
             assert place in page.locator("#search-results").inner_html()
 
         page.emulate_media(color_scheme="light")
-        for path in find(("00", "03")):
+        for path, least in zip(find(("00", "03", "10")), (1000, 1000, 400)):
             page.goto((out / "lessons" / f"{path.stem}.html").as_uri())
             page.locator("iframe.playground").scroll_into_view_if_needed()
             frame = page.frame_locator("iframe.playground")
             frame.locator("html[data-ready=yes][data-theme=light]").wait_for(state="attached", timeout=60_000)
             page.evaluate("document.body.dataset.theme = 'dark'")  # what the theme's button does
             frame.locator("html[data-theme=dark]").wait_for(state="attached", timeout=10_000)
-            fits = "frame => frame.clientHeight > 1000 && frame.clientWidth <= 390"
-            assert page.locator("iframe.playground").evaluate(fits)
+            height, later, width = page.locator("iframe.playground").evaluate(SETTLED)
+            assert height == later > least and width <= 390, path
             link = page.locator(f'a[download][href="{path.name}"]')
             assert link.count() == 1
         assert not wrong

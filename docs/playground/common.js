@@ -43,6 +43,8 @@ export const verdict = (written, right) => (right ? (decode(written) === `${righ
 
 /** Inside a lesson: the page around this one says light or dark, and makes room for it. */
 export function tellHeight() {
-  if (parent !== window)
-    parent.postMessage({ minillama: "height", height: document.documentElement.scrollHeight }, "*");
+  if (parent === window) return;
+  // of what is in the body: the root's would be the frame's own height and what it grows by, for ever
+  const height = Math.ceil(document.body.getBoundingClientRect().height);
+  parent.postMessage({ minillama: "height", height }, "*");
 }

@@ -8,6 +8,8 @@ import { $, adapters, answer, ASSETS, bytes, element } from "./common.js";
 import { kernel, LANGUAGES, model, options, state, weights } from "./common.js";
 import { addAdapter, draw, gateSliders, later, look, setAdapter, setFactors, setText } from "./shown.js";
 import { drawRuns, tour, train, trainOrStop } from "./learn.js";
+import { pictures, readPictures, setEyes, showPad, startPad } from "./pad.js";
+import { picture_of } from "./vision.js";
 
 // ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -25,9 +27,15 @@ async function save() {
 async function open() {
   const [file] = $("open").files;
   try {
-    addAdapter(file.name, file.name, await readAdapter(await file.arrayBuffer(), model, ASSETS.fingerprint));
-    setAdapter(file.name);
-    $("file-message").textContent = `${file.name} is open`;
+    const adapter = await readAdapter(await file.arrayBuffer(), model, ASSETS.fingerprint);
+    if (adapter.projection) {
+      setEyes(adapter);
+    } else {
+      addAdapter(file.name, file.name, adapter);
+      setAdapter(file.name);
+    }
+    const place = adapter.projection ? ": it reads what is drawn below" : "";
+    $("file-message").textContent = `${file.name} is open${place}`;
   } catch (error) {
     $("file-message").textContent = `${file.name}: ${error.message}`;
   }
@@ -38,21 +46,25 @@ async function open() {
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  if (state.adapter) later(); // not before there is something to draw
+  drawAll();
+}
+
+function drawAll() {
+  if (!state.adapter) return; // not before there is something to draw
+  later();
   drawRuns();
+  showPad();
 }
 
 async function start() {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   document.documentElement.classList.toggle("inside", parent !== window);
   document.documentElement.classList.toggle("lesson", options.has("lesson")); // whose text has told the story
+  document.documentElement.classList.toggle("pad", options.has("pad")); // lesson 10, which wants the pad alone
   addEventListener("message", ({ data }) => data?.minillama === "theme" && setTheme(data.theme));
   dark.onchange = () => parent === window && setTheme(dark.matches ? "dark" : "light");
   $("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
-  addEventListener("resize", () => {
-    if (state.adapter) later(); // not before there is something to draw
-    drawRuns();
-  });
+  addEventListener("resize", drawAll);
 
   for (const [name, file] of Object.entries(ASSETS.adapters)) {
     addAdapter(name, languageName(name), await readAdapter(bytes(file).buffer, model, ASSETS.fingerprint));
@@ -86,6 +98,7 @@ async function start() {
   tour(ASSETS.story);
   draw();
   drawRuns();
+  startPad(await readAdapter(bytes(ASSETS.sighted).buffer, model, ASSETS.fingerprint));
   if (parent !== window) parent.postMessage({ minillama: "ready" }, "*");
   document.documentElement.dataset.ready = "yes";
 }
@@ -113,5 +126,8 @@ globalThis.playground = {
   written,
   encode,
   decode,
+  picture_of,
+  pictures,
+  readPictures,
 };
 start();

@@ -3,7 +3,7 @@
 // per head under a tanh is in no layout of PEFT's; the file has its form and name, and the `peft_type` "MINILLAMA".
 import { adapterOf } from "./train.js";
 
-/** {tensors: {name: {shape, data}}, metadata} of the bytes of a .safetensors file; float32 alone. */
+/** {tensors: {name: {shape, data}}, metadata} of the bytes of a .safetensors file; float32, or float16 made that. */
 export function readSafetensors(buffer) {
   const length = buffer.byteLength < 8 ? Infinity : Number(new DataView(buffer).getBigUint64(0, true));
   if (length > buffer.byteLength - 8) throw new Error("this is no safetensors file, or a part of one");
@@ -16,12 +16,22 @@ export function readSafetensors(buffer) {
   const { __metadata__: metadata = {}, ...entries } = header;
   const tensors = {};
   for (const [name, { dtype, shape, data_offsets }] of Object.entries(entries)) {
-    if (dtype !== "F32") throw new Error(`${name} is ${dtype}; needed is F32`);
+    if (dtype !== "F32" && dtype !== "F16") throw new Error(`${name} is ${dtype}; needed is F32 or F16`);
     const [start, end] = data_offsets.map((offset) => 8 + length + offset);
     if (end > buffer.byteLength) throw new Error(`${name} ends behind the file: it is cut off, copy it again`);
-    tensors[name] = { shape, data: new Float32Array(buffer.slice(start, end)) };
+    const cut = buffer.slice(start, end);
+    tensors[name] = { shape, data: dtype === "F32" ? new Float32Array(cut) : fromHalf(new Uint16Array(cut)) };
   }
   return { tensors, metadata };
+}
+
+/** Numbers of the bits of float16: a sign, five bits of exponent, ten of fraction. */
+function fromHalf(bits) {
+  return Float32Array.from(bits, (half) => {
+    const exponent = (half >> 10) & 31, fraction = half & 1023;
+    const size = exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24;
+    return half & 0x8000 ? -size : size;
+  });
 }
 
 /** The bytes of a .safetensors file. */
@@ -88,7 +98,8 @@ export async function writeAdapter({ K, prompts, gates, tanh }, { L, H, D }, fin
   });
 }
 
-/** The adapter in a file that minillama or this page wrote; throws a sentence where the page cannot run it. */
+/** The adapter in a file that minillama or this page wrote, one that takes pictures with its `projection`; throws a
+ *  sentence where the page cannot run it. */
 export async function readAdapter(buffer, model, fingerprint) {
   const { tensors, metadata } = readSafetensors(buffer);
   const { L, H, D } = model;
@@ -97,29 +108,42 @@ export async function readAdapter(buffer, model, fingerprint) {
   if (!sameBase(metadata.base_fingerprint ?? "", fingerprint))
     throw new Error("this adapter was trained on another base");
   const { parts = [] } = JSON.parse(metadata.adapter_config);
-  const [part] = parts;
-  if (parts.length !== 1 || part.method !== "llama_adapter" || part.gate !== "head" || part.join !== "before") {
-    throw new Error("this page runs one llama_adapter with a gate per head; the file holds something else");
+  const [{ method, ...part } = {}] = parts;
+  const known = (method === "llama_adapter" && part.join === "before") || isPicture(method, part);
+  if (parts.length !== 1 || !known || part.gate !== "head") {
+    throw new Error(
+      "this page runs one llama_adapter, or one image_prompt by places for handwriting, with a gate per head; " +
+        "the file holds something else",
+    );
   }
   if ((part.layers ?? L) !== L)
     throw new Error(`the adapter is for the top ${part.layers} layers; this page adapts all ${L}`);
   if (globalThis.crypto?.subtle && (await digest(tensors)) !== metadata.numbers_sha256) {
     throw new Error("its numbers are not those that were written: it is damaged, copy it again");
   }
-  const K = part.prompt_length;
-  const flat = new Float32Array(L * K * D + L * H);
-  const adapter = adapterOf(model, K, flat);
+  const numbers = (name, to) => {
+    const { data } = tensors[name] ?? { data: [] };
+    if (data.length !== to.length) throw new Error(`${name} has ${data.length} numbers; needed are ${to.length}`);
+    to.set(data);
+    return to;
+  };
+  const K = part.prompt_length ?? part.tokens;
+  const adapter = adapterOf(model, K, new Float32Array(L * K * D + L * H));
   for (let l = 0; l < L; l++) {
-    const place = `layers.${l}.self_attn.llama_adapter`;
-    for (const [name, to] of [["prompt", adapter.prompts[l]], ["gate", adapter.gates.subarray(l * H, (l + 1) * H)]]) {
-      const { data } = tensors[`${place}.${name}`] ?? { data: [] };
-      const numbers = `${place}.${name} has ${data.length} numbers; needed are ${to.length}`;
-      if (data.length !== to.length) throw new Error(numbers);
-      to.set(data);
-    }
+    const place = `layers.${l}.self_attn.${method}`;
+    numbers(`${place}.prompt`, adapter.prompts[l]);
+    numbers(`${place}.gate`, adapter.gates.subarray(l * H, (l + 1) * H));
+  }
+  if (method === "image_prompt") {
+    const place = "layers.0.self_attn.image_prompt.projection"; // one, shared by all layers
+    const weight = numbers(`${place}.weight`, new Float32Array(D * part.features)); // (D, F)
+    adapter.projection = { weight, bias: numbers(`${place}.bias`, new Float32Array(D)) };
   }
   return Object.assign(adapter, { tanh: part.tanh });
 }
+
+const isPicture = (method, { way, encoder, tokens }) =>
+  method === "image_prompt" && way === "places" && encoder === "handwriting" && tokens === 8;
 
 /** `same_base` of storage.py: the same names and shapes, and numbers as near as rounding leaves them. */
 function sameBase(one, other) {

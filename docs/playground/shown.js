@@ -67,7 +67,7 @@ export function look({ text, adapter, factors, place }) {
 const probability = (logits, id) => 1 / logits.reduce((sum, logit) => sum + Math.exp(logit - logits[id]), 0);
 
 /** The characters of an answer; those that can be chosen are buttons, among which the arrow keys move. */
-function boxes(host, { ids, logits }, right, chosen = null) {
+export function boxes(host, { ids, logits }, right, chosen = null) {
   const wanted = right && encode(`${right}\n`);
   const focused = host.contains(document.activeElement);
   host.replaceChildren(

@@ -1,5 +1,9 @@
 """Sphinx's configuration; the pages that it finds beside this file are staged by minillama/course/site.py."""
 
+import sys
+
+# jsonschema, behind nbformat, would build 38 grammars of web addresses, for seconds; no notebook's schema has one
+sys.modules.setdefault("rfc3987_syntax", None)
 project = html_title = "minillama"
 extensions = ["myst_nb", "sphinx_copybutton", "sphinxcontrib.katex"]
 html_theme = "furo"

@@ -1,8 +1,8 @@
 """The playground of docs/playground: a LLaMA that runs and learns in a browser's tab, put into one file.
 
 One page with everything in it opens from a folder, from any static host and offline; a browser loads neither modules
-nor workers from a folder otherwise. `python -m minillama.course.playground` makes what stands beside it again: the
-story's dates, and what PyTorch computes, for the tests to hold the JavaScript to.
+nor workers from a folder otherwise. `python -m minillama.course.playground` makes what stands beside it again: adapters
+that are missing, the story's dates and digits, and what PyTorch computes, for the tests to hold the JavaScript to.
 """
 
 import base64
@@ -10,13 +10,16 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from .. import data
+from .. import data, vision
 from ..adapters import adapt, load_adapter
+from ..adapters.seeing import shown_by
 from ..adapters.storage import WEIGHTS, fingerprint
 from ..checkpoints import BASES, load
 from ..generate import generate
@@ -26,8 +29,13 @@ from .notebooks import ROOT
 
 FOLDER = ROOT / "docs/playground"
 MODEL = ("matrix.js", "llama.js", "train.js", "dates.js", "safetensors.js")
-PAGE = ("draw.js", "run.js", "common.js", "shown.js", "learn.js", "page.js")
-LANGUAGES = ("fr", "fi", "de", "es")  # whose adapters the page brings
+PAGE = ("vision.js", "draw.js", "run.js", "common.js", "shown.js", "learn.js", "pad.js", "page.js")
+# The adapters that the page brings, and what `python -m minillama adapt --dtype float32` made them of.
+TRAINED = {
+    "fr": "--language fr", "fi": "--language fi --steps 800", "de": "--language de", "es": "--language es",
+    "handwriting": "--task handwriting --steps 800",
+}  # fmt: skip
+LANGUAGES = tuple(TRAINED)[:-1]
 
 
 def script(*names):
@@ -41,6 +49,10 @@ def as_base64(path):
     return base64.b64encode(path.read_bytes()).decode()
 
 
+def adapter_file(name):
+    return FOLDER / f"adapters/{name}.safetensors"
+
+
 def assets():
     """What page.js finds as ASSETS."""
     base = BASES / "dates-llama"
@@ -49,7 +61,9 @@ def assets():
         "weights": as_base64(base / "model.safetensors"),
         "fingerprint": fingerprint(load("dates-llama")[0]),
         "kernel": as_base64(FOLDER / "kernel.wasm"),
-        "adapters": {name: as_base64(FOLDER / f"adapters/{name}.safetensors") for name in LANGUAGES},
+        "adapters": {name: as_base64(adapter_file(name)) for name in LANGUAGES},
+        "sighted": as_base64(adapter_file("handwriting")),
+        "encoder": as_base64(vision.WEIGHTS / "handwriting.safetensors"),
         "story": json.loads((FOLDER / "story.json").read_text(encoding="utf-8")),
         "worker": script(*MODEL, "worker.js"),
     }
@@ -71,7 +85,18 @@ def page():
     return html
 
 
-# ── what is made once and kept: the story's dates, and PyTorch's numbers ─────────────────────────────────────────────
+# ── what is made once and kept: adapters, the story's dates, and PyTorch's numbers ───────────────────────────────────
+
+
+def train_missing():
+    """Trains the adapters whose files are not there."""
+    for name, options in TRAINED.items():
+        if adapter_file(name).exists():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "minillama", "adapt", *options.split(), "--dtype", "float32"]
+            subprocess.run([*command, "--out", folder], check=True)
+            shutil.copy(Path(folder) / WEIGHTS, adapter_file(name))
 
 
 def adapted(name):
@@ -79,7 +104,7 @@ def adapted(name):
     model, tokenizer = load("dates-llama", torch.float32)
     if name:
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(FOLDER / f"adapters/{name}.safetensors", Path(folder) / WEIGHTS)
+            shutil.copy(adapter_file(name), Path(folder) / WEIGHTS)
             load_adapter(model, folder)
     return model, tokenizer
 
@@ -116,7 +141,19 @@ def story():
         "presets": [{"text": text, "adapter": name} for text, name in others],
         "telling": telling,
         "layer": {"text": prompt.removesuffix(" = "), "layer": index},
+        "digits": handwritten(),
     }
+
+
+def counts(pictures):
+    """Pictures of digits, (n, 8, 8) from 0 to 1, as base64: 64 bytes each, counts from 0 to 16."""
+    return base64.b64encode((16 * pictures).round().to(torch.uint8).contiguous().numpy().tobytes()).decode()
+
+
+def handwritten(each=8):
+    """Of each digit the first so many of those kept for tests, for the pad's examples and its keyboard."""
+    pictures, names = vision.digits(train=False)
+    return [counts(pictures[names == digit][:each]) for digit in range(10)]
 
 
 def numbers(*tensors):
@@ -148,11 +185,25 @@ def greedy(name, count=50, shown=4):
     return rows
 
 
+@torch.no_grad()
+def readings(count=24):
+    """What is read of test pictures, with the features that the encoder makes of each."""
+    model, tokenizer = adapted("handwriting")
+    pairs, pictures = vision.examples("handwriting", data.split_dates()[1], count, False, 5)
+    rows = vision.see(vision.load_encoder("handwriting"), pairs, pictures)
+    written = answers(model, tokenizer, rows, around=shown_by(model))
+    tiles = pictures.unflatten(2, (-1, 8)).transpose(1, 2)  # (n, 8 digits, 8, 8)
+    return [
+        {"picture": counts(picture), "features": numbers(features), "day": day, "answer": text}
+        for picture, (_, day, features), text in zip(tiles, rows, written)
+    ]
+
+
 def fixtures():
-    """What PyTorch computes, for tests/test_playground.py: greedy answers, the losses of 40 training steps on given
-    batches, and the gradient at gates drawn from N(0, 1/4)."""
+    """What PyTorch computes, for tests/test_playground.py: greedy answers, readings of pictures, the losses of 40
+    training steps on given batches, and the gradient at gates drawn from N(0, 1/4)."""
     torch.set_num_threads(1)
-    made = {"answers": {name or "base": greedy(name) for name in (None, "fr", "fi")}}
+    made = {"answers": {name or "base": greedy(name) for name in (None, "fr", "fi")}, "readings": readings()}
     model, tokenizer = load("dates-llama", torch.float32)
     torch.manual_seed(3)
     adapt(model, "llama_adapter")
@@ -172,5 +223,6 @@ def fixtures():
 
 
 if __name__ == "__main__":
+    train_missing()
     (FOLDER / "story.json").write_text(json.dumps(story(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (ROOT / "tests/playground.json").write_text(json.dumps(fixtures(), ensure_ascii=False) + "\n", encoding="utf-8")

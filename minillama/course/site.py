@@ -33,10 +33,11 @@ BESIDE = {
     "docs/performance": "Speed", "docs/reliability": "What is promised", "docs/playground/README": "The playground",
     "code": "The code",
 }  # fmt: skip
-KERNEL = re.compile(r"\(The slider needs a running kernel\.[^)]*\)")
+PLAYED = {"gate_slider": "lesson", "lessons.pad": "pad"}  # a cell's widget, and what of the playground stands for it
+KERNEL = re.compile(r"\((The slider needs a running|Without a) kernel[^)]*\)")
 HERE = (
-    "(In the notebook a slider stands here. On this page it is the same model in your browser, with adapters that were "
-    "trained beforehand; you can train one yourself.)"
+    "(In the notebook this needs a kernel. On this page it is the same model in your browser, with what was trained "
+    "beforehand.)"
 )
 
 
@@ -177,9 +178,9 @@ def lesson(path, pages):
         for output in cell.get("outputs", []):
             shown = output.get("data", {})
             if "application/vnd.jupyter.widget-view+json" in shown:
-                slider = "gate_slider" in cell["source"]
+                shown_as = next((part for name, part in PLAYED.items() if name in cell["source"]), None)
                 note = "<p><em>What stands here needs a running kernel.</em></p>"
-                output["data"] = {"text/html": frame("../playground.html?lesson") if slider else note}
+                output["data"] = {"text/html": frame(f"../playground.html?{shown_as}") if shown_as else note}
             elif "image/svg+xml" in shown:
                 shown.pop("image/png", None)
     run = (
