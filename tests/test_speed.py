@@ -249,7 +249,9 @@ def test_adapters_stand_on_a_quantised_base(how, on_any_device, tmp_path):
         save(quantize(plain, how), tmp_path / "base")
 
 
-def test_what_cannot_be_quantised_is_refused():
+def test_what_cannot_be_quantised_is_refused(capsys):
+    assert main(["compare", "--quantize", "8bit"]) == 2
+    assert "compare trains all weights too, which must then be whole: leave --quantize out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="quantize is '3bit'; it can be 8bit, 4bit, float8"):
         quantize(base()[0], "3bit")
     with pytest.raises(ValueError, match="adapted already"):
