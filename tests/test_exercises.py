@@ -301,6 +301,19 @@ def test_a_whole_number_in_any_form(number):
     assert judging.judge(exercise, lambda: 12.5)[1] == judging.judge(exercise, lambda: "12")[1] == "form"
 
 
+def test_few_whole_numbers_are_listed_and_many_are_not():
+    def probe(answer, draw):
+        yield checker.Piece("the codes (N)", answer())
+
+    for many, words in (
+        (3, "the codes (N) is [1, 2, 3]; needed is [0, 1, 2]."),
+        (900, "by up to 1 where numbers go up"),
+    ):
+        exercise = Exercise("f() -> (N)", lambda many=many: torch.arange(many), (), probe)
+        message = judging.judge(exercise, lambda many=many: torch.arange(many) + 1)[2]
+        assert words in message and len(message) < 300, message
+
+
 def test_dtypes_are_listed_where_they_do_not_fit():
     def uncast(linear, x, gate, share):
         return linear(x.double())

@@ -8,9 +8,9 @@ from ...adapters import bottleneck
 from ...attention import RoPE
 from ...llama import Layer, LLaMAConfig
 from .catalogue import catalogue, tables
-from .judging import close, other
+from .judging import close
 from .modules import repeats
-from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, named, teller
+from .observing import Exercise, Piece, Wrong, calls, describe, fact, filled, named, other, teller
 from .predictions import moved, questions
 
 TABLES = tables(__file__)  # the mistakes, in the Markdown file beside this one

@@ -12,7 +12,7 @@ from itertools import combinations, islice, zip_longest
 
 import torch
 
-from .observing import End, Piece, describe, floating
+from .observing import End, Piece, describe, floating, other
 from .running import Used, observe
 
 
@@ -251,15 +251,6 @@ def unread(case):
                 return "unread", f"{name} makes no difference to what your function returns; it should."
 
 
-def other(value):
-    """Another value of the same form, or None."""
-    if floating(value):
-        return value.flip(-1) * 1.5 + 0.25
-    if isinstance(value, torch.Tensor):
-        return value.flip(-1)
-    return value * 2 + 1 if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def ended(case):
     """An error, or what the probe itself has said: something changed in place, a weight unfrozen, a form not kept."""
     return (case.end.mistake, case.end.why) if case.end and not case.wrong else None
@@ -281,7 +272,7 @@ def difference(what, value, wanted, hints):
         return "shape", f"{what} has shape {tuple(value.shape)}; needed is {tuple(wanted.shape)}.{turned}"
     if value.dtype != wanted.dtype:
         return "dtype", f"{what} is {value.dtype}; needed is {wanted.dtype}."
-    if not value.is_floating_point():
+    if not value.is_floating_point() and value.numel() < 50:
         return "value", f"{what} is {value.tolist()}; needed is {wanted.tolist()}."
     a, b = value.double(), wanted.double()
     if a.isnan().any():

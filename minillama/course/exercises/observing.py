@@ -230,6 +230,15 @@ def describe(value):
     return f"{value!r}" if value is None else f"{'an' if type(value) is int else 'a'} {type(value).__name__}"
 
 
+def other(value):
+    """Another value of the same form, or None."""
+    if floating(value):
+        return value.flip(-1) * 1.5 + 0.25
+    if isinstance(value, torch.Tensor):
+        return value.flip(-1)
+    return value * 2 + 1 if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def filled(module, draw):
     """The module frozen, in eval mode, every number drawn: matrices by N(0, 1/fan_in), vectors by 1 + 0.3 · N(0, 1)."""
     with torch.no_grad():
