@@ -140,6 +140,7 @@ def test_every_page_in_a_browser(tmp_path):
             assert not seen["broken"] and not seen["dollars"] and not seen["bars"], (path, seen)
             source = ROOT / "lessons" / f"{path.stem}.ipynb"
             if source.exists():
+                assert 'style="color: #' not in path.read_text(encoding="utf-8"), f"{path}: a colour for light alone"
                 assert seen["figures"] == figures(source) and seen["formulas"] >= formulas(source), (path, seen)
             assert not wrong, (path, wrong)
 
