@@ -95,7 +95,10 @@ SETTLED = """async frame => {
     await pictures(30);
     return [height, frame.clientHeight, frame.clientWidth];
 }"""
-DECODE = "Promise.all([...document.images].map((image) => (image.loading = 'eager', image.decode())))"
+DECODE = """Promise.race([
+    Promise.all([...document.images].map((image) => (image.loading = 'eager', image.decode()))),
+    new Promise((_, fail) => setTimeout(() => fail(new Error("a picture was not decoded within 30 s")), 30_000)),
+])"""
 
 
 @pytest.mark.slow
