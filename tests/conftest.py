@@ -72,6 +72,8 @@ def pytest_collection_modifyitems(items):
     def length(item):
         if "test_runs_from_clean" in item.name:
             return -2 - ("08_" in item.name)
+        if "test_every_page" in item.name:
+            return -2
         return -1 if item.get_closest_marker("slow") else 0
 
     items.sort(key=length)

@@ -95,7 +95,10 @@ SETTLED = """async frame => {
     await pictures(30);
     return [height, frame.clientHeight, frame.clientWidth];
 }"""
-DECODE = "Promise.all([...document.images].map((image) => (image.loading = 'eager', image.decode())))"
+DECODE = """Promise.race([
+    Promise.all([...document.images].map((image) => (image.loading = 'eager', image.decode()))),
+    new Promise((_, fail) => setTimeout(() => fail(new Error("a picture was not decoded within 30 s")), 30_000)),
+])"""
 
 
 @pytest.mark.slow
@@ -140,6 +143,7 @@ def test_every_page_in_a_browser(tmp_path):
             assert not seen["broken"] and not seen["dollars"] and not seen["bars"], (path, seen)
             source = ROOT / "lessons" / f"{path.stem}.ipynb"
             if source.exists():
+                assert 'style="color: #' not in path.read_text(encoding="utf-8"), f"{path}: a colour for light alone"
                 assert seen["figures"] == figures(source) and seen["formulas"] >= formulas(source), (path, seen)
             assert not wrong, (path, wrong)
 

@@ -183,6 +183,8 @@ def lesson(path, pages):
                 output["data"] = {"text/html": frame(f"../playground.html?{shown_as}") if shown_as else note}
             elif "image/svg+xml" in shown:
                 shown.pop("image/png", None)
+            elif "text/markdown" in shown:  # coloured for light and dark; HTML has its colours within it
+                shown.pop("text/html", None)
     run = (
         f'<p class="run-it"><a href="{path.name}" download>Download this notebook</a> and run it in a clone of the '
         f"repository: <code>pip install -r requirements.txt &amp;&amp; jupyter lab lessons/{path.name}</code></p>"
