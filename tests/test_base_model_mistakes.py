@@ -102,7 +102,12 @@ NO_MATTER = (  # to this model, to a sum over features, and to positions 0, 1, 2
     *("theta_hard_coded", "put_back_by_turns", "halves_swapped"),
     *("second_half_negated", "positions_sorted", "positions_counted_on", "table_too_short"),
 )
-LATER = ("positions_from_one", "own_positions", "positions_from_the_first")  # the same distances
+LATER = (
+    "positions_from_one",
+    "own_positions",
+    "positions_from_the_first",
+    "positions_from_their_mean",
+)  # distances stay
 ONCE = (
     *cases("rms_norm", in_norm, (*IN_HALF, "size_detached", "mean_over_axis_two", "eps_at_least")),
     *cases("rope", in_rope, (*IN_HALF, *LATER, *NO_MATTER)),

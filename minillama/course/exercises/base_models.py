@@ -6,7 +6,6 @@ import torch.nn.functional as F
 import minillama
 
 from ...attention import Attention, RoPE, rotate
-from ...device import shapes_only
 from ...llama import RMSNorm
 from ..papers import smollm2
 from .catalogue import catalogue, tables
@@ -195,7 +194,7 @@ def probe_labels(answer, draw):
 
 def cache_numbers():
     """How many numbers SmolLM2-135M's cache holds for one token."""
-    with shapes_only():
+    with minillama.device.shapes_only():
         model, cache = smollm2(), minillama.Cache()
         model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
     return sum(layer.k.numel() + layer.v.numel() for layer in cache.layers)

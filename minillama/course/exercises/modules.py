@@ -5,7 +5,6 @@ from torch import nn
 
 import minillama
 
-from ...device import shapes_only
 from .observing import Piece, Wrong, describe, fact, gradients
 
 
@@ -23,7 +22,7 @@ def merged(wrapper, *own):
 
 def trained_numbers(config, method, **options):
     """How many numbers a method trains on a LLaMA of that shape, which takes no memory here."""
-    with shapes_only():
+    with minillama.device.shapes_only():
         model = minillama.adapt(minillama.LLaMA(config), method, **options)
     return sum(p.numel() for p in minillama.adapters.adapter_parameters(model).values())
 
