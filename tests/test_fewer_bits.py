@@ -115,6 +115,16 @@ def test_a_gguf_files_own_blocks_are_kept_to_the_last_bit(architecture, how, tmp
     assert torch.allclose(model.float()(ids), plain.to(torch.bfloat16).float()(ids), rtol=0.1, atol=0.1)
 
 
+def test_no_room_is_made_for_what_no_file_of_this_size_can_hold(tmp_path):
+    """68 GB of blocks a matrix, were the configuration believed."""
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((BASES / "dates-llama" / file).read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_size": 2**18, "head_dim": 2**12}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(minillama.FileError, match="the weights take .* bytes, and the configuration asks for"):
+        minillama.load(tmp_path, quantize="8bit")
+
+
 def test_what_is_wrong_with_a_file_is_said_all_the_same(tmp_path):
     path = write(tmp_path / "tiny.gguf", base(), Kind.Q8_0)
     data, weight = bytearray(path.read_bytes()), base().layers[1].mlp.up_proj.weight.detach().numpy()

@@ -134,6 +134,10 @@ def fit(model, weights, folder, dtype=None, device="cpu", quantize=None):
     """Reads `weights` into the model one at a time, each after its shape was compared with what the configuration asks
     and its numbers were looked at. A model in fewer bits remembers the fingerprint of what was read."""
     shapes, seen, tied = compared(model, weights, folder), {}, model.lm_head.weight is model.embed_tokens.weight
+    held = sum(file.stat().st_size for file in ([folder] if folder.is_file() else folder.glob("*.safetensors")))
+    asked = sum(shape.numel() for shape in shapes.values())
+    if asked > 8 * held:  # before there is room made for them; no format has a number in one bit
+        raise FileError(f"{folder}: the weights take {held:,} bytes, and the configuration asks for {asked:,} numbers")
     if quantize is not None:
         list(emptied(model, quantize, device))  # all room at once: what is needed while reading lies behind it
     for name, shape in shapes.items():
