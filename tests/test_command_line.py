@@ -71,9 +71,15 @@ def test_the_default_run_learns_french(tmp_path):
     assert code == 0 and out.splitlines()[-1] == "mercredi 14 juillet 2021 = 2021-07-14", err
 
 
-@pytest.mark.parametrize("base", ["dates-llama", pytest.param("dates-gpt2", marks=pytest.mark.slow)])
-def test_a_short_run_in_float32(base, tmp_path):
-    options = f"--base {base} --steps 3 --test-dates 20 --option layers=2 --language fi --dtype float32 --out here"
+@pytest.mark.slow
+def test_gpt2_learns_french_too(tmp_path):
+    code, out, err = inside("--base", "dates-gpt2", cwd=tmp_path)
+    assert code == 0, err
+    assert report(out)[1] >= 0.90 and "bit-identical" in out
+
+
+def test_a_short_run_in_float32(tmp_path):
+    options = "--steps 3 --test-dates 20 --option layers=2 --language fi --dtype float32 --out here"
     code, out, err = inside("adapt", *options.split(), cwd=tmp_path)
     assert code == 0, err
     (part,) = json.loads((tmp_path / "here/adapter_config.json").read_text())["parts"]

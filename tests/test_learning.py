@@ -1,5 +1,4 @@
-"""Every method teaches the frozen base French, in fewer and smaller steps than `python -m minillama compare` takes; and
-what the command adapts by default, the GPT-2 too."""
+"""Every method teaches the frozen base French, in fewer and smaller steps than `python -m minillama compare` takes."""
 
 import pytest
 import torch
@@ -11,18 +10,15 @@ from minillama.train import exact_match, train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "base, method, steps, least",
-    [*(("dates-llama", method, 200, 0.95) for method in TEXT_METHODS), ("dates-gpt2", "llama_adapter", 300, 0.90)],
-)
-def test_method_learns_french(base, method, steps, least):
-    model, tokenizer = minillama.load(base)
+@pytest.mark.parametrize("method", TEXT_METHODS)
+def test_method_learns_french(method):
+    model, tokenizer = minillama.load("dates-llama")
     size = sum(parameter.numel() for parameter in model.parameters())
     train_days, test_days = data.split_dates()
     torch.manual_seed(0)
     minillama.adapt(model, method)
     trained = sum(parameter.numel() for parameter in minillama.trainable_parameters(model).values())
-    pairs = data.examples("fr", train_days, steps * 16)
-    train(model, tokenizer, pairs, steps=steps, batch_size=16, learning_rate=learning_rate(method), progress=False)
+    pairs = data.examples("fr", train_days, 200 * 16)
+    train(model, tokenizer, pairs, steps=200, batch_size=16, learning_rate=learning_rate(method), progress=False)
     assert trained <= 0.05 * size
-    assert exact_match(model, tokenizer, data.examples("fr", test_days, 300, seed=1)) >= least
+    assert exact_match(model, tokenizer, data.examples("fr", test_days, 300, seed=1)) >= 0.95
