@@ -73,7 +73,7 @@ def load(name, dtype=None, device="cpu", quantize=None):
             f"{path}: the weights hold {len(layers)} layers and the configuration asks for "
             f"{config.num_hidden_layers}: {APART}"
         )
-    with shapes_only():  # shapes only: the file's tensors become the weights, without a copy in between
+    with shapes_only():  # the file's tensors become the weights, without a copy in between
         model = model_class(config)
     fit(model, weights, path, dtype, device, quantize)
     model.source = hub.SMOLLM2 if str(name) == "smollm2" else hub.name_of(path) or str(name)
