@@ -18,7 +18,7 @@ def side_by_side(trials, seeds=(0, 1)):
     base()  # opened once, before there are threads
     with one_thread_each() as pool:
         for name, (method, options) in trials.items():
-            how = dict(steps=150, batch_size=16) | options
+            how = dict(steps=150) | options
             for seed in how.pop("seeds", seeds):
                 done[name].append(pool.submit(adaptation, method, "fi", seed=seed, **how))
         return {name: [run.result() for run in runs] for name, runs in done.items()}
