@@ -45,15 +45,18 @@ def test_shard_alone_is_a_sentence(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, pack", [("llama_adapter", ()), ("lora", ("--pack", 24))])
-def test_two_processes_do_what_one_does(method, pack, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "method, pack, runs",
+    [("llama_adapter", (), {"two": (), "cut": ("--shard",)}), ("lora", ("--pack", 24), {"cut": ("--shard",)})],
+)
+def test_two_processes_do_what_one_does(method, pack, runs, tmp_path, monkeypatch):
     """Batches of 5 and a last one of 1 row: shares differ in rows and tokens, and one process has none."""
     lines = [json.dumps({"prompt": f"{'x' * (i % 7)}{i}: ", "response": "y" * (1 + i % 4)}) for i in range(12)]
     (tmp_path / "own.jsonl").write_text("\n".join(lines))
     options = ("--method", method, "--steps", 8, "--data", "own.jsonl", *pack)
     monkeypatch.chdir(tmp_path)
     assert main([*RUN[2:], *map(str, options), "--out", "one"]) == 0
-    for name, more in (("two", ()), ("cut", ("--shard",))):
+    for name, more in runs.items():
         done = several(*options, "--out", name, *more, cwd=tmp_path)
         out, err = done.communicate(timeout=300)
         assert done.returncode == 0, err

@@ -2,6 +2,7 @@
 file, and how much a step multiplies beside PEFT's. Lesson 08, which test_lessons.py executes, trains in full and
 asserts what is learned."""
 
+import json
 import re
 
 import peft
@@ -17,19 +18,19 @@ from minillama.course import sides
 from minillama.device import native_bfloat16
 from minillama.train import answer_loss, answers
 
-LANGUAGES = ("en", "fr", "de", "es", "fi")
+LANGUAGES = ("en", "fr")
 
 
 @pytest.mark.slow
 def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     code, out, err = command(
-        "adapt", "--base", smollm2, "--languages", ",".join(LANGUAGES), "--steps", 25, "--batch-size", 8,
-        "--test-dates", 8, "--option", "gate=layer", "--option", "tanh=False", "--out", "adapter",
+        "adapt", "--base", smollm2, "--languages", ",".join(LANGUAGES), "--steps", 8, "--batch-size", 8,
+        "--test-dates", 4, "--option", "gate=layer", "--option", "tanh=False", "--out", "adapter",
         cwd=tmp_path, timeout=600,
     )  # fmt: skip
     assert code == 0, err
-    base, adapted = map(float, re.search(r"^ *mean of 5 +([\d.]+)% +([\d.]+)%", out, re.M).groups())
-    assert base <= 5 and adapted >= 30 and "bit-identical" in out
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "adapter/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] / 2 and "bit-identical" in out
     assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size <= 750_000
     peak = float(re.search(r"peak memory +([\d.]+) GB", out).group(1))
     assert peak <= (1.3 if native_bfloat16(torch.device("cpu")) else 2.2)
@@ -38,7 +39,7 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     minillama.save(model, tmp_path / "base")
     minillama.load_adapter(model, tmp_path / "adapter")
     days = data.split_dates()[1]
-    pairs = [pair for language in LANGUAGES for pair in data.examples(language, days, 2, 7, data.LABELLED)]
+    pairs = [pair for language in LANGUAGES for pair in data.examples(language, days, 3, 7, data.LABELLED)]
     prompts = [prompt for prompt, _ in pairs]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
@@ -47,7 +48,6 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
         ids = torch.tensor([tokenizer.encode(prompt)])
         written = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
         assert tokenizer.decode(written[0, ids.shape[1] :].tolist()) == answer
-        assert re.fullmatch(r" \d{4}-\d\d-\d\d<\|im_end\|>", answer)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command, number", [("adapt", 8), ("pretrain", 4)])
+@pytest.mark.parametrize("command, number", [("adapt", 5), ("pretrain", 3)])
 def test_a_killed_run_leaves_nothing_wrong_and_ends_as_if_it_had_not_been(command, number):
     """In an interpreter of its own, since autograd's threads do not outlive the fork with which a run begins there."""
     options = ["--command", command, "--kills", str(number), "--seed", str(number)]
