@@ -53,6 +53,8 @@ def parser(argv):
 def main(argv=None):
     """Runs the command that argv names; its exit status. Whatever goes wrong in it ends here, in one sentence."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--debug"]:  # it belongs to every command, and may stand in front of one
+        argv = [*argv[1:], "--debug"]
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
         argv = ["adapt", *argv]
     for stream in (sys.stdout, sys.stderr):

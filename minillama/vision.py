@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .data import ByteTokenizer, split_dates  # noqa: F401
+from .data import split_dates
 from .train import learning_rate_at
 
 WEIGHTS = Path(__file__).parent / "bases" / "vision"

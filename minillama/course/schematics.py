@@ -261,7 +261,7 @@ def prefix_and_prompt_schematic():
     axes = sheet(10.5, 5.1, "Prompt tuning at the input, prefix tuning in every layer")
     frame(axes, 0.25, 0.7, 4.75, 4.5, "prompt tuning")
     frame(axes, 5.05, 0.7, 10.25, 4.5, "prefix tuning")
-    rows = {"layer 1": 2.0, "layer 2": 2.7, "layer $L$": 3.65}
+    rows = {"layer 0": 2.0, "layer 1": 2.7, "layer $L-1$": 3.65}
     left = [box(axes, 2.5, y, 3.6, 0.44, f"{name}: sees $K + T$ positions", "frozen") for name, y in rows.items()]
     right = [box(axes, 8.73, y, 2.5, 0.44, f"{name}: softmax over $K + T$", "frozen") for name, y in rows.items()]
     for start, kind, layers in ((0.8, "trained", left), (2.15, "flow", left), (7.72, "flow", right)):

@@ -112,8 +112,9 @@ def test_whatever_goes_wrong_ends_in_one_sentence(error, code, words, monkeypatc
     monkeypatch.setattr(command_line.importlib, "import_module", failing)
     assert command_line.main(["check"]) == code
     assert words in one_sentence(capsys.readouterr().err)
-    with pytest.raises(type(error)):
-        command_line.main(["check", "--debug"])
+    for argv in (["check", "--debug"], ["--debug", "check"]):
+        with pytest.raises(type(error)):
+            command_line.main(argv)
 
 
 def test_a_strangers_text_does_not_move_the_terminals_cursor(tmp_path):
