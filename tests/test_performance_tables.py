@@ -71,6 +71,10 @@ def test_the_settings_and_the_readmes_figures_are_the_stored_ones():
     assert f"a step takes PEFT {times(step, 'step', 'compiled')} times as long" in readme
     assert f"with the base in float8 {times(step, 'step', 'float8')} times" in readme
     assert f"a token that is generated {float(times(decode, 'decode', 'static')):.1f} times" in readme
+    full, half = (
+        times(bench(f"bench_cpu_{dtype}")["cases"][0], "step", "compiled") for dtype in ("float32", "bfloat16")
+    )
+    assert f"on two CPU cores and SmolLM2's shape a step takes it {full} times as long, {half} where" in readme
 
 
 if __name__ == "__main__":
