@@ -5,6 +5,7 @@ hour on eight A100) is a matter of how many tokens there are.
 """
 
 import random
+import warnings
 
 import torch
 
@@ -66,6 +67,7 @@ def theirs(model, method, prompts):
     import peft
     import transformers
 
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # transformers and PEFT among themselves
     configs = {
         "llama_adapter": lambda: peft.AdaptionPromptConfig(
             adapter_len=prompts, adapter_layers=model.config.num_hidden_layers, task_type="CAUSAL_LM"
