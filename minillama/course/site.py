@@ -59,16 +59,18 @@ def build(out):
         ).parent  # its program, not the script that starts it
         path = os.pathsep.join(map(str, (node / "bin", node, os.environ["PATH"])))
         sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", f"{folder}/doctrees"]
-        done = subprocess.run(
-            [*sphinx, stage, out],
-            stdin=subprocess.DEVNULL,
-            timeout=600,
-            env=os.environ | {"PATH": path},
-            capture_output=True,
-            text=True,
-        )
+        log = Path(folder) / "log"  # no pipe: a process that Sphinx leaves behind would keep it open
+        with open(log, "w", encoding="utf-8") as file:
+            done = subprocess.run(
+                [*sphinx, stage, out],
+                stdin=subprocess.DEVNULL,
+                timeout=600,
+                env=os.environ | {"PATH": path},
+                stdout=file,
+                stderr=file,
+            )
         if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()
+            said = (log.read_text(encoding="utf-8", errors="replace").strip() or "it failed").splitlines()
             raise FileError(f"Sphinx: {next((line for line in said if 'WARNING' in line), said[-1])}")
     return follow(out)
 
