@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import signal
 import urllib.parse
 
 import pytest
@@ -38,6 +40,18 @@ def test_another_folder_is_never_overwritten(tmp_path):
     with pytest.raises(minillama.FileError, match="something else than a site"):
         site.build(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"{missing()} is not installed: docs/site/requirements.txt")
+def test_what_sphinx_leaves_behind_does_not_hold_the_build_up(tmp_path, monkeypatch):
+    """The formulas' server, slow to begin on a busy machine, outlived a Sphinx that had given it up."""
+    sphinx = tmp_path / "sphinx"
+    sphinx.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/left\necho a WARNING of it >&2\nexit 1\n")
+    sphinx.chmod(0o755)
+    monkeypatch.setattr(site.sys, "executable", str(sphinx))
+    with pytest.raises(minillama.FileError, match="Sphinx: a WARNING of it"):
+        site.build(tmp_path / "out")
+    os.kill(int((tmp_path / "left").read_text()), signal.SIGTERM)  # raises where it has ended already
 
 
 def test_its_requirements_are_pinned_with_a_reason():

@@ -2,7 +2,7 @@
 
 import sys
 
-import sphinxcontrib.katex
+from sphinxcontrib import katex
 
 # jsonschema, behind nbformat, would build 38 grammars of web addresses, for seconds; no notebook's schema has one
 sys.modules.setdefault("rfc3987_syntax", None)
@@ -25,9 +25,7 @@ nb_number_source_lines = False
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
 katex_prerender = True
-sphinxcontrib.katex.STARTUP_TIMEOUT = sphinxcontrib.katex.RENDER_TIMEOUT = (
-    120  # seconds: a busy machine is slow to begin
-)
+katex.STARTUP_TIMEOUT = katex.RENDER_TIMEOUT = 120  # seconds: on a busy machine it is slow to begin
 katex_css_path = "katex/katex.min.css"
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 toc_object_entries = False
