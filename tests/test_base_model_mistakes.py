@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make
+from small import make
 
 import minillama
 from minillama import attention, llama

@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import SHAPE
 from safetensors.torch import load_file
+from small import SHAPE
 
 from minillama.__main__ import COMMANDS, main
 from minillama.adapters import TEXT_METHODS
@@ -78,6 +78,7 @@ def test_gpt2_learns_french_too(tmp_path):
     assert report(out)[1] >= 0.90 and "bit-identical" in out
 
 
+@pytest.mark.slow
 def test_a_short_run_in_float32(tmp_path):
     options = "--steps 3 --test-dates 20 --option layers=2 --language fi --dtype float32 --out here"
     code, out, err = inside("adapt", *options.split(), cwd=tmp_path)

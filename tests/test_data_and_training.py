@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
-from conftest import KINDS, SHAPE, make, open_gates, rotated
 from methods import CASES, adapted, builder
+from small import KINDS, SHAPE, make, open_gates, rotated
 
 import minillama
 from minillama import ByteTokenizer, adapt, data
@@ -531,6 +531,7 @@ def test_texts_in_one_row_do_not_see_one_another(kind, case):
         assert max((mine - other).norm() / other.norm() for mine, other in zip(found, apart)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_packed_run_trains_as_the_batch_apart(monkeypatch):
     pairs = some_pairs()[:40]
     rows = next(data.packed_batches(data.encode(pairs, TOKENIZER), 100, 128))

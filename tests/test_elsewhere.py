@@ -9,7 +9,7 @@ import pathlib
 import pytest
 import torch
 import transformers
-from conftest import SHAPE
+from small import SHAPE
 from torch import nn
 
 import minillama

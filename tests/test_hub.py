@@ -16,7 +16,7 @@ import zipfile
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import SHAPE
+from small import SHAPE
 
 import minillama
 from minillama.checkpoints import hub

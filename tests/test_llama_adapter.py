@@ -4,8 +4,8 @@ variants, economy, the layer of its own."""
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, rotated
 from methods import builder, check_closed, check_open
+from small import KINDS, rotated
 from torch import nn
 
 import minillama
@@ -17,9 +17,14 @@ VARIANTS = [dict(gate=gate, tanh=tanh) for gate in ("head", "layer", "feature") 
 
 
 @pytest.mark.parametrize("kind, variant", rotated(KINDS, VARIANTS), ids=str)
-def test_variants(kind, variant, ids):
-    check_closed(builder(kind, "llama_adapter", **variant), ids)
+def test_variants_open(kind, variant, ids):
     check_open(builder(kind, "llama_adapter", **variant), ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, variant", rotated(KINDS, VARIANTS), ids=str)
+def test_variants_closed(kind, variant, ids):
+    check_closed(builder(kind, "llama_adapter", **variant), ids)
 
 
 @torch.no_grad()

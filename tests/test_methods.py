@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 import torch
-from conftest import KINDS, RELATIVES, open_gates, rotated
 from methods import CASES, adapted, builder, check_closed, check_open, check_two_steps, checks, fails
 from mistakes import CASE_OF, HARMLESS, PLANTED, case_of, plant
+from small import KINDS, RELATIVES, open_gates, rotated
 
 import minillama
 from minillama import adapt, disabled, merge, set_adapter, unmerge
@@ -84,7 +84,7 @@ def test_a_module_planted_unedited_is_caught_in_nothing(module, ids, monkeypatch
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model, case", rotated(KINDS, CASES), indirect=["model"])
 def test_disabled_is_the_base_bit_for_bit_and_ends(model, case, ids):
     base = model(ids)
     opened = open_gates(adapted(model, case))(ids)

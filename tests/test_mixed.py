@@ -4,8 +4,8 @@ import importlib
 
 import pytest
 import torch
-from conftest import KINDS, make
 from methods import CASES, LENGTHS, adapted, run, show
+from small import KINDS, make
 
 import minillama
 from minillama import adapt, data, delete_adapter, disabled, load_adapter, merge, mixed, save_adapter, set_adapter
@@ -35,8 +35,9 @@ COMBINATIONS = [((case,), (case,)) for case in CASES if case not in ("prefix_tun
 
 WAYS = [(False, False), (True, True), (False, True), (True, False)]
 # Pairwise: every combination meets every kind of model, padding and none, a cache and none; every kind meets every way.
+# In the fast suite a combination meets one kind.
 ROWS = [
-    (kind, *combination, *WAYS[(i + j) % 4])
+    pytest.param(kind, *combination, *WAYS[(i + j) % 4], marks=() if i % len(KINDS) == j else pytest.mark.slow)
     for i, combination in enumerate(COMBINATIONS)
     for j, kind in enumerate(KINDS)
 ]

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import SHAPE, left_padded
+from small import KINDS, SHAPE, left_padded, rotated
 
 import minillama
 from minillama import Cache
@@ -213,16 +213,16 @@ def test_rms_norm_takes_its_mean_in_float32():
     assert (norm(x) - expected).abs().max() < 2**-7  # half a unit in the last place of numbers up to 4
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(temperature=0.8),
-        dict(temperature=1.5, top_k=5),
-        dict(temperature=1.0, top_p=0.7),
-        dict(temperature=2.0, top_k=20, top_p=0.9),
-    ],
-)
-def test_sampling_repeats_with_its_seed(model, ids, settings):
+SAMPLED = [
+    dict(temperature=0.8),
+    dict(temperature=1.5, top_k=5),
+    dict(temperature=1.0, top_p=0.7),
+    dict(temperature=2.0, top_k=20, top_p=0.9),
+]
+
+
+@pytest.mark.parametrize("model, settings", rotated(KINDS, SAMPLED), indirect=["model"], ids=str)
+def test_sampling_repeats_with_its_seed(model, settings, ids):
     one, two, other = (minillama.generate(model, ids, 20, seed=seed, **settings) for seed in (7, 7, 8))
     assert torch.equal(one, two) and not torch.equal(one, other)
 

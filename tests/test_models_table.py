@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch
 import transformers
-from conftest import left_padded, open_gates
+from small import left_padded, open_gates
 from test_adapter_files import SHARED, exchanged
 from test_models import GROUPED, THEIRS, close, faithful
 

@@ -83,6 +83,7 @@ def test_the_stored_numbers_are_fresh(stored):
     assert numpy.allclose(made["training"]["losses"][:10], stored["training"]["losses"][:10], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_story_holds():
     """A telling date is wrong at gate 0, right as trained, wrong at twice that; the layer's date needs that layer."""
     story = json.loads((playground.FOLDER / "story.json").read_text(encoding="utf-8"))

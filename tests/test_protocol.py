@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import KINDS, SHAPE, make, open_gates, rotated
 from methods import CASES, adapted, builder, show
+from small import KINDS, SHAPE, make, open_gates, rotated
 from torch import nn
 
 import minillama
@@ -79,12 +79,13 @@ def test_three_adapters_are_saved_loaded_switched_and_deleted_in_any_order(kind,
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "methods",
-    [
+    "model, methods",
+    rotated(KINDS, [
         ("ia3", "llama_adapter_v2"), ("lora", "ia3"), ("llama_adapter_v2", "lora"), ("lora", "dora"),
         ("llama_adapter", "prefix_tuning"),
         ("bottleneck", "ia3", "lora", "dora", "llama_adapter_v2", "llama_adapter"),
-    ],
+    ]),
+    indirect=["model"],
 )  # fmt: skip
 def test_methods_of_one_adapter_never_share_a_key(model, methods, ids, tmp_path):
     for method in methods:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make, open_gates
+from small import make, open_gates
 
 import minillama
 from minillama import adapt, disabled, generate, mixed

@@ -8,8 +8,8 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, make, open_gates
 from PIL import Image
+from small import KINDS, make, open_gates
 from test_options import inside, sentence
 
 import minillama

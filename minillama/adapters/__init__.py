@@ -59,8 +59,9 @@ def walk(module, place=""):
     """(place, module) of every part of the base and of every wrapper, outer ones first; what is a wrapper's own is not
     entered. A place is the name that a part has in the bare base."""
     yield place, module
+    wraps = is_wrapper(module)
     for name, child in module.named_children():
-        if not is_wrapper(module):
+        if not wraps:
             inner = place if name == "_orig_mod" else f"{place}.{name}".removeprefix(".")  # torch.compile's own wrapper
             yield from walk(child, inner)
         elif name == "base":
