@@ -13,7 +13,7 @@ from .. import adapters, data, distributed
 from ..checkpoints import load
 from ..checkpoints.files import FileError, write_text
 from ..checkpoints.progress import CHECKPOINT, Keeper, read_settings
-from ..device import pick_device, pick_dtype
+from ..device import pick_device, pick_dtype, shapes_only
 from ..train import train
 from .arguments import LEFT_OPEN, OF_TASKS
 
@@ -45,7 +45,7 @@ def open_base(args):
         raise ValueError(
             f"{args.base} has no tokenizer, without which text cannot become ids: copy its tokenizer.json there"
         )
-    with torch.device("meta"):
+    with shapes_only():
         size = count(type(model)(model.config).parameters())  # in however many bits
     shown = f"{size:,} parameters · {device} · {str(dtype).removeprefix('torch.')}"
     if args.quantize:

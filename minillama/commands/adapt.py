@@ -184,7 +184,7 @@ def adapt_into(out, args, subject, start):
             data.packed_batches(data.encode(pairs, tokenizer), args.batch_size, args.pack)
         )  # a row too short ends here
     # what is measured with the adapter disabled too, and how many prompts are answered at once
-    kept, at_once = ("en", 64) if args.data is None else ("held out", args.batch_size)
+    kept, at_once = ("en", 128) if args.data is None else ("held out", args.batch_size)
 
     def measure():
         matches = {name: exact_match(model, tokenizer, unseen, at_once, around) for name, unseen in tests.items()}
