@@ -26,7 +26,6 @@ from .files import (
     what_is_unsound,
 )
 from .fingerprint import of_base, of_tensor
-from .gguf import read_gguf
 from .tensors import from_hf, to_hf
 from .tokenizers import read_tokenizer
 
@@ -52,6 +51,8 @@ def load(name, dtype=None, device="cpu", quantize=None):
         refuse_bits(quantize, torch.device(device))
     path = find(name)
     if path.suffix == ".gguf" and not path.is_dir():
+        from .gguf import read_gguf  # late: the package gguf takes a quarter of a second to import
+
         model_class, (config, weights, tokenizer) = LLaMA, read_gguf(path, dtype, quantize)
     else:
         content = read_json(path / "config.json")
