@@ -10,6 +10,7 @@ two. To a model whose tokens are bytes an example is one line; to a real one it 
 
 import datetime
 import difflib
+import functools
 import random
 
 import babel
@@ -57,12 +58,13 @@ def locales(language):
     return (str(locale),)
 
 
+@functools.cache
 def split_dates(seed=0, test_share=0.1):
-    """(train, test): the 73,049 days of 1900 to 2099 shuffled by `seed` and cut in two lists without a common day."""
+    """(train, test): the 73,049 days of 1900 to 2099 shuffled by `seed` and cut in two tuples without a common day."""
     days = [FIRST_DAY + datetime.timedelta(days=n) for n in range((LAST_DAY - FIRST_DAY).days + 1)]
     random.Random(seed).shuffle(days)
     cut = int(len(days) * test_share)
-    return days[cut:], days[:cut]
+    return tuple(days[cut:]), tuple(days[:cut])
 
 
 def form(tokenizer):
@@ -71,11 +73,9 @@ def form(tokenizer):
 
 
 def examples(languages, days, count, seed=0, form=LINE):
-    """`count` pairs (prompt, answer) of one language or of several in turn;
-    days, locales and formats drawn by `seed`."""
+    """`count` pairs (prompt, answer) of one language or of several in turn; days, locales, formats drawn by `seed`."""
     languages = [languages] if isinstance(languages, str) else languages
-    draw, names = random.Random(seed), [locales(language) for language in languages]
-    prompt, answer = form
+    names, draw, (prompt, answer) = [locales(language) for language in languages], random.Random(seed), form
     return [
         (
             prompt.format(format_date(day, draw.choice(FORMATS), draw.choice(names[i % len(names)]))),

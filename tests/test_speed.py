@@ -96,6 +96,7 @@ def test_a_loss_in_parts_has_the_gradients_of_the_dropout_that_it_drew():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, case, lengths", [("llama", "llama_adapter", (9,)), ("gpt2", "lora", (9, 6))])
 def test_compiled_layers_are_the_plain_ones(kind, case, lengths, ids):
+    """At one length and disabled, and at two lengths: each costs a compilation."""
     torch.manual_seed(0)
     model = open_gates(adapt(make(kind), **CASES[case][0])).train()
     faster = copy.deepcopy(model)
@@ -110,8 +111,9 @@ def test_compiled_layers_are_the_plain_ones(kind, case, lengths, ids):
             grads.append([loss.detach(), *(parameter.grad for parameter in trained)])
         for mine, other in zip(*grads):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    with torch.no_grad(), disabled(faster), disabled(model):
-        torch.testing.assert_close(faster(ids), model(ids), rtol=1e-4, atol=1e-5)
+    if len(lengths) == 1:
+        with torch.no_grad(), disabled(faster), disabled(model):
+            torch.testing.assert_close(faster(ids), model(ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

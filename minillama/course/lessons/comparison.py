@@ -13,7 +13,7 @@ from .shown import ROOT
 
 def side_by_side(trials, seeds=(0, 1)):
     """`over_seeds` for several trials at once, {name: (method, options)} -> {name: a run per seed}; Finnish, 150 steps
-    of 16, where the options say nothing else. An option `seeds` asks for others."""
+    of 8, where the options say nothing else. An option `seeds` asks for others."""
     done = {name: [] for name in trials}
     base()  # opened once, before there are threads
     with one_thread_each() as pool:

@@ -42,7 +42,7 @@ def copied():
 
 
 def adaptation(
-    method, language="fr", *, of="dates-llama", steps=100, batch_size=16, learning_rate=None, seed=0, prepare=None,
+    method, language="fr", *, of="dates-llama", steps=100, batch_size=8, learning_rate=None, seed=0, prepare=None,
     test_dates=200, **options,
 ):  # fmt: skip
     """Adapts a copy of a base to a language and measures it; seconds, not minutes, at these defaults.
