@@ -6,6 +6,7 @@ imported.
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -15,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from . import distributed
 from .checkpoints.files import first_line, printable
 from .checkpoints.progress import Stopped
+
+gc.freeze()  # what is loaded by now stays: no search for garbage walks through it again
 
 COMMANDS = {
     "adapt": "teach a frozen base the dates of other languages, or a task of your own (the default)",
