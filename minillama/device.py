@@ -2,6 +2,7 @@
 And how much memory was needed."""
 
 import contextlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -42,6 +43,17 @@ def shapes_only():
     its compiler, for two seconds, before it draws normal numbers that are none."""
     with torch.device("meta"), Undrawn():
         yield
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, to the bit, without what is wrapped around its methods: at the first call that loads PyTorch's
+    compiler, for two seconds, whether anything is compiled or not."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
 
 def native_bfloat16(device):

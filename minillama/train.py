@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from . import distributed
 from .data import IGNORED, batches, collate, collate_packed, encode, packed_batches
+from .device import AdamW
 from .generate import generate, left_pad
 from .speed import compile_layers
 
@@ -114,7 +115,7 @@ def train(
     if pack is not None and any(hasattr(part, "soft_prompt") or hasattr(part, "seen") for part in model.modules()):
         raise ValueError("a soft prompt, or a picture, is a row's and not a text's: train without pack")
     device = trained[0].device
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    optimizer = AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     arithmetic = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
     history, seen = keeper.restore(named, optimizer) if keeper else [], 0
     multiple = 64 if compiled else 1

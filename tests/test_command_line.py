@@ -268,6 +268,12 @@ def test_version_and_what_the_light_commands_import(tmp_path):
         "assert not {'matplotlib', 'transformers', 'peft', 'minillama.course', 'nbformat'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    code = (
+        "import sys; from minillama.__main__ import main; "
+        "main('adapt --steps 1 --batch-size 2 --test-dates 2 --out here'.split()); "
+        "assert 'torch._dynamo' not in sys.modules  # PyTorch's compiler, two seconds to load"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     code, out, _ = inside("--version", cwd=tmp_path)
     assert code == 0 and re.fullmatch(r"minillama \d+\.\d+\.\d+\n", out)
 

@@ -17,6 +17,7 @@ import minillama
 from minillama import ByteTokenizer, adapt, data
 from minillama.adapters import METHODS
 from minillama.checkpoints.pairs import read_pairs
+from minillama.device import AdamW
 from minillama.train import answer_loss, answers, checkpointed, exact_match, learning_rate_at, mean_loss, train
 
 TOKENIZER = ByteTokenizer()
@@ -385,12 +386,31 @@ def test_only_what_requires_gradients_reaches_the_optimizer(monkeypatch):
         given.append(list(parameters))
         return original(given[0], **settings)
 
-    monkeypatch.setattr(torch.optim, "AdamW", watched)
+    monkeypatch.setattr("minillama.train.AdamW", watched)
     frozen = {name: parameter.clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
     train(model, TOKENIZER, some_pairs(), steps=3, batch_size=8, progress=False)
     top = model.layers[1].self_attn
     assert {id(parameter) for parameter in given[0]} == {id(top.prompt), id(top.gate)}
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in model.named_parameters() if name in frozen)
+
+
+def test_our_adamw_is_pytorchs_to_the_bit():
+    """Over three steps, the second on what was saved and read again; hooks of PyTorch's are heard."""
+    ends, heard, how = [], [], dict(lr=0.1, betas=(0.9, 0.99), weight_decay=0.3, fused=True)
+    for kind in (torch.optim.AdamW, AdamW):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        optimizer = kind([parameter], **how)
+        for _ in range(3):
+            optimizer.zero_grad()
+            assert parameter.grad is None
+            parameter.pow(3).sum().backward()
+            optimizer.register_step_post_hook(lambda stepped, *_: heard.append(type(stepped)))
+            optimizer.step()
+            saved = optimizer.state_dict()
+            optimizer = kind([parameter], **how)
+            optimizer.load_state_dict(saved)
+        ends.append(parameter.detach())
+    assert torch.equal(*ends) and heard == 3 * [torch.optim.AdamW] + 3 * [AdamW]
 
 
 def test_training_refuses_what_cannot_work():
