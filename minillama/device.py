@@ -1,5 +1,5 @@
 """Which device and which dtype: chosen by name, or by what the machine multiplies natively; never a silent fallback.
-And how much memory was needed."""
+How much memory was needed. And what PyTorch would load its compiler for, two seconds, without it."""
 
 import contextlib
 import inspect
