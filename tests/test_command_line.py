@@ -73,7 +73,7 @@ def test_the_default_run_learns_french(tmp_path):
 
 @pytest.mark.slow
 def test_gpt2_learns_french_too(tmp_path):
-    code, out, err = minillama("--base", "dates-gpt2", "--steps", 200, "--test-dates", 200, cwd=tmp_path)
+    code, out, err = minillama("--base", "dates-gpt2", "--test-dates", 200, cwd=tmp_path)
     assert code == 0, err
     assert report(out)[1] >= 0.90 and "bit-identical" in out
 
