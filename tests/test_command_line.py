@@ -73,9 +73,10 @@ def test_the_default_run_learns_french(tmp_path):
 
 @pytest.mark.slow
 def test_gpt2_learns_french_too(tmp_path):
-    code, out, err = minillama("--base", "dates-gpt2", "--test-dates", 200, cwd=tmp_path)
+    code, out, err = minillama("--base", "dates-gpt2", cwd=tmp_path)
     assert code == 0, err
-    assert report(out)[1] >= 0.90 and "bit-identical" in out
+    base, adapted, _ = report(out)
+    assert base <= 0.55 and adapted >= 0.85 and "bit-identical" in out  # 49.0 and 90.6 %, or near it on another machine
 
 
 @pytest.mark.slow
