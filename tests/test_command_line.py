@@ -271,7 +271,7 @@ def test_version_and_what_the_light_commands_import(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     code = (
         "import sys; from minillama.__main__ import main; "
-        "main('adapt --steps 1 --batch-size 2 --test-dates 2 --out here'.split()); "
+        "assert main('adapt --steps 1 --batch-size 2 --test-dates 2 --out here'.split()) == 0; "
         "assert 'torch._dynamo' not in sys.modules  # PyTorch's compiler, two seconds to load"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
