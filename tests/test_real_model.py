@@ -39,7 +39,7 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     minillama.save(model, tmp_path / "base")
     minillama.load_adapter(model, tmp_path / "adapter")
     days = data.split_dates()[1]
-    pairs = [pair for language in LANGUAGES for pair in data.examples(language, days, 3, 7, data.LABELLED)]
+    pairs = [pair for language in LANGUAGES for pair in data.examples(language, days, 2, 7, data.LABELLED)]
     prompts = [prompt for prompt, _ in pairs]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
@@ -57,8 +57,8 @@ def test_a_step_multiplies_less_than_pefts(smollm2):
     seconds."""
     base, tokenizer = minillama.load(smollm2, torch.float32)
     model, theirs = sides.ours(base, "llama_adapter", 10), sides.theirs(base, "llama_adapter", 10)
-    pairs = data.examples(LANGUAGES, data.split_dates()[0], 16, 0, data.form(tokenizer))
-    ids, labels = data.collate(next(iter(data.batches(pairs, 16, bucket=1))), tokenizer)
+    pairs = data.examples(LANGUAGES, data.split_dates()[0], 8, 0, data.form(tokenizer))
+    ids, labels = data.collate(pairs, tokenizer)
     losses, counts = [], []
     for loss in (lambda: answer_loss(model, ids, labels), lambda: theirs(input_ids=ids, labels=labels).loss):
         with FlopCounterMode(display=False) as counter:

@@ -94,26 +94,24 @@ def test_a_loss_in_parts_has_the_gradients_of_the_dropout_that_it_drew():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, case, lengths", [("llama", "llama_adapter", (9,)), ("gpt2", "lora", (9, 6))])
-def test_compiled_layers_are_the_plain_ones(kind, case, lengths, ids):
-    """At one length and disabled, and at two lengths: each costs a compilation."""
+@pytest.mark.parametrize("kind, case", [("llama", "llama_adapter"), ("gpt2", "lora")])
+def test_compiled_layers_are_the_plain_ones(kind, case, ids):
+    """Loss and gradients; and, once, the disabled model at another length. Each costs a compilation."""
     torch.manual_seed(0)
     model = open_gates(adapt(make(kind), **CASES[case][0])).train()
     faster = copy.deepcopy(model)
     speed.compile_layers(faster)
-    for length in lengths:
-        grads = []
-        for one in (model, faster):
-            one.zero_grad()
-            loss = answer_loss(one, ids[:, :length], ids[:, :length])
-            loss.backward()
-            trained = minillama.trainable_parameters(one).values()
-            grads.append([loss.detach(), *(parameter.grad for parameter in trained)])
-        for mine, other in zip(*grads):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    if len(lengths) == 1:
+    grads = []
+    for one in (model, faster):
+        loss = answer_loss(one, ids[:, :9], ids[:, :9])
+        loss.backward()
+        trained = minillama.trainable_parameters(one).values()
+        grads.append([loss.detach(), *(parameter.grad for parameter in trained)])
+    for mine, other in zip(*grads):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    if kind == "llama":
         with torch.no_grad(), disabled(faster), disabled(model):
-            torch.testing.assert_close(faster(ids), model(ids), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(faster(ids[:, :6]), model(ids[:, :6]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
