@@ -54,6 +54,22 @@ def test_what_sphinx_leaves_behind_does_not_hold_the_build_up(tmp_path, monkeypa
     os.kill(int((tmp_path / "left").read_text()), signal.SIGTERM)  # raises where it has ended already
 
 
+@pytest.mark.parametrize(
+    "log, said",
+    [
+        ("reading\nx.md:3: WARNING: no such page\nat last", "x.md:3: WARNING: no such page"),
+        (
+            "Traceback\n  File x\n    ConnectionRefusedError: refused\n\nPlease report",
+            "ConnectionRefusedError: refused",
+        ),
+        ("no theme", "no theme"),
+        ("", "it failed"),
+    ],
+)
+def test_what_is_wrong_is_found_in_sphinxs_log(log, said):
+    assert site.complaint(log) == said
+
+
 def test_its_requirements_are_pinned_with_a_reason():
     lines = [line for line in (site.SITE / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     assert all(re.fullmatch(r"[\w-]+==[\w.]+\s+# .{5,}", line) for line in lines) and len(lines) == len(PACKAGES)

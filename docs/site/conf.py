@@ -26,6 +26,8 @@ myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
 katex_prerender = True
 katex.STARTUP_TIMEOUT = katex.RENDER_TIMEOUT = 120  # seconds: on a busy machine it is slow to begin
+# By a port, which is tried until it answers; a socket's file is there a moment before anybody listens.
+katex.KaTeXServer.start_server_process = katex.KaTeXServer.start_network_socket
 katex_css_path = "katex/katex.min.css"
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 toc_object_entries = False

@@ -70,9 +70,16 @@ def build(out):
                 stderr=file,
             )
         if done.returncode:
-            said = (log.read_text(encoding="utf-8", errors="replace").strip() or "it failed").splitlines()
-            raise FileError(f"Sphinx: {next((line for line in said if 'WARNING' in line), said[-1])}")
+            raise FileError(f"Sphinx: {complaint(log.read_text(encoding='utf-8', errors='replace'))}")
     return follow(out)
+
+
+def complaint(log):
+    """The line of Sphinx's log that says what is wrong: the first warning, or the error that ends a traceback."""
+    lines = log.strip().splitlines() or ["it failed"]
+    warnings = [line for line in lines if "WARNING" in line]
+    errors = [line for line in lines if re.match(r"\s*[\w.]+(Error|Exception)\b", line)]
+    return (warnings[:1] or errors[-1:] or lines[-1:])[0].strip()
 
 
 def lay_out(stage):
