@@ -182,7 +182,7 @@ def train(
     return history
 
 
-def answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=256, around=contextlib.nullcontext):
+def answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=128, around=contextlib.nullcontext):
     """What the model writes behind each prompt, greedily, up to and with the end token: strings.
 
     A prompt is a text, its ids, or a row (prompt, answer, ...) of data; around(rows): as in `train`."""
@@ -199,7 +199,7 @@ def answers(model, tokenizer, prompts, max_new_tokens=16, batch_size=256, around
     return written
 
 
-def exact_match(model, tokenizer, pairs, batch_size=256, around=contextlib.nullcontext):
+def exact_match(model, tokenizer, pairs, batch_size=128, around=contextlib.nullcontext):
     """The share of pairs (prompt, answer) that the model answers to the letter, generating; around: as in `train`."""
     rows = sorted(encode(pairs, tokenizer), key=lambda row: len(row[0]))
     longest = max(len(row[1]) for row in rows)
