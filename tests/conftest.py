@@ -4,6 +4,7 @@ deals tests out to the workers has no use for it."""
 import gc
 import os
 import sys
+import tempfile
 
 import pytest
 
@@ -15,6 +16,15 @@ sys.modules.setdefault("rfc3987_syntax", None)
 gc.disable()  # until all tests are collected: the libraries' modules are a million objects, walked through for seconds
 
 KINDS = ("llama", "grouped", "gpt2")  # of models in small.py
+
+
+def pytest_configure(config):
+    """Each run compiles its kernels anew. torch keeps them in the machine's temporary folder by their source, not by
+    the CPU that they were compiled for: one that another machine left there may be an illegal instruction here."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # a worker has that of the process which started it
+        kernels = tempfile.TemporaryDirectory(prefix="kernels")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = kernels.name
+        config.add_cleanup(kernels.cleanup)
 
 
 def pytest_collection_modifyitems(items):

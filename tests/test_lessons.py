@@ -199,8 +199,7 @@ def test_runs_from_clean(path, request):
     if real:
         request.getfixturevalue("smollm2")  # skips where the model cannot be had
     limit = 1800 if real else 600  # seconds a cell; only where a kernel hangs does it end so
-    notebook, _ = notebooks.execute(path, timeout=limit)
-    assert_asked(notebook)
+    assert_asked(notebooks.execute(path, timeout=limit))
 
 
 def test_results_of_the_readme_are_the_lessons():

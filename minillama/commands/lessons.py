@@ -21,7 +21,7 @@ def run(args):
             print(notebooks.blank(path, args.blank))
             continue
         print(f"{path.name} …", end=" ", flush=True)
-        notebook, seconds = notebooks.execute(path)
+        notebook, seconds = notebooks.timed(path)
         if not args.check:
             notebooks.store(path, notebook, seconds)
         print(f"{seconds:.0f} s", flush=True)

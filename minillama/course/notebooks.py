@@ -68,8 +68,7 @@ def pace(steps=30):
 
 
 def execute(path, timeout=600):
-    """Runs a notebook from clean in a kernel of its own, in its folder: (the notebook with its outputs, seconds). The
-    seconds are brought to a machine of a steady pace, by what `pace` says before and after.
+    """Runs a notebook from clean in a kernel of its own, in its folder, and returns it with its outputs.
 
     Raises ValueError with the cell and its error where one fails, or takes longer than `timeout` seconds.
     """
@@ -79,7 +78,6 @@ def execute(path, timeout=600):
             cell.outputs, cell.execution_count = [], None
         cell.metadata.pop("execution", None)
     notebook.metadata.pop("widgets", None)
-    before, start = pace(), time.perf_counter()
     client = NotebookClient(
         notebook,
         timeout=timeout,
@@ -92,6 +90,14 @@ def execute(path, timeout=600):
         client.execute()
     except (CellExecutionError, CellTimeoutError) as error:
         raise ValueError(f"{path.name} stopped: {COLOUR.sub('', str(error)).strip()}") from None
+    return notebook
+
+
+def timed(path):
+    """(the notebook as `execute` returns it, seconds), these brought to a machine of a steady pace, by what `pace` says
+    before and after."""
+    before, start = pace(), time.perf_counter()
+    notebook = execute(path)
     seconds = time.perf_counter() - start
     return notebook, seconds * 2 * STEADY / (before + pace())
 
