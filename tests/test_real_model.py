@@ -24,8 +24,8 @@ LANGUAGES = ("en", "fr")
 @pytest.mark.slow
 def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     code, out, err = command(
-        "adapt", "--base", smollm2, "--languages", ",".join(LANGUAGES), "--steps", 8, "--batch-size", 8,
-        "--test-dates", 4, "--option", "gate=layer", "--option", "tanh=False", "--out", "adapter",
+        "adapt", "--base", smollm2, "--languages", ",".join(LANGUAGES), "--steps", 8, "--batch-size", 4,
+        "--test-dates", 2, "--option", "gate=layer", "--option", "tanh=False", "--out", "adapter",
         cwd=tmp_path, timeout=600,
     )  # fmt: skip
     assert code == 0, err
@@ -33,13 +33,13 @@ def test_the_command_adapts_in_little_memory_and_peft_agrees(smollm2, tmp_path):
     assert losses[-1] < losses[0] / 2 and "bit-identical" in out
     assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size <= 750_000
     peak = float(re.search(r"peak memory +([\d.]+) GB", out).group(1))
-    assert peak <= (1.3 if native_bfloat16(torch.device("cpu")) else 2.2)
+    assert peak <= (1.2 if native_bfloat16(torch.device("cpu")) else 2.0)
 
     model, tokenizer = minillama.load(smollm2, torch.float32)
     minillama.save(model, tmp_path / "base")
     minillama.load_adapter(model, tmp_path / "adapter")
     days = data.split_dates()[1]
-    pairs = [pair for language in LANGUAGES for pair in data.examples(language, days, 2, 7, data.LABELLED)]
+    pairs = [pair for language in LANGUAGES for pair in data.examples(language, days, 1, 7, data.LABELLED)]
     prompts = [prompt for prompt, _ in pairs]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
