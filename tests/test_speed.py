@@ -121,17 +121,18 @@ def test_compiled_layers_are_the_plain_ones(kind, case, ids, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_float8_has_the_plain_ones_gradients(on_any_device):
-    """A compiler once laid the numbers out column by column: the loss was right, the gradients 0."""
+    """A compiler once laid the numbers out column by column: the loss was right, the gradients 0. Kernels are compiled
+    here, for one MLP, since each costs a second."""
     torch.manual_seed(0)
-    model = minillama.LLaMA(minillama.LLaMAConfig(256, 64, 128, 1, 4)).bfloat16()
-    model = open_gates(adapt(quantize(model, "float8"), "llama_adapter")).train()
-    faster = copy.deepcopy(model)
-    speed.compile_layers(faster)
-    ids = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    for one in (model, faster):
-        answer_loss(one, ids, ids).backward()
-    for mine, other in zip(*(minillama.trainable_parameters(one).values() for one in (model, faster))):
-        assert 0 < other.grad.norm() and (mine.grad - other.grad).norm() < 0.3 * mine.grad.norm()
+    model = minillama.LLaMA(minillama.LLaMAConfig(256, 64, 128, 1, 4)).bfloat16().requires_grad_(False)
+    plain, x = quantize(model, "float8").layers[0].mlp, torch.randn(4, 32, 64, dtype=torch.bfloat16)
+    faster, gradients = copy.deepcopy(plain), []
+    speed.compile_layers(types.SimpleNamespace(layers=[faster]))
+    for mlp in (plain, faster):
+        given = x.transpose(0, 1).requires_grad_()  # laid out as what attention returns may be
+        mlp(given).square().sum().backward()
+        gradients.append(given.grad)
+    assert 0 < gradients[1].norm() and (gradients[0] - gradients[1]).norm() < 0.1 * gradients[0].norm()
 
 
 @torch.no_grad()
