@@ -15,6 +15,7 @@ from torch import nn
 import minillama
 from minillama.adapters import METHODS, dora, ia3, llama_adapter, lora, prefix_tuning, transformers_llama
 from minillama.adapters.llama_adapter import PRESETS
+from minillama.rope import rotate
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -193,6 +194,24 @@ def test_prefix_tuning_equals_ours(tmp_path):
         assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-5
         written = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **GREEDY)
         assert torch.equal(written, minillama.generate(ours, ids, 8))
+
+
+def test_adapterhubs_prefix_is_ours_turned_on_by_its_length(tmp_path):
+    """Theirs (adapters 1.3.0) is put before keys that are turned already, and the tokens keep their positions: what
+    transformers computes behind a cache that holds it."""
+    torch.manual_seed(0)
+    theirs, (ids,) = llama()
+    theirs.eval().save_pretrained(tmp_path)
+    ours, K = minillama.adapt(minillama.load(tmp_path)[0], "prefix_tuning", prefix_length=4), 4
+    cache, (B, T) = transformers.DynamicCache(config=theirs.config), ids.shape
+    with torch.no_grad():
+        for i, layer in enumerate(ours.layers):
+            keys, values = torch.randn(2, *layer.self_attn.keys.shape)
+            cache.update(*(z.expand(B, -1, -1, -1) for z in (keys, values)), i)
+            layer.self_attn.keys.copy_(rotate(keys, *ours.rope(torch.full((K,), K))))
+            layer.self_attn.values.copy_(values)
+        how = dict(position_ids=torch.arange(T).expand(B, T), attention_mask=torch.ones(B, K + T))
+        assert (theirs(ids, past_key_values=cache, **how).logits - ours(ids)).abs().max() < 1e-5
 
 
 def test_a_refused_attach_leaves_the_model_alone():
