@@ -43,6 +43,7 @@ def start_server(rundir, timeout):
     connection = socket.socket(socket.AF_UNIX)
     while connection.connect_ex(path):
         if process.poll() is not None or time.monotonic() > end:
+            process.kill()
             raise katex.KaTeXServer.timeout_error(timeout)
         time.sleep(0.01)
     return process, connection
